@@ -1,0 +1,48 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Each sets up .venv with pinned versions first.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint format bench wheel clean
+
+demo: .venv/.stamp
+	.venv/bin/ppl-lm fit tilted --output-dir runs/demo
+
+# Random order comes from pytest-randomly, warnings are errors by pyproject.toml; one thread for each of two workers.
+test: .venv/.stamp-test
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+
+lint: .venv/.stamp-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+format: .venv/.stamp-test
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: .venv/.stamp-test
+	.venv/bin/python -m pytest -s -p no:randomly -o python_files='bench_*.py' tests/benchmarks
+
+wheel: .venv/.stamp-test
+	rm -rf build dist
+	.venv/bin/python -m build --wheel
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first, so that a CPU wheel at hand is taken before anything asks for torch with CUDA.
+.venv/.stamp: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is $$($(PYTHON) --version); ppl_lm needs Python 3.11 or newer: make PYTHON=..." >&2; exit 1; }
+	@echo "installing into .venv; the first time takes some minutes"
+	$(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	$(PIP) --editable .
+	touch $@
+
+.venv/.stamp-test: .venv/.stamp
+	$(PIP) --editable '.[test]'
+	touch $@

@@ -1,0 +1,91 @@
+"""`bind`: a program and the networks it uses, as one module that Pyro and torch optimisers both understand."""
+
+import inspect
+import itertools
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+from pyro.params.param_store import _MODULE_NAMESPACE_DIVIDER
+from torch import nn
+
+from ppl_lm.likelihood import Reward
+from ppl_lm.lm import LanguageModel, Prompts
+
+_numbers = itertools.count()
+
+
+class Bound(nn.Module):
+    """A program with all its arguments but the prompts; see `bind`."""
+
+    def __init__(self, program: Callable[..., Any], *args: Any, **kwargs: Any):
+        super().__init__()
+        signature = inspect.signature(program)
+        name = getattr(program, "__name__", type(program).__name__)
+        try:
+            given = signature.bind(None, *args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{name}{signature} cannot be bound: {error}") from None
+        arguments = {**given.arguments}
+        self._prompts_name = next(iter(arguments))
+        del arguments[self._prompts_name]
+        for parameter in signature.parameters.values():  # **kwargs of the program
+            if parameter.kind is parameter.VAR_KEYWORD:
+                arguments.update(arguments.pop(parameter.name, {}))
+            elif parameter.kind is parameter.VAR_POSITIONAL and parameter.name in arguments:
+                raise TypeError(f"{name}{signature}: programs with *{parameter.name} cannot be bound; name each argument")
+        self.program = program
+        self.networks = nn.ModuleDict({k: v for k, v in arguments.items() if isinstance(v, nn.Module)})
+        self.arguments = {
+            k: Reward(v) if inspect.isroutine(v) or isinstance(v, partial) or k in ("reward", "constraint") else v
+            for k, v in arguments.items()
+            if not isinstance(v, nn.Module)
+        }
+        self.name = f"{name}_{next(_numbers)}"
+        weakref.finalize(self, _forget, self.name)
+
+    @property
+    def lm(self) -> LanguageModel | None:
+        """The first language model among the networks: its tokenizer reads the prompts."""
+        return next((m for m in self.networks.values() if isinstance(m, LanguageModel)), None)
+
+    def forward(self, prompts: Any, **kwargs: Any) -> Any:
+        if self.lm is not None and not (isinstance(prompts, Prompts) and prompts.vocabulary is self.lm.vocabulary):
+            prompts = self.lm.prompts(prompts)
+        for name, parameter in self.networks.named_parameters():
+            if parameter.requires_grad:  # what pyro.module does, without its warning for each frozen weight
+                pyro.param(f"{self.name}{_MODULE_NAMESPACE_DIVIDER}{name}", parameter)
+        return self.program(prompts, **{**self.networks, **self.arguments, **kwargs})
+
+
+def bind(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Bound:
+    """`program(prompts, *args, **kwargs)` as an `nn.Module` to be called with the prompts alone.
+
+    Networks among the arguments become submodules; their trainable weights are registered in Pyro's parameter store
+    under a name that no other bind uses, and leave the store with the module: running a notebook cell twice trains two
+    guides. Plain functions become `Reward`s. Prompts may be given as strings, chats, a dataset or `Prompts`.
+
+    >>> target = bind(tilted, prior, reward=ppl_lm.rewards.vader, beta=0.2)   # doctest: +SKIP
+    """
+    return Bound(program, *args, **kwargs)
+
+
+def require_separate(model: Any, guide: Any) -> None:
+    """Raises ValueError if a guide shares trainable weights with its target, which would move as it is fitted."""
+    if not (isinstance(model, nn.Module) and isinstance(guide, nn.Module)):
+        return
+    theirs = {id(p) for p in model.parameters() if p.requires_grad}
+    shared = [name for name, p in guide.named_parameters() if p.requires_grad and id(p) in theirs]
+    if shared:
+        raise ValueError(
+            f"the guide shares {len(shared)} trainable weights with its target, first {shared[0]!r}: fitting would move "
+            "the target; bind the guide to prior.copy()"
+        )
+
+
+def _forget(name: str) -> None:
+    store = pyro.get_param_store()
+    for key in [k for k in store.keys() if k.startswith(name + _MODULE_NAMESPACE_DIVIDER)]:  # noqa: SIM118
+        del store[key]

@@ -1,0 +1,7 @@
+"""The evidence: what the text is conditioned on."""
+
+from ppl_lm.likelihood import rewards
+from ppl_lm.likelihood.optimality import Optimality
+from ppl_lm.likelihood.reward import Reward, RewardError, RewardTimeout
+
+__all__ = ["Optimality", "Reward", "RewardError", "RewardTimeout", "rewards"]

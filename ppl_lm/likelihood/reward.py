@@ -1,0 +1,243 @@
+"""`Reward`: a reward function in TRL's signature, callable on token sequences from inside a Pyro program.
+
+A reward function scores a flat list of texts: `f(prompts, completions, completion_ids=None, **columns) -> list[float]`.
+A Pyro program scores a tensor of token ids with any leading dimensions: plates, particles, enumeration. `Reward` is the
+step between the two, and the one door at which a bad reward is refused.
+"""
+
+import asyncio
+import copy
+import inspect
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import inf, isfinite, prod
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ppl_lm.lm import meter
+
+
+class RewardError(ValueError):
+    """A reward function failed, or returned something that is not one reward for each completion."""
+
+
+class RewardTimeout(RewardError):
+    """A reward function did not answer in time."""
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leaves the global random states of Python, NumPy and torch (CUDA included) as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+class Reward:
+    """Wraps a reward function; `reward(prompts, x)` is r(x | prompt), in the unit of the function.
+
+    :param function: any callable in TRL's signature, plain or `async`. It is given, by name, those of `prompts`,
+        `completions`, `completion_ids` and the prompts' columns that it accepts, as copies. For chat prompts a
+        completion is `[{"role": "assistant", "content": text}]`.
+    :param r_max: a bound that no reward exceeds; if None, `function.r_max` where there is one.
+    :param timeout: seconds that one call (all completions together) may take; None waits for ever. A plain function
+        that hangs is left behind in a daemon thread, since Python cannot stop it.
+
+    >>> reward = Reward(lambda completions: [float(len(text)) for text in completions])
+    >>> reward(prompts, x)  # doctest: +SKIP
+    tensor([12., 7.], dtype=torch.float64)
+    """
+
+    def __init__(self, function: Callable[..., Any], r_max: float | None = None, timeout: float | None = None) -> None:
+        if isinstance(function, Reward):
+            r_max = function.r_max if r_max is None else r_max
+            timeout = function.timeout if timeout is None else timeout
+            function = function.function
+        if not callable(function):
+            raise TypeError(f"a reward is a function f(prompts, completions, ...) -> list of floats; got {function!r}")
+        r_max = getattr(function, "r_max", None) if r_max is None else r_max
+        if r_max is not None and not isfinite(r_max):
+            raise ValueError(f"r_max={r_max}; give a finite number, or None where rewards have no bound")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout={timeout} seconds; give a number above 0, or None to wait for ever")
+        self.function = function
+        self.name = self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.r_max = None if r_max is None else float(r_max)
+        self.timeout = timeout
+
+    def __repr__(self) -> str:
+        return f"Reward({self.name}, r_max={self.r_max}, timeout={self.timeout})"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`(prompts, x)` with `Prompts` and token ids is `score`; anything else goes to the function as it is."""
+        if len(args) == 2 and not kwargs and hasattr(args[0], "decode") and isinstance(args[1], Tensor):
+            return self.score(*args)
+        return self.function(*args, **kwargs)
+
+    def score(self, prompts: Any, x: Int[Tensor, "*S T"]) -> Float[Tensor, "..."]:
+        """The reward of each completion, float64, detached, on x's device.
+
+        :param prompts: `Prompts` of batch shape (B,) or (K, B).
+        :param x: token ids; its leading dimensions broadcast against the prompts' batch shape.
+        :raises RewardError: if the function raises, or does not return one real number for each completion. NaN, None
+            and +inf are refused; -inf is a hard constraint and allowed.
+        :raises RewardTimeout: if it takes longer than `timeout`.
+        """
+        if x.is_floating_point() or x.is_complex() or x.ndim == 0:
+            raise RewardError(f"reward {self.name!r} needs token ids of shape (..., T), got {x.dtype} {tuple(x.shape)}")
+        try:
+            shape = torch.broadcast_shapes(x.shape[:-1], prompts.batch_shape)
+        except RuntimeError as error:
+            raise RewardError(
+                f"reward {self.name!r} was given completions of shape {tuple(x.shape)}, whose leading dimensions do "
+                f"not broadcast against the prompts' batch shape {tuple(prompts.batch_shape)}"
+            ) from error
+        n = prod(shape)
+        if n == 0:
+            return torch.empty(shape, dtype=torch.float64, device=x.device)
+        rows = torch.arange(prod(prompts.batch_shape)).reshape(prompts.batch_shape).expand(shape).flatten().tolist()
+        ids = x.detach().expand(*shape, x.shape[-1]).reshape(n, -1)  # (N, T)
+        texts: list[str] = prompts.decode(ids)
+
+        def repeated(items: list[Any]) -> list[Any]:
+            return [copy.deepcopy(items[row]) for row in rows]
+
+        repeated_prompts = repeated(prompts.texts)
+        inputs = {name: repeated(column) for name, column in prompts.columns.items()}
+        inputs["prompts"] = repeated_prompts
+        inputs["completions"] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(repeated_prompts, texts, strict=True)
+        ]
+        inputs["completion_ids"] = prompts.completion_ids(ids)
+        first = f"first prompt {_short(prompts.texts[rows[0]])}, first completion {_short(texts[0])}"
+
+        meter.add(reward_calls=n)
+        returned = self._call(self._accepted(inputs), first)
+        return torch.tensor(self._checked(returned, texts), dtype=torch.float64, device=x.device).reshape(shape)
+
+    def _accepted(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Those of `inputs` that the function's signature accepts."""
+        try:
+            signature = inspect.signature(self.function)
+        except ValueError:  # some built-in callables have none
+            return inputs
+        kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+        by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        if inspect.Parameter.VAR_KEYWORD not in kinds.values():
+            inputs = {name: value for name, value in inputs.items() if kinds.get(name) in by_name}
+        try:
+            signature.bind(**inputs)
+        except TypeError as error:
+            raise RewardError(
+                f"reward {self.name!r} has the signature {signature}: {error}. It is called by name with prompts, "
+                "completions, completion_ids and the columns of the prompts' data set, as far as it accepts them"
+            ) from error
+        return inputs
+
+    def _call(self, inputs: dict[str, Any], first: str) -> Any:
+        """What the function returns; whatever it raises becomes a `RewardError`, however long it takes a timeout."""
+
+        def answer() -> Any:
+            returned = self.function(**inputs)
+            if self.timeout is None and inspect.isawaitable(returned):
+                return _in_thread(lambda: _await(returned, None), None)  # the caller's thread may be running a loop
+            return _await(returned, self.timeout)
+
+        try:
+            with preserved_rng():
+                return answer() if self.timeout is None else _in_thread(answer, self.timeout)
+        except _Unanswered:
+            message = f"reward {self.name!r} did not answer within {self.timeout:g} seconds; {first}"
+            raise RewardTimeout(message) from None
+        except Exception as error:
+            message = f"reward {self.name!r} raised {type(error).__name__}: {error}; {first}"
+            raise RewardError(message) from error
+
+    def _checked(self, returned: Any, texts: list[str]) -> list[float]:
+        """The rewards as plain floats, one for each text."""
+        n = len(texts)
+        if isinstance(returned, Tensor):
+            returned = returned.detach().cpu()
+        elif hasattr(returned, "__array__") and not isinstance(returned, np.generic):
+            returned = np.asarray(returned)
+        elif not isinstance(returned, (list, tuple)):
+            raise RewardError(
+                f"reward {self.name!r} returned {_short(returned)} of type {type(returned).__name__}; it needs a list "
+                f"of {n} numbers, one for each completion (first completion {_short(texts[0])})"
+            )
+        shape = (len(returned),) if isinstance(returned, (list, tuple)) else tuple(returned.shape)
+        if shape != (n,):
+            raise RewardError(
+                f"reward {self.name!r} returned {type(returned).__name__} of shape {shape}; it needs shape ({n},), one "
+                f"number for each completion, and is not broadcast (first completion {_short(texts[0])})"
+            )
+        items = returned.tolist() if isinstance(returned, (Tensor, np.ndarray)) else returned
+        return [self._checked_item(i, item, texts) for i, item in enumerate(items)]
+
+    def _checked_item(self, i: int, item: Any, texts: list[str]) -> float:
+        if isinstance(item, (Tensor, np.generic, np.ndarray)) and item.ndim == 0:
+            item = item.item()
+        value = float(item) if isinstance(item, Real) else None
+        if value is None or not value < inf:  # `not <`: NaN too
+            need = "a real number, or -inf for a text that must not occur"
+        elif self.r_max is None or value <= self.r_max:
+            return value
+        elif value <= self.r_max + 1e-6 * max(1.0, abs(self.r_max)):
+            return self.r_max  # float32 may round r_max itself up
+        else:
+            need = f"at most its declared r_max={self.r_max:g}"
+        raise RewardError(
+            f"reward {self.name!r} returned {_short(item)} for completion {i} of {len(texts)}, {_short(texts[i])}; "
+            f"it needs {need}"
+        )
+
+
+class _Unanswered(Exception):
+    """Internal: `_in_thread` gave up. Not `TimeoutError`, which the function itself may raise."""
+
+
+def _await(returned: Any, timeout: float | None) -> Any:
+    """The value of an awaitable, from a fresh event loop; anything else as it is."""
+    if not inspect.isawaitable(returned):
+        return returned
+    # Cancels a coroutine that outlived `_in_thread`; one second later, so that it is `_in_thread` that reports.
+    return asyncio.run(asyncio.wait_for(returned, None if timeout is None else timeout + 1))
+
+
+def _in_thread(function: Callable[[], Any], timeout: float | None) -> Any:
+    """`function()` in a thread of its own, so that waiting can end on every platform and in a running event loop."""
+    outcome: list[Any] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(function())
+        except BaseException as error:  # handed to the caller
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="reward", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if failure:
+        raise failure[0]
+    if not outcome:
+        raise _Unanswered
+    return outcome[0]
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

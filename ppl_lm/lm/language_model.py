@@ -1,0 +1,225 @@
+"""`LanguageModel`: a Hugging Face causal LM as the prior over whole texts."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ppl_lm.embedded import FOLDER
+from ppl_lm.lm import meter
+from ppl_lm.lm.prompts import Prompts
+from ppl_lm.lm.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from ppl_lm.lm.token_sequence import TokenSequence
+
+
+class LanguageModel(nn.Module):
+    """p(x | prompt) = Π_t p(x_t | prompt, x_<t), over completions x of at most `max_new_tokens` tokens.
+
+    `lm(prompts)` is a Pyro distribution over token ids (`TokenSequence`). The model's own `generation_config` never
+    shapes it: temperature 1, the whole vocabulary, dropout off. It is born frozen, as a prior should be; `copy()` is
+    trainable.
+
+    :param model: a Hugging Face causal LM (any module with `config` whose forward takes `input_ids`, `attention_mask`,
+        `position_ids`, `past_key_values` and returns `logits`).
+    :param max_new_tokens: T; a completion that reaches T tokens without an end token is *truncated*, an outcome of
+        its own.
+    :param end_ids: the ids that end a text; by default every one that the model's configuration, its
+        generation_config or the tokenizer names.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, max_new_tokens: int, end_ids: Iterable[int] | None = None):
+        super().__init__()
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens!r}; give a whole number of tokens, at least 1")
+        self.model = model.eval().requires_grad_(False)
+        config: Any = model.config
+        ends = _end_ids(model, tokenizer) if end_ids is None else set(end_ids)
+        pads = [getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None), *sorted(ends), 0]
+        bos = [getattr(tokenizer, "bos_token_id", None), getattr(config, "bos_token_id", None)]
+        size = config.get_text_config().vocab_size if hasattr(config, "get_text_config") else config.vocab_size
+        self.vocabulary = Vocabulary(
+            tokenizer,
+            size=size,
+            end_ids=ends,
+            pad_id=next(i for i in pads if i is not None and 0 <= i < size),
+            bos_id=next((i for i in bos if i is not None), None),
+        )
+        self.max_new_tokens = max_new_tokens
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path = FOLDER,
+        max_new_tokens: int = 32,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "LanguageModel":
+        """A frozen LM from a folder or a hub name; without one, the small LM that ships with the package.
+
+        Checks itself before it is returned (`self_check`).
+
+        :raises ValueError: if weights are missing, misshapen or not finite, or if the model scores its own samples
+            differently from how it drew them.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        if isinstance(name_or_folder, Path) or Path(name_or_folder).exists():
+            name_or_folder = Path(name_or_folder)
+            if not (name_or_folder / "config.json").is_file():
+                raise ValueError(f"lm={str(name_or_folder)!r} is not a Hugging Face folder: it has no config.json")
+        state, bars = torch.random.get_rng_state(), logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name_or_folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"lm={str(name_or_folder)!r} could not be loaded: {error}") from error
+        finally:
+            torch.random.set_rng_state(state)
+            if bars:
+                logging.enable_progress_bar()
+        for fault in ("missing_keys", "mismatched_keys"):
+            if report.get(fault):
+                raise ValueError(f"lm={str(name_or_folder)!r}: weights with {fault}: {sorted(map(str, report[fault]))}")
+        lm = cls(model.to(device or default_device()), tokenizer, max_new_tokens)
+        for name, weight in lm.model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"lm={str(name_or_folder)!r}: weight {name!r} holds NaN or infinite values")
+        lm.self_check()
+        return lm
+
+    def forward(self, prompts: Any) -> "TokenSequence":
+        """The distribution over completions of `prompts` (strings, chats, a dataset, or `Prompts`)."""
+        from ppl_lm.lm.token_sequence import TokenSequence
+
+        return TokenSequence(self, self.prompts(prompts))
+
+    def prompts(self, prompts: Any) -> Prompts:
+        return Prompts.make(prompts, self.vocabulary, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def copy(self) -> "LanguageModel":
+        """A trainable copy that shares nothing but the vocabulary."""
+        vocabulary = self.vocabulary
+        twin = LanguageModel(
+            copy.deepcopy(self.model), vocabulary.tokenizer, self.max_new_tokens, end_ids=vocabulary.end_ids
+        )
+        twin.vocabulary = vocabulary
+        return twin.requires_grad_(True)
+
+    def self_check(self, prompts: Any = None, tolerance: float = 2e-3) -> float:
+        """Draws a few tokens and scores them again: alone, in a padded batch, step by step and in one pass.
+
+        :returns: the largest difference between two log-probabilities of the same token, in nats.
+        :raises ValueError: if it exceeds `tolerance`; such a model would be sampled from one distribution and scored
+            under another.
+        """
+        from ppl_lm.lm.checks import self_check
+
+        return self_check(self, prompts, tolerance)
+
+    @torch.no_grad()
+    def log_probs_next(self, **inputs: Any) -> tuple[Float[Tensor, "N V"], Any]:
+        """One step: log-probabilities of the next token and the cache after it; see `logits`."""
+        logits, cache = self.logits(keep=1, use_cache=True, **inputs)
+        return normalise(logits[:, -1]), cache
+
+    def logits(
+        self,
+        ids: Int[Tensor, "N L"],
+        mask: Tensor | None,
+        positions: Int[Tensor, "N L"],
+        cache: Any = None,
+        keep: int = 1,
+        use_cache: bool = False,
+    ) -> tuple[Float[Tensor, "N keep V"], Any]:
+        """Logits at the last `keep` positions in float32 or wider, dropout off. Every forward pass goes through here.
+
+        :param mask: (N, cached + L) True at real tokens; None where nothing is padded.
+        """
+        meter.add(lm_tokens=ids.numel())
+        with evaluating(self.model):
+            out = self.model(
+                input_ids=ids,
+                attention_mask=None if mask is None else mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=use_cache,
+                logits_to_keep=keep,
+            )
+        logits = out.logits[:, -keep:]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), out.past_key_values
+
+    def score(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+        """log p(x_t | prompt, x_<t) for one canonical completion a prompt, in one teacher-forced pass; 0 after the
+        end. float32 or wider, nats. Differentiable in the weights."""
+        alive = self.vocabulary.alive(x)
+        steps = max(1, int(self.vocabulary.lengths(x).max())) if len(x) else x.shape[-1]
+        ids = torch.cat([prompts.ids, x[:, : steps - 1]], 1)  # (N, P + steps - 1)
+        prompt_mask = prompts.mask
+        mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(x), steps - 1)], 1)
+        logits, _ = self.logits(ids, None if bool(prompt_mask.all()) else mask, positions(mask), keep=steps)
+        token = normalise(logits).gather(-1, x[:, :steps, None]).squeeze(-1)  # (N, steps)
+        token = token.masked_fill(~alive[:, :steps], 0.0)
+        return nn.functional.pad(token, (0, x.shape[-1] - steps))
+
+    def rows_per_pass(self, width: int, steps: int, gradient: bool = False) -> int:
+        """How many sequences one pass takes, so that its logits and activations stay within a memory budget."""
+        budget = 2**31 if self.device.type == "cuda" else 2**27  # bytes
+        config = self.model.config
+        hidden = getattr(config, "hidden_size", 0) * getattr(config, "num_hidden_layers", 1) * (24 if gradient else 2)
+        floats = steps * self.vocabulary.size * (3 if gradient else 2) + (width + steps) * hidden
+        return max(1, budget // (4 * floats))
+
+
+def normalise(logits: Tensor) -> Tensor:
+    """Log-probabilities. Sampling and scoring both use this one function."""
+    return logits.log_softmax(-1)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids that count real tokens only, whatever the padding. (N, L) bool -> (N, L) int64."""
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off inside the block; the mode of every submodule restored on the way out, also on exceptions."""
+    training = [m for m in module.modules() if m.training]
+    if not training:
+        yield
+        return
+    module.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _end_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+    sources = [getattr(model, "generation_config", None), model.config, tokenizer]
+    found = [getattr(source, "eos_token_id", None) for source in sources]
+    ends = {int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, (list, tuple)) else [ids])}
+    if not ends:
+        raise ValueError("neither the model nor its tokenizer names an end token; pass end_ids=[...]")
+    return ends

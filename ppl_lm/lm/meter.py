@@ -1,0 +1,44 @@
+"""What a run costs, counted where it is spent: tokens forwarded through a language model, reward calls."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass
+class Cost:
+    """`lm_tokens`: tokens forwarded through any language model, prompts and wasted ones included.
+    `reward_calls`: completions given to a reward."""
+
+    lm_tokens: int = 0
+    reward_calls: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.lm_tokens + other.lm_tokens, self.reward_calls + other.reward_calls)
+
+
+_open: list[Cost] = []
+
+
+@contextmanager
+def measure() -> Iterator[Cost]:
+    """Counts what is spent inside the block; blocks may be nested, each counts everything inside it.
+
+    >>> with measure() as cost:
+    ...     add(lm_tokens=3)
+    >>> cost.lm_tokens
+    3
+    """
+    cost = Cost()
+    _open.append(cost)
+    try:
+        yield cost
+    finally:
+        _open[:] = [c for c in _open if c is not cost]
+
+
+def add(lm_tokens: int = 0, reward_calls: int = 0) -> None:
+    """Adds to every open `measure` block."""
+    for cost in _open:
+        cost.lm_tokens += lm_tokens
+        cost.reward_calls += reward_calls

@@ -1,0 +1,130 @@
+"""`TokenSequence`: whole completions of a language model as a Pyro distribution."""
+
+from math import prod
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from pyro.distributions import TorchDistribution, constraints
+from torch import Tensor
+
+from ppl_lm.lm.decoder import sample
+from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.prompts import Prompts
+
+ENUMERABLE = 1_000_000  # tokens in the whole support; beyond it enumeration is refused
+
+
+class TokenSequence(TorchDistribution):
+    """p(x | prompt) over completions x, int64 token ids in canonical form: pad at every position after the end token.
+
+    The outcomes are the *finished* completions (an end token is their last, and its probability counts) and the
+    *truncated* ones (T tokens, no end token); together their mass is 1. A value that is not in canonical form has
+    log-probability -inf.
+
+    batch_shape is that of the prompts, (B,), or what `expand` makes of it; event_shape is (T,).
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.independent(constraints.nonnegative_integer, 1)
+    has_rsample = False
+
+    def __init__(self, lm: LanguageModel, prompts: Prompts, batch_shape: torch.Size | None = None):
+        self.lm = lm
+        self.prompts = prompts
+        self._drawn: tuple[Tensor, Tensor, tuple[int, ...]] | None = None
+        length, steps = prompts.ids.shape[-1], lm.max_new_tokens
+        if lm.max_positions is not None and length + steps > lm.max_positions:
+            raise ValueError(
+                f"a prompt of {length} tokens and max_new_tokens={steps} need {length + steps} positions; this model "
+                f"has {lm.max_positions}: shorten the prompt or lower max_new_tokens"
+            )
+        shape = prompts.batch_shape if batch_shape is None else torch.Size(batch_shape)
+        super().__init__(shape, torch.Size((steps,)), validate_args=False)
+
+    @property
+    def has_enumerate_support(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.lm.vocabulary.size ** self.event_shape[0] * self.event_shape[0] <= ENUMERABLE
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "TokenSequence":
+        return TokenSequence(self.lm, self.prompts, torch.Size(batch_shape))
+
+    def slice(self, rows: Int[Tensor, "N"]) -> "TokenSequence":
+        """Rows `rows` of the flattened batch as a distribution of batch_shape (N,): a micro-batch of particles."""
+        return TokenSequence(self.lm, self.prompts.take(self._prompt_rows(self.batch_shape)[rows]))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Int[Tensor, "*S T"]:
+        shape = torch.Size(sample_shape) + self.batch_shape
+        rows = self._prompt_rows(shape)
+        size = self.lm.rows_per_pass(self.prompts.ids.shape[-1] + self.event_shape[0], 1)
+        parts = [sample(self.lm, self.prompts, chunk) for chunk in _chunks(rows, size)]
+        x, log_q = (torch.cat(p).reshape(*shape, *self.event_shape) for p in zip(*parts, strict=True))
+        self._drawn = (x, log_q, self._version())
+        return x
+
+    def log_prob(self, value: Int[Tensor, "*S T"]) -> Float[Tensor, "*S"]:
+        """log p(value | prompt) in nats, float64, differentiable in the weights; -inf where impossible."""
+        impossible = ~self.lm.vocabulary.is_canonical(value)
+        total = self.token_log_probs(value).sum(-1)
+        return total.masked_fill(impossible, -torch.inf) if bool(impossible.any()) else total
+
+    def token_log_probs(self, value: Int[Tensor, "*S T"]) -> Float[Tensor, "*S T"]:
+        """log p(x_t | prompt, x_<t) in nats, float64, 0 after the end; `value` broadcasts against batch_shape.
+
+        :raises ValueError: if `value` has another length or dtype than this distribution's outcomes."""
+        if value.shape[-1:] != self.event_shape or value.dtype != torch.int64:
+            raise ValueError(
+                f"got a value of shape {tuple(value.shape)} and {value.dtype}; completions here are int64 of shape "
+                f"(..., {self.event_shape[0]}): pad after the end token, or change max_new_tokens"
+            )
+        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        x = value.expand(*shape, *self.event_shape).reshape(-1, *self.event_shape)
+        x = x.clamp(0, self.lm.vocabulary.size - 1)  # out-of-range ids are -inf in log_prob
+        rows = self._prompt_rows(shape)
+        size = self.lm.rows_per_pass(self.prompts.ids.shape[-1], self.event_shape[0], torch.is_grad_enabled())
+        parts = [
+            self.lm.score(self.prompts.take(r), c).double()
+            for r, c in zip(_chunks(rows, size), _chunks(x, size), strict=True)
+        ]
+        return torch.cat(parts).reshape(*shape, *self.event_shape)
+
+    def drawn_log_probs(self, value: Tensor) -> Tensor | None:
+        """`token_log_probs` of the last draw as found while drawing it; None for any other value or after a change of
+        weights. Saves a second pass; `self_check` proves both equal."""
+        if self._drawn is None or self._drawn[0] is not value or self._drawn[2] != self._version():
+            return None
+        return self._drawn[1].double()
+
+    def enumerate_support(self, expand: bool = True) -> Int[Tensor, "N *S T"]:
+        """Every outcome, (N, *batch_shape, T), or (N, 1, ..., 1, T) without `expand`; tiny vocabularies only.
+
+        :raises NotImplementedError: if there are too many outcomes to list."""
+        vocabulary, steps = self.lm.vocabulary, self.event_shape[0]
+        if not self.has_enumerate_support:
+            raise NotImplementedError(
+                f"{vocabulary.size} tokens at {steps} positions are too many outcomes to enumerate; "
+                "use importance() or a SequenceELBO"
+            )
+        open_ = torch.empty(1, 0, dtype=torch.int64, device=self.lm.device)
+        finished = []
+        for t in range(steps):
+            token = torch.arange(vocabulary.size, device=open_.device)
+            grown = torch.cat([open_.repeat_interleave(vocabulary.size, 0), token.repeat(len(open_))[:, None]], 1)
+            ends = vocabulary.is_end(grown[:, -1])
+            finished.append(torch.nn.functional.pad(grown[ends], (0, steps - t - 1), value=vocabulary.pad_id))
+            open_ = grown[~ends]
+        x = torch.cat([*finished, open_])
+        x = x.reshape(len(x), *[1] * len(self.batch_shape), steps)
+        return x.expand(len(x), *self.batch_shape, steps) if expand else x
+
+    def _prompt_rows(self, shape: torch.Size) -> Int[Tensor, "N"]:
+        """Row of the prompts for each entry of a batch of shape `shape`, flat."""
+        grid = torch.arange(prod(self.prompts.batch_shape), device=self.prompts.ids.device)
+        return grid.reshape(self.prompts.batch_shape).expand(shape).reshape(-1)
+
+    def _version(self) -> tuple[int, ...]:
+        return tuple(p._version for p in self.lm.model.parameters())
+
+
+def _chunks(x: Tensor, size: int) -> tuple[Tensor, ...]:
+    return x.split(size) if len(x) else (x,)

@@ -1,0 +1,102 @@
+"""A tokenizer together with the facts that scoring needs: its end tokens, its pad, and how ids become text."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Vocabulary:
+    """Token ids are the value, text is a view of them (never the other way round).
+
+    :param tokenizer: a Hugging Face tokenizer.
+    :param size: number of token ids that the language model scores, V.
+    :param end_ids: the ids that end a text; all of them stop it, and the one that occurs is scored.
+    :param pad_id: what fills a text after its end. May equal an end id: masks come from lengths, never from ids.
+    """
+
+    def __init__(self, tokenizer: Any, size: int, end_ids: Iterable[int], pad_id: int, bos_id: int | None):
+        self.tokenizer = tokenizer
+        self.size = size
+        self.end_ids = tuple(sorted(set(end_ids)))
+        self.pad_id = pad_id
+        self.bos_id = bos_id
+        for name, ids in {"end_ids": self.end_ids, "pad_id": (pad_id,)}.items():
+            if any(not 0 <= i < size for i in ids):
+                raise ValueError(f"{name}={ids} do not fit a vocabulary of {size} tokens; give ids in 0..{size - 1}")
+
+    def is_end(self, x: Tensor) -> Tensor:
+        """True where a token is an end token; any shape, bool."""
+        return torch.isin(x, torch.tensor(self.end_ids, dtype=x.dtype, device=x.device))
+
+    def lengths(self, x: Tensor) -> Tensor:
+        """Tokens of each completion, its end token included; T where no end token occurs. (*S, T) -> (*S,) int64."""
+        end = self.is_end(x)
+        first = end.to(torch.uint8).argmax(-1)  # index of the first end token, 0 if there is none
+        return torch.where(end.any(-1), first + 1, x.shape[-1])
+
+    def alive(self, x: Tensor) -> Tensor:
+        """True at the tokens that are part of a completion, its end token included. (*S, T) bool."""
+        return torch.arange(x.shape[-1], device=x.device) < self.lengths(x).unsqueeze(-1)
+
+    def is_canonical(self, x: Tensor) -> Tensor:
+        """Ids in range, and pad at every position after the first end token. (*S, T) -> (*S,) bool."""
+        return (((x >= 0) & (x < self.size)) & (self.alive(x) | (x == self.pad_id))).all(-1)
+
+    def completion_ids(self, x: Tensor) -> list[list[int]]:
+        """Rows cut after their end token. (N, T) -> N lists."""
+        rows, lengths = x.tolist(), self.lengths(x).tolist()
+        return [row[:n] for row, n in zip(rows, lengths, strict=True)]
+
+    def decode(self, x: Tensor) -> list[str]:
+        """Text of each completion, without special tokens. (N, T) -> N strings."""
+        rows = self.completion_ids(x)
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True) if rows else []
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt. Text that looks like a special token is plain text; the empty prompt is the BOS token."""
+        ids = self.tokenizer(text, split_special_tokens=True)["input_ids"]
+        while len(ids) > 1 and ids[-1] in self.end_ids:  # some tokenizers close every text; a prompt is still open
+            ids = ids[:-1]
+        if not ids and self.bos_id is None:
+            raise ValueError(f"prompt {text!r} has no tokens and this tokenizer has no BOS token; give a longer prompt")
+        return list(ids) or [self.bos_id]
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Ids of a chat up to the assistant's turn. The template's special tokens are special, those that a message's
+        content spells out are plain text."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise ValueError("this tokenizer has no chat template: give prompts as strings, not as messages")
+        render = lambda m: self.tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True)  # noqa: E731
+        special = set(self.tokenizer.all_special_tokens) | {
+            t.content for t in getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        }
+        if not any(s in m["content"] for m in messages for s in special):
+            return self._plain(render(messages), special=True)
+        marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
+        text = render([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)])
+        ids: list[int] = []
+        for mark, message in zip(marks, messages, strict=True):
+            before, _, text = text.partition(mark)
+            ids += self._plain(before, special=True) + self._plain(message["content"], special=False)
+        return ids + self._plain(text, special=True)
+
+    def _plain(self, text: str, special: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for two vocabularies exactly when the same ids mean the same tokens and the same ends."""
+        table = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return hashlib.sha256(repr((table, self.size, self.end_ids, self.pad_id)).encode()).hexdigest()
+
+    def require_same(self, other: "Vocabulary", what: str) -> None:
+        """Raises ValueError unless both share their tokens."""
+        if self is not other and self.fingerprint != other.fingerprint:
+            raise ValueError(
+                f"{what} use different tokenizers ({self.size} and {other.size} tokens, end ids {self.end_ids} and "
+                f"{other.end_ids}); their token ids do not mean the same text: build both from the same tokenizer"
+            )
