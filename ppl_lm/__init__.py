@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppl_lm.diagnose import Evidence, diagnose, ess, log_evidence, psis_khat, to_arviz
+    from ppl_lm.diagnose import Diagnosis, Evidence, ess, log_evidence, psis_khat, to_arviz
     from ppl_lm.infer import Draws, SequenceELBO, bind, exact, importance, rejection, score
     from ppl_lm.likelihood import Optimality, Reward, RewardError, RewardTimeout, rewards
     from ppl_lm.lm import LanguageModel, Prompts, TokenSequence, batches
@@ -15,7 +15,7 @@ _HOME = {  # public name -> module; imported when first asked for, so that `impo
     **dict.fromkeys(("LanguageModel", "Prompts", "TokenSequence", "batches"), "ppl_lm.lm"),
     **dict.fromkeys(("Optimality", "Reward", "RewardError", "RewardTimeout", "rewards"), "ppl_lm.likelihood"),
     **dict.fromkeys(("Draws", "SequenceELBO", "bind", "exact", "importance", "rejection", "score"), "ppl_lm.infer"),
-    **dict.fromkeys(("Evidence", "diagnose", "ess", "log_evidence", "psis_khat", "to_arviz"), "ppl_lm.diagnose"),
+    **dict.fromkeys(("Diagnosis", "Evidence", "ess", "log_evidence", "psis_khat", "to_arviz"), "ppl_lm.diagnose"),
     "fit": "ppl_lm.run",
 }
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

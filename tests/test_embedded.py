@@ -45,7 +45,12 @@ def cut_down(start: str) -> Grammar:
 
 @pytest.mark.parametrize(
     ("grammar", "ambiguous"),
-    [(Grammar(AMBIGUOUS), True), (cut_down("biography"), False), (cut_down("advice"), False), (cut_down("facts"), False)],
+    [
+        (Grammar(AMBIGUOUS), True),
+        (cut_down("biography"), False),
+        (cut_down("advice"), False),
+        (cut_down("facts"), False),
+    ],
     ids=["ambiguous", "biography", "advice", "facts"],
 )
 def test_log_prob_is_the_sum_over_derivations(grammar, ambiguous):
@@ -105,7 +110,13 @@ def test_attribute_rates_of_the_grammar():
 def test_checkers_apply_to_their_own_kind_alone():
     """Catches a checker that answers for another kind of text, or that answers None for its own."""
     rng = random.Random(6)
-    kinds = {"positive": "review", "female": "biography", "stereotyped": "biography", "unsafe": "advice", "false": "facts"}
+    kinds = {
+        "positive": "review",
+        "female": "biography",
+        "stereotyped": "biography",
+        "unsafe": "advice",
+        "false": "facts",
+    }
     for kind in KINDS:
         for text in (GRAMMAR.sample(rng, kind) for _ in range(200)):
             for name, own in kinds.items():
@@ -168,7 +179,13 @@ def figures():
 def test_folder(model, tokenizer):
     """Catches a folder that has grown, a missing file, and special tokens that coincide or that the config forgets."""
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 6 * 2**20
-    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):
         assert (FOLDER / name).is_file()
     ids = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
     assert len(set(ids)) == 3
@@ -224,7 +241,7 @@ def test_samples_are_not_training_text(drawn, figures):
 
 
 def test_attribute_rates_of_the_model(drawn, figures):
-    """Within two points of the declared rates: by the 10,000 or more samples of metrics.json, and by the fresh ones
+    """Within two points of the declared rates: by the 20,000 samples of metrics.json, and by the fresh ones
     up to four of their standard errors. Catches a model that forgot rare attributes, and a stale metrics.json."""
     for name, attribute in ATTRIBUTES.items():
         share, se = rate(attribute.check, drawn)
@@ -233,3 +250,12 @@ def test_attribute_rates_of_the_model(drawn, figures):
         assert stored["declared"] == attribute.rate
         assert abs(stored["lm"] - attribute.rate) <= 0.02, (name, stored)
         assert abs(stored["lm"] - share) < 4 * math.hypot(se, stored["lm_se"]), (name, stored, share)
+
+
+def test_model_card_quotes_the_figures(figures):
+    """Catches a card that was not renewed with the weights."""
+    card = (FOLDER.parent / "MODEL_CARD.md").read_text()
+    for attribute in figures["attributes"].values():
+        assert f"| {attribute['declared']:.2f} | {attribute['lm']:.4f} ± {attribute['lm_se']:.4f} |" in card
+    assert f"{figures['cross_entropy_over_entropy']:.4f}" in card
+    assert f"{100 * figures['samples_that_parse']:.1f}%" in card

@@ -125,6 +125,23 @@ def test_a_signature_that_cannot_be_served_is_refused_with_what_there_is(functio
         Reward(function)(prompts_ab(), ids("a", "b"))
 
 
+def test_prompts_and_draws_of_a_language_model_arrive_as_text():
+    """`FakePrompts` above is true to the real thing."""
+    from ppl_lm.lm.table import table_lm
+
+    lm = table_lm(4, 3, max_prompt=2)  # letters a, b, c; the end token is 3
+    prompts = lm.prompts({"prompt": ["a", "b"], "answer": ["b", "c"]})
+    x = torch.tensor([[[1, 0, 3], [3, 3, 3]], [[0, 2, 2], [2, 3, 3]]])  # (K=2, B=2, T=3)
+    seen = []
+
+    def count(prompts, completions, completion_ids, answer):
+        seen.extend(zip(prompts, answer, map(len, completion_ids), strict=True))
+        return [float(text.count(a)) for text, a in zip(completions, answer, strict=True)]
+
+    assert Reward(count)(prompts, x).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert seen == [("a", "b", 3), ("b", "c", 1), ("a", "b", 3), ("b", "c", 2)]
+
+
 def test_no_completions_no_call():
     reward = Reward(lambda completions: pytest.fail("called"))
     assert reward(FakePrompts([], (0,)), torch.zeros(0, 3, dtype=torch.int64)).shape == (0,)

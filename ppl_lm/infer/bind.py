@@ -35,7 +35,9 @@ class Bound(nn.Module):
             if parameter.kind is parameter.VAR_KEYWORD:
                 arguments.update(arguments.pop(parameter.name, {}))
             elif parameter.kind is parameter.VAR_POSITIONAL and parameter.name in arguments:
-                raise TypeError(f"{name}{signature}: programs with *{parameter.name} cannot be bound; name each argument")
+                raise TypeError(
+                    f"{name}{signature}: programs with *{parameter.name} cannot be bound; name each argument"
+                )
         self.program = program
         self.networks = nn.ModuleDict({k: v for k, v in arguments.items() if isinstance(v, nn.Module)})
         self.arguments = {

@@ -1,6 +1,6 @@
 """One run of guide and model with K particles: where Pyro's traces are read, and nowhere else."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from ppl_lm.infer.bind import require_separate
-from ppl_lm.lm import TokenSequence
+from ppl_lm.likelihood import Optimality
+from ppl_lm.lm import Prompts, TokenSequence
 
 Site = dict[str, Any]
 PLATE = "particles"
@@ -47,13 +48,37 @@ class Particles:
     @property
     def records(self) -> dict[str, Tensor]:
         """What the model recorded with `pyro.deterministic`."""
-        return {name: site["value"] for name, site in self.model_sites.items() if _is_record(site)}
+        return {name: site["value"] for name, site in self.model_sites.items() if is_record(site)}
 
-    def observed(self) -> Iterator[str]:
-        """Names of the likelihood's sites."""
-        for name, site in self.model_sites.items():
-            if site["is_observed"] and not _is_record(site):
-                yield name
+    @property
+    def prompts(self) -> Prompts:
+        """Of the first sequence site."""
+        found = [site["fn"].prompts for site in self.guide_sites.values() if is_sequence(site)]
+        if not found:
+            raise ValueError("the guide has no text among its sites: use Pyro's own inference for such programs")
+        return found[0]
+
+    def log_prior(self) -> Tensor:
+        """log p of all latent sites, detached, float64, nats: (K, B), or (K, 1) where a latent site lies outside the
+        prompt plate, so that only a joint value of all prompts exists. Likewise `log_likelihood`, `log_guide`."""
+        return self._by_prompt(self.log_p[name] for name in self.guide_sites if name in self.log_p)
+
+    def log_likelihood(self) -> Tensor:
+        """log p of all observed sites, for exp(r/β): what a bounded `Optimality` subtracts is added again."""
+        terms = []
+        for name, log_p in self.log_p.items():
+            fn = self.model_sites[name]["fn"]
+            if name not in self.guide_sites:
+                terms.append(log_p + (fn.log_bound or 0.0) if isinstance(fn, Optimality) else log_p)
+        return self._by_prompt(terms)
+
+    def log_guide(self) -> Tensor:
+        return self._by_prompt(self.log_q.values())
+
+    def _by_prompt(self, terms: Iterable[Tensor]) -> Tensor:
+        size, lead = len(self.prompts), int(self.count > 1)
+        local = all(v.dim() > lead and v.shape[-1] == size for v in self.log_q.values())
+        return by_prompt(terms, self.count, size if local else 1)
 
     def cost(self) -> MultiFrameTensor:
         """log q - log p of every site, detached, summed by plates (Schulman et al. 2015: what lies in other cells of a
@@ -76,8 +101,8 @@ def run(
 ) -> Particles:
     """Runs the guide, then the model on the guide's values, once, with all particles in an outermost plate."""
     require_separate(model, guide)
-    if num_particles > 1:  # inside replay, so that the plate broadcasts replayed sites too
-        model, guide = (pyro.plate(PLATE, num_particles, dim=-max_plate_nesting - 1)(f) for f in (model, guide))
+    guide = as_particles(guide, num_particles, max_plate_nesting)
+    model = as_particles(model, num_particles, max_plate_nesting)
     guide_trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     model_trace = prune_subsample_sites(model_trace)
@@ -92,7 +117,7 @@ def run(
         if pyro.settings.get("validate_poutine"):
             check_site_shape({**site, "log_prob": made.log_q[name]}, nesting)
     for name, site in model_sites.items():
-        if _is_record(site):
+        if is_record(site):
             continue
         twin = guide_sites.get(name)
         if twin is not None and _same_law(site, twin):  # the prior as its own proposal: one pass serves both
@@ -105,6 +130,23 @@ def run(
         if bool(torch.isnan(value.detach()).any()):
             raise ValueError(f"site {name!r} has a log-probability that is NaN; check the program and its reward")
     return made
+
+
+def by_prompt(terms: Iterable[Tensor], count: int, batch: int) -> Tensor:
+    """Sums sites' log-probabilities, each over the dimensions between particles and prompts, to (count, batch)."""
+    total: Any = torch.zeros(count, batch, dtype=torch.float64)
+    for term in terms:
+        term = term.detach().double()
+        term = term.reshape(count, -1, term.shape[-1]) if term.dim() > 1 or count == 1 else term.reshape(count, 1, 1)
+        term = term.sum(1)
+        total = total.to(term.device) + (term if term.shape[-1] == batch else term.sum(-1, keepdim=True))
+    return total
+
+
+def as_particles(program: Callable[..., Any], num_particles: int, max_plate_nesting: int = 1) -> Callable[..., Any]:
+    """The program with all its sites in an outermost plate of `num_particles`, none for a single one. To be replayed
+    from outside, so that the plate broadcasts replayed sites too."""
+    return pyro.plate(PLATE, num_particles, dim=-max_plate_nesting - 1)(program) if num_particles > 1 else program
 
 
 def is_sequence(site: Site) -> bool:
@@ -140,5 +182,5 @@ def _same_law(site: Site, twin: Site) -> bool:
     return a.lm is b.lm and same_prompts and same_scale
 
 
-def _is_record(site: Site) -> bool:
+def is_record(site: Site) -> bool:
     return bool(site["infer"].get("_deterministic"))

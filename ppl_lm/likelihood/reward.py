@@ -169,11 +169,9 @@ class Reward:
     def _checked(self, returned: Any, texts: list[str]) -> list[float]:
         """The rewards as plain floats, one for each text."""
         n = len(texts)
-        if isinstance(returned, Tensor):
-            returned = returned.detach().cpu()
-        elif hasattr(returned, "__array__") and not isinstance(returned, np.generic):
-            returned = np.asarray(returned)
-        elif not isinstance(returned, (list, tuple)):
+        if not isinstance(returned, (Tensor, np.generic)) and hasattr(returned, "__array__"):
+            returned = np.asarray(returned)  # pandas and the like
+        if not isinstance(returned, (Tensor, np.ndarray, list, tuple)):
             raise RewardError(
                 f"reward {self.name!r} returned {_short(returned)} of type {type(returned).__name__}; it needs a list "
                 f"of {n} numbers, one for each completion (first completion {_short(texts[0])})"

@@ -17,7 +17,9 @@ def self_check(lm: LanguageModel, prompts: Any = None, tolerance: float = 2e-3) 
     if prompts is None:
         start = [vocabulary.bos_id] if vocabulary.bos_id is not None else [vocabulary.end_ids[0]]
         middle = [i for i in range(vocabulary.size) if i not in vocabulary.end_ids][:: max(1, vocabulary.size // 5)]
-        batch = Prompts.from_ids([start, start + middle[: max(0, min(3, room - steps - 1))]], vocabulary, device=lm.device)
+        batch = Prompts.from_ids(
+            [start, start + middle[: max(0, min(3, room - steps - 1))]], vocabulary, device=lm.device
+        )
     else:
         batch = lm.prompts(prompts)
     devices = [lm.device] if lm.device.type == "cuda" else []

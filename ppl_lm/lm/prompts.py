@@ -146,15 +146,20 @@ class Prompts:
 
 
 def batches(prompts: Prompts, batch_size: int, seed: int = 0) -> Iterator[Prompts]:
-    """Endless mini-batches of prompts, a fresh shuffle each epoch; every prompt once an epoch.
+    """Endless mini-batches of prompts, a fresh shuffle each epoch; every prompt once an epoch."""
+    for rows in shuffled(len(prompts), batch_size, seed):
+        yield prompts.take(rows)
 
-    Draws from a generator of its own: the global random state is left alone."""
-    if not 1 <= batch_size <= len(prompts):
-        raise ValueError(f"batch_size={batch_size}; give 1 to {len(prompts)}, the number of prompts")
+
+def shuffled(total: int, size: int, seed: int = 0) -> Iterator[Int[Tensor, "size"]]:
+    """Endless batches of row numbers below `total`, each row once an epoch. Draws from a generator of its own: the
+    global random state is left alone."""
+    if not 1 <= size <= total:
+        raise ValueError(f"batch_size={size}; give 1 to {total}, the number of prompts")
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     while True:
-        if len(order) < batch_size:  # the rest of an epoch is carried over, so that no prompt is left out
-            order = torch.cat([order, torch.randperm(len(prompts), generator=generator)])
-        rows, order = order[:batch_size], order[batch_size:]
-        yield prompts.take(rows.to(prompts.ids.device)) if batch_size < len(prompts) else prompts
+        if len(order) < size:  # the rest of an epoch is carried over, so that no prompt is left out
+            order = torch.cat([order, torch.randperm(total, generator=generator)])
+        rows, order = order[:size], order[size:]
+        yield rows

@@ -102,9 +102,7 @@ def table_lm(
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<end>", eos_token="<end>", pad_token="<end>"
     )
-    config = TableConfig(
-        vocab_size, max_prompt + max_new_tokens, bos_token_id=end, eos_token_id=end, pad_token_id=end
-    )
+    config = TableConfig(vocab_size, max_prompt + max_new_tokens, bos_token_id=end, eos_token_id=end, pad_token_id=end)
     model = TableForCausalLM(config)
     if concentration is not None:
         generator = torch.Generator().manual_seed(seed)

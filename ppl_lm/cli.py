@@ -1,0 +1,177 @@
+"""`ppl-lm fit | sample | diagnose`: the command line."""
+
+import json
+import traceback as tracebacks
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+GOOD, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit statuses
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `ppl-lm fit` wrote.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show Python's traceback of an error.")]
+NumSamples = Annotated[int, typer.Option(help="Draws for each prompt.")]
+
+
+@contextmanager
+def _errors(traceback: bool) -> Iterator[None]:
+    """One clear message and exit status 2 for whatever the user can mend."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, SyntaxError, ImportError) as error:
+        if traceback:
+            tracebacks.print_exc()
+        err.print(f"ppl-lm: {error}", markup=False, style="red", soft_wrap=True)
+        raise typer.Exit(BAD_INPUT) from None
+    except KeyboardInterrupt:
+        err.print("ppl-lm: interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from ppl_lm import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """Say which text you want as a Pyro program; get it by inference; know how close you got."""
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The posterior: a name from ppl_lm.models, or FILE.py:NAME.")],
+    guide: Annotated[str, typer.Option(help="The approximation: a name from ppl_lm.guides, or FILE.py:NAME.")] = "finetuned",
+    lm: Annotated[str | None, typer.Option(help="A Hugging Face folder or hub name. [default: the LM that ships]")] = None,
+    reward: Annotated[str, typer.Option(help="vader, length, contains:WORD, or FILE.py:NAME.")] = "vader",
+    beta: Annotated[float, typer.Option(help="Temperature of the reward; lower asks for more of it.")] = 0.2,
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line, or JSON lines with 'prompt'. "
+                                                 "[default: the model's BOS]")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 32,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Stop fitting after so many seconds. [default: 100, unless "
+                                                     "--max-steps is given]")] = None,
+    particles: Annotated[int, typer.Option(help="Texts drawn for each prompt and step.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Prompts a step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Adam's, at its peak.")] = 1e-3,
+    output_dir: Annotated[Path, typer.Option(help="Where the run folder is written.")] = Path("runs/latest"),
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: CUDA where there is one]")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Draws for each prompt when measuring. [default: 4096, fewer "
+                                                    "with many prompts]")] = None,
+    traceback: Traceback = False,
+) -> None:  # fmt: skip
+    """Fit a guide to the posterior, measure how close it came, and write a run folder."""
+    from ppl_lm.run import folder
+    from ppl_lm.run.command import fit_and_measure
+
+    if max_steps is None and time_limit is None:
+        time_limit = 100.0
+    with _errors(traceback):
+        texts, columns = read_prompts(prompts)
+        settings = folder.Settings(
+            model=model, guide=guide, lm=lm, reward=reward, beta=beta, prompts=texts, columns=columns,
+            max_new_tokens=max_new_tokens, device=device, seed=seed, particles=particles, batch_size=batch_size,
+            learning_rate=learning_rate, max_steps=max_steps, time_limit=time_limit,
+        )  # fmt: skip
+        outcome = fit_and_measure(settings, output_dir, num_samples, out)
+    raise typer.Exit({"finished": GOOD, "interrupted": INTERRUPTED}.get(outcome, FAILED))
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    num_samples: NumSamples = 10,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Draw texts from a run's fitted guide, each with the log of its importance weight."""
+    import torch
+
+    from ppl_lm.diagnose.show import clean
+    from ppl_lm.infer import importance
+    from ppl_lm.run import folder
+
+    with _errors(traceback):
+        programs = folder.build(folder.read_settings(run), run / "guide")
+        torch.manual_seed(seed)
+        draws = importance(programs.model, programs.guide, programs.prompts, num_samples=num_samples)
+        reward = draws.records.get("reward")
+        for b, texts in enumerate(draws.text()):
+            for s, text in enumerate(texts):
+                row = {"prompt": draws.prompts.texts[b], "completion": text}
+                row |= {} if reward is None else {"reward": round(float(reward[0, s, b]), 4)}
+                row["log_weight"] = round(float(draws.log_weight[0, s, min(b, draws.log_weight.shape[2] - 1)]), 4)
+                if as_json:
+                    print(json.dumps(row))
+                else:
+                    out.print(clean(f"{row.get('reward', '')} {row['prompt']} │ {text}".strip()), soft_wrap=True)
+
+
+@app.command()
+def diagnose(
+    run: RunFolder,
+    num_samples: NumSamples = 4096,
+    seed: Annotated[int, typer.Option()] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print diagnosis.json instead of tables.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Measure how close a run's guide is to its posterior, on fresh draws; write diagnosis.json and draws.nc."""
+    import torch
+
+    from ppl_lm.run import folder
+    from ppl_lm.run.command import measure
+
+    with _errors(traceback):
+        settings = folder.read_settings(run)
+        programs = folder.build(replace(settings, seed=seed), run / "guide")
+        torch.manual_seed(seed)
+        made = measure(programs, run, num_samples, Console(quiet=True) if as_json else out)
+        if as_json:
+            print(json.dumps(made, indent=1))
+
+
+def read_prompts(path: Path | None) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Prompts and further columns: from a text file, one a line; from JSON lines with the key `prompt`.
+
+    :raises ValueError: if the file is missing, empty or malformed."""
+    if path is None:
+        return [""], {}
+    if not path.is_file():
+        raise ValueError(f"prompts={str(path)!r}: there is no such file")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"prompts={str(path)!r} is empty; give one prompt a line")
+    if path.suffix not in (".jsonl", ".json"):
+        return lines, {}
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"prompts={str(path)!r}, line {number} is not JSON: {error}") from None
+        if not isinstance(rows[-1], dict) or "prompt" not in rows[-1] or rows[-1].keys() != rows[0].keys():
+            raise ValueError(f"prompts={str(path)!r}, line {number}: each line needs 'prompt' and the same keys")
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    return columns.pop("prompt"), columns
+
+
+def main() -> None:
+    app(prog_name="ppl-lm")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Criticism: how close an approximation is to its posterior."""
+
+from ppl_lm.diagnose.arviz import to_arviz, to_datatree
+from ppl_lm.diagnose.evidence import Evidence, log_evidence
+from ppl_lm.diagnose.summary import Diagnosis, diagnose
+from ppl_lm.diagnose.verdict import Verdict, judge
+from ppl_lm.diagnose.weights import ess, khat_threshold, psis_khat
+
+__all__ = [
+    "Diagnosis",
+    "Evidence",
+    "Verdict",
+    "diagnose",
+    "ess",
+    "judge",
+    "khat_threshold",
+    "log_evidence",
+    "psis_khat",
+    "to_arviz",
+    "to_datatree",
+]

@@ -1,0 +1,102 @@
+"""The evidence bracket: lower bound ≤ log Z ≤ upper bound, and with it how far a guide is from its posterior."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ppl_lm.diagnose.weights import log_mean, mean
+from ppl_lm.infer import Draws
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Bounds and estimates of log Z for each of B prompts, nats, float64, each with its standard error (`_se`).
+
+    :param elbo: E_q[log w] = log Z - KL(q ‖ p), w = p(x, evidence)/q(x).
+    :param iwae: E_q[log of the mean of `iwae_particles` weights]: a tighter lower bound (Burda et al. 2016).
+    :param upper: EUBO = E_p[log w] = log Z + KL(p ‖ q), from posterior draws.
+    :param upper_exact: whether those draws were exact. If not they are the guide's own, reweighted, and `upper` is
+        approximate: it cannot show posterior mass that the guide never visits.
+    :param log_z: best estimate of log Z.
+    """
+
+    elbo: Float[Tensor, "B"]
+    elbo_se: Float[Tensor, "B"]
+    iwae: Float[Tensor, "B"]
+    iwae_se: Float[Tensor, "B"]
+    iwae_particles: int
+    upper: Float[Tensor, "B"]
+    upper_se: Float[Tensor, "B"]
+    upper_exact: bool
+    log_z: Float[Tensor, "B"]
+    log_z_se: Float[Tensor, "B"]
+    kl_q_p: Float[Tensor, "B"]
+    kl_q_p_se: Float[Tensor, "B"]
+    kl_p_q: Float[Tensor, "B"]
+    kl_p_q_se: Float[Tensor, "B"]
+
+    def __str__(self) -> str:
+        label = "≤" if self.upper_exact else "≲ (approximate)"
+        rows = zip(*(getattr(self, k).tolist() for k in ("elbo", "elbo_se", "iwae", "log_z", "log_z_se")), strict=True)
+        tops = zip(self.upper.tolist(), self.upper_se.tolist(), strict=True)
+        return "\n".join(
+            f"ELBO {e:.3f} ± {ese:.3f} ≤ IWAE-{self.iwae_particles} {i:.3f} ≤ log Z {z:.3f} ± {zse:.3f} "
+            f"{label} EUBO {u:.3f} ± {use:.3f} nats"
+            for (e, ese, i, z, zse), (u, use) in zip(rows, tops, strict=True)
+        )
+
+
+def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int = 64) -> Evidence:
+    """Bounds of log Z from a guide's draws, and from exact posterior draws where there are some.
+
+    :param draws: the guide's (`importance`).
+    :param exact: exact posterior draws whose `log_guide` is that of the same guide: `score(guide, rejection(...))`.
+    :raises ValueError: if `exact` holds draws that are not exact, or `draws` holds exact ones.
+    """
+    if draws.exact:
+        raise ValueError("draws= must be the guide's own draws; pass exact posterior draws as exact=")
+    if exact is not None and not exact.exact:
+        raise ValueError("exact= must hold exact posterior draws (rejection); these are weighted ones")
+    log_w = draws.log_weight.flatten(0, 1)  # (S, B)
+    n = len(log_w)
+    elbo, elbo_se = mean(log_w)
+    groups = min(iwae_particles, max(1, n // 2))
+    bound = log_w[: n // groups * groups].reshape(-1, groups, log_w.shape[1])
+    iwae, iwae_se = mean(bound.logsumexp(1) - math.log(groups))
+    log_z, log_z_se = log_mean(log_w)
+    relative = (log_w - log_z).exp()
+    kl_q_p, kl_q_p_se = log_z - elbo, (relative - log_w).std(0) / math.sqrt(n)  # one influence function: same draws
+    if exact is not None and exact.proposals is not None:
+        other, other_se = log_mean(exact.proposals.log_weight.flatten(0, 1))
+        better = other_se < log_z_se
+        log_z, log_z_se = torch.where(better, other, log_z), torch.where(better, other_se, log_z_se)
+        kl_q_p = log_z - elbo
+        kl_q_p_se = torch.where(better, (other_se**2 + elbo_se**2).sqrt(), kl_q_p_se)
+    if exact is not None:
+        upper, upper_se = mean(exact.log_weight.flatten(0, 1))
+        kl_p_q_se = (upper_se**2 + log_z_se**2).sqrt()
+    else:
+        share = log_w.softmax(0)
+        terms = torch.where(share > 0, log_w, 0.0)
+        upper = (share * terms).sum(0)
+        upper_se = (share.square() * (terms - upper).square()).sum(0).sqrt()
+        kl_p_q_se = (share.square() * (terms - upper - 1).square()).sum(0).sqrt()
+    return Evidence(
+        elbo=elbo,
+        elbo_se=elbo_se,
+        iwae=iwae,
+        iwae_se=iwae_se,
+        iwae_particles=groups,
+        upper=upper,
+        upper_se=upper_se,
+        upper_exact=exact is not None,
+        log_z=log_z,
+        log_z_se=log_z_se,
+        kl_q_p=kl_q_p,
+        kl_q_p_se=kl_q_p_se,
+        kl_p_q=upper - log_z,
+        kl_p_q_se=kl_p_q_se,
+    )

@@ -1,0 +1,70 @@
+"""What `ppl-lm` prints: figures as a table, texts side by side. Text from models and rewards is untrusted: it is shown
+without markup and without control characters."""
+
+import unicodedata
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from ppl_lm.diagnose.summary import Diagnosis
+from ppl_lm.diagnose.weights import khat_threshold
+from ppl_lm.infer import Draws
+
+COLOURS = {"good": "green", "poor": "yellow", "unknown": "yellow", "worse_than_prior": "red"}
+
+
+def clean(text: str, width: int = 0) -> Text:
+    """A line of text that cannot move the cursor, colour the screen or reverse its direction."""
+    plain = "".join(c if c == " " or unicodedata.category(c)[0] != "C" else " " for c in " ".join(text.split()))
+    return Text(plain if not width or len(plain) <= width else plain[: width - 1] + "…")
+
+
+def figures(made: dict[str, Any], title: str) -> Table:
+    """One prompt's figures, or the average."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+
+    def pm(key: str) -> str:
+        return f"{made[key]:.3f} ± {made[key + '_se']:.3f}"
+
+    upper = "" if made["upper_exact"] else "  (approximate: from the guide's own draws)"
+    table.add_row("evidence bracket", f"ELBO {pm('elbo')}  ≤  log Z {pm('log_z')}  ≤  EUBO {pm('upper')} nats{upper}")
+    table.add_row("KL(guide ‖ posterior)", f"{pm('kl_q_p')} nats; the prior's: {pm('kl_prior_p')}")
+    table.add_row("KL(posterior ‖ guide)", f"{pm('kl_p_q')} nats")
+    table.add_row("KL(guide ‖ prior)", f"{pm('kl_q_prior')} nats")
+    if "reward" in made:
+        table.add_row(
+            "E[reward]", f"prior {pm('reward_prior')}, guide {pm('reward')}, posterior {pm('reward_posterior')}"
+        )
+    n = made["num_samples"]
+    khat = "not applicable (bounded weights)" if made["khat"] is None else f"{made['khat']:.2f}"
+    table.add_row(
+        "importance weights", f"ESS {made['ess']:.0f} of {n}; k-hat {khat}, fine below {khat_threshold(n):.2f}"
+    )
+    table.add_row("cost of measuring", f"{made['lm_tokens']:,} LM tokens, {made['reward_calls']:,} reward calls")
+    return table
+
+
+def samples(prior: Draws, guide: Draws, exact: Draws | None, count: int = 5, width: int = 60) -> Table:
+    """Prior draws, the guide's and the posterior's side by side, each with its reward."""
+    table = Table(title="samples", title_justify="left", show_lines=True, expand=False)
+    columns = {"prior": prior, "guide": guide} | ({"posterior (exact)": exact} if exact is not None else {})
+    cells = []
+    for name, draws in columns.items():
+        table.add_column(name, max_width=width, overflow="fold")
+        texts = draws.text()[0][:count]
+        rewards = draws.records.get("reward")
+        values = [None] * len(texts) if rewards is None else rewards.flatten().tolist()
+        cells.append([_cell(t, r) for t, r in zip(texts, values, strict=False)])
+    for row in zip(*cells, strict=False):
+        table.add_row(*row)
+    return table
+
+
+def verdict(diagnosis: Diagnosis) -> Text:
+    v = diagnosis.verdict
+    return Text.assemble((v.code, f"bold {COLOURS[v.code]}"), ": ", v.sentence)
+
+
+def _cell(text: str, reward: float | None) -> Text:
+    return clean(text) if reward is None else Text.assemble((f"{reward:+.2f} ", "bold"), clean(text))

@@ -1,0 +1,133 @@
+"""`diagnose`: how close a guide is to its posterior, prompt by prompt, as figures with errors and a verdict."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ppl_lm.diagnose.evidence import Evidence, log_evidence
+from ppl_lm.diagnose.verdict import Verdict, judge
+from ppl_lm.diagnose.weights import ess, mean, psis_khat, weighted_mean
+from ppl_lm.infer import Draws, importance, score
+from ppl_lm.infer.rejection import accept, likelihood_bound, select
+
+MIN_EXACT = 50  # exact draws for a prompt, below which the upper bound is the approximate one
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Figures of each prompt (the keys of `diagnosis.json`), their average, the verdict, and the draws behind them.
+
+    `exact` holds each prompt's exact posterior draws, None where there were too few."""
+
+    figures: list[dict[str, Any]]
+    average: dict[str, Any]
+    verdict: Verdict
+    prior: Draws
+    guide: Draws
+    exact: list[Draws | None]
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.average, "sentence": self.verdict.sentence, "prompts": self.figures}
+
+
+def diagnose(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    prior: Callable[..., Any],
+    prompts: Any,
+    num_samples: int = 4096,
+) -> Diagnosis:
+    """Draws from the guide and from the prior, finds exact posterior draws among the latter where the likelihood has a
+    bound, and says how far the guide is from the posterior.
+
+    :param guide: the fitted guide; `prior`: the prior itself as a guide (`ppl_lm.guides.prior`).
+    :param num_samples: draws of each for every prompt.
+    """
+    if num_samples < 100:
+        raise ValueError(f"num_samples={num_samples}; give at least 100")
+    from_prior = importance(model, prior, prompts, num_samples=num_samples)
+    from_guide = importance(model, guide, prompts, num_samples=num_samples)
+    bound = likelihood_bound(model, prompts)
+    keep = None if bound is None else accept(from_prior, bound)  # (S, B)
+    figures, verdicts, exacts = [], [], []
+    for b in range(from_guide.log_guide.shape[-1]):
+        p, q, exact = from_prior.of_prompt(b), from_guide.of_prompt(b), None
+        if keep is not None and int(keep[:, b].sum()) >= MIN_EXACT:
+            exact = score(guide, select(p, keep[:, b : b + 1], int(keep[:, b].sum())))
+        made, verdict = _figures(p, q, exact, log_evidence(q, exact))
+        figures.append({"prompt": q.prompts.texts[0], **made, "verdict": verdict.code})
+        verdicts.append(verdict)
+        exacts.append(exact)
+    average = _average(figures)
+    cost = from_prior.cost + from_guide.cost
+    average |= {"lm_tokens": cost.lm_tokens, "reward_calls": cost.reward_calls}
+    verdict = verdicts[0] if len(verdicts) == 1 else _judged(average)
+    average["verdict"] = verdict.code
+    return Diagnosis(figures, average, verdict, from_prior, from_guide, exacts)
+
+
+def _figures(prior: Draws, guide: Draws, exact: Draws | None, evidence: Evidence) -> tuple[dict[str, Any], Verdict]:
+    made: dict[str, Any] = {}
+
+    def put(name: str, value: torch.Tensor, se: torch.Tensor) -> None:
+        made[name], made[f"{name}_se"] = float(value), float(se)
+
+    for name in ("elbo", "iwae", "upper", "log_z", "kl_q_p", "kl_p_q"):
+        put(name, getattr(evidence, name), getattr(evidence, f"{name}_se"))
+    made["upper_exact"] = evidence.upper_exact
+    log_w = guide.log_weight.flatten(0, 1)
+    base, base_se = mean(prior.log_weight.flatten(0, 1))
+    put("kl_prior_p", evidence.log_z - base, (evidence.log_z_se**2 + base_se**2).sqrt())
+    put("elbo_gain", evidence.elbo - base, (evidence.elbo_se**2 + base_se**2).sqrt())
+    put("kl_q_prior", *mean((guide.log_guide - guide.log_prior).flatten(0, 1)))
+    if "reward" in guide.records:
+        put("reward", *mean(guide["reward"].flatten(0, 1)))
+        put("reward_prior", *mean(prior["reward"].flatten(0, 1)))
+        source = exact if exact is not None else guide
+        put("reward_posterior", *weighted_mean(source["reward"].flatten(0, 1), source))
+    made["ess"] = float(ess(log_w))
+    made["khat"] = psis_khat(log_w[:, 0])
+    made["num_samples"] = guide.num_samples
+    made["exact_draws"] = 0 if exact is None else exact.num_samples
+    share = prior.log_guide.shape[-1] / max(1, len(prior.prompts))  # of the cost of drawing for all prompts together
+    cost = prior.cost + guide.cost
+    made["lm_tokens"], made["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
+    return made, _judged(made)
+
+
+def _judged(made: dict[str, Any]) -> Verdict:
+    return judge(
+        kl_q_p=made["kl_q_p"],
+        kl_q_p_se=made["kl_q_p_se"],
+        kl_p_q=made["kl_p_q"],
+        kl_prior_p=made["kl_prior_p"],
+        gain=made["elbo_gain"],
+        gain_se=made["elbo_gain_se"],
+        upper_exact=made["upper_exact"],
+        khat=made["khat"],
+        num_samples=made["num_samples"],
+    )
+
+
+def _average(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over prompts; standard errors of means of independent figures; costs added up; the worst k-hat."""
+    n, average = len(figures), {}
+    for key, value in figures[0].items():
+        column = [f[key] for f in figures]
+        if key in ("prompt", "verdict"):
+            continue
+        if key.endswith("_se"):
+            average[key] = sum(v * v for v in column) ** 0.5 / n
+        elif key == "khat":
+            average[key] = max((v for v in column if v is not None), default=None)
+        elif isinstance(value, bool):
+            average[key] = all(column)
+        elif key in ("lm_tokens", "reward_calls", "exact_draws"):
+            average[key] = sum(column)
+        elif key == "num_samples":
+            average[key] = value
+        else:
+            average[key] = sum(column) / n
+    return average

@@ -1,0 +1,58 @@
+"""What the figures mean, in words."""
+
+from dataclasses import dataclass
+
+from ppl_lm.diagnose.weights import khat_threshold
+
+GOOD_SHARE = 0.2  # of KL(prior ‖ posterior): what a good guide may leave
+GOOD_NATS = 0.1  # or this much in absolute terms
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`code` is one of `good`, `poor`, `worse_than_prior`, `unknown`."""
+
+    code: str
+    sentence: str
+
+
+def judge(
+    *,
+    kl_q_p: float,
+    kl_q_p_se: float,
+    kl_p_q: float,
+    kl_prior_p: float,
+    gain: float,
+    gain_se: float,
+    upper_exact: bool,
+    khat: float | None,
+    num_samples: int,
+) -> Verdict:
+    """The verdict on one guide and prompt.
+
+    :param gain: ELBO(q) - ELBO(prior) in nats; needs no log Z, and rises only if q comes closer to the posterior.
+    """
+    if gain < -2 * gain_se and gain < -0.01:
+        return Verdict(
+            "worse_than_prior",
+            f"The guide is further from the posterior than the prior was (ELBO {gain:+.2f} ± {gain_se:.2f} nats against "
+            "the prior), whatever the reward says. Lower the learning rate, or raise the particles.",
+        )
+    tail = (
+        "" if khat is None or khat < khat_threshold(num_samples) else f" k-hat {khat:.2f} says that its weights have "
+    )
+    tail = tail and tail + "a heavy tail: it under-covers part of the posterior."
+    if not upper_exact:
+        return Verdict(
+            "unknown",
+            f"The guide's own draws put it about {max(kl_q_p, 0):.2f} nats from the posterior, but they cannot show mass "
+            f"that it never visits; exact draws (a reward with r_max) would settle it.{tail}",
+        )
+    bound = kl_q_p + 2 * kl_q_p_se
+    distance = f"KL(guide ‖ posterior) is {kl_q_p:.2f} ± {kl_q_p_se:.2f} nats, KL(posterior ‖ guide) {kl_p_q:.2f}; the "
+    distance += f"prior was {kl_prior_p:.2f} nats away"
+    if bound <= max(GOOD_SHARE * kl_prior_p, GOOD_NATS) and kl_p_q <= max(2 * GOOD_SHARE * kl_prior_p, 2 * GOOD_NATS):
+        return Verdict("good", f"{distance}. Close: use its draws as they are, or weighted for exactness.{tail}")
+    return Verdict(
+        "poor", f"{distance}. Still some way off: weight its draws, fit longer, or raise the particles.{tail}"
+    )

@@ -1,0 +1,65 @@
+"""Importance weights: how many draws they are worth, and whether their tail can be trusted."""
+
+import math
+import warnings
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ppl_lm.infer import Draws
+
+
+def ess(log_w: Float[Tensor, "S *B"]) -> Float[Tensor, "*B"]:
+    """Effective sample size (Σw)²/Σw² in draws (Kong 1992); 0 where all weights are zero."""
+    value = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
+    return torch.where((log_w == -torch.inf).all(0), 0.0, value)
+
+
+def psis_khat(log_w: Float[Tensor, "S"]) -> float | None:
+    """Shape k̂ of a generalised Pareto fitted to the largest weights (Vehtari et al. 2024); below
+    `khat_threshold(S)` importance sampling can be trusted.
+
+    None where the tail is tied, as it is when weights are bounded: k̂ does not apply, and the ESS decides."""
+    import arviz as az
+
+    w = log_w[log_w > -torch.inf].double()
+    tail = min(len(w) // 5, math.ceil(3 * math.sqrt(max(1, len(w)))))
+    if tail < 5:
+        return None
+    largest = w.sort().values[-tail - 1 :]
+    if float(largest[-1] - largest[0]) < 1e-6:
+        return None
+    with warnings.catch_warnings():  # a high k̂ is reported, not warned about
+        warnings.simplefilter("ignore")
+        _, khat = az.psislw(w.cpu().numpy())
+    khat = float(khat)
+    return khat if math.isfinite(khat) else None
+
+
+def khat_threshold(num_samples: int) -> float:
+    """min(1 - 1/log10 S, 0.7), as ArviZ has it."""
+    return min(1 - 1 / math.log10(max(num_samples, 2)), 0.7)
+
+
+def log_mean(log_w: Float[Tensor, "S *B"]) -> tuple[Tensor, Tensor]:
+    """log of the mean weight and its standard error (delta method), nats."""
+    n = len(log_w)
+    value = log_w.logsumexp(0) - math.log(n)
+    relative = (log_w - value).exp()
+    return value, relative.std(0) / math.sqrt(n)
+
+
+def mean(values: Float[Tensor, "S *B"]) -> tuple[Tensor, Tensor]:
+    """Mean over draws and its standard error."""
+    return values.mean(0), values.std(0) / math.sqrt(len(values))
+
+
+def weighted_mean(values: Float[Tensor, "S B"], draws: Draws) -> tuple[Tensor, Tensor]:
+    """Posterior mean of a statistic of the draws with its standard error: self-normalised importance sampling (delta
+    method), or a plain mean where the draws are exact."""
+    if draws.exact:
+        return mean(values)
+    w = draws.log_weight.flatten(0, 1).softmax(0)
+    centre = (w * values).sum(0)
+    return centre, (w.square() * (values - centre).square()).sum(0).sqrt()

@@ -1,0 +1,106 @@
+"""`Draws`: the one result of every sampler."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ppl_lm.lm import Prompts
+from ppl_lm.lm.meter import Cost
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Values of the latent sites with their log-probabilities; C chains, S draws, B prompts.
+
+    :param latents: site name -> (C, S, B, ...); `draws["x"]` is one of them.
+    :param records: what the model recorded with `pyro.deterministic`, such as the reward, (C, S, B).
+    :param log_prior: log p(z | prompt) of all latent sites, nats, float64, (C, S, B); (C, S, 1) where a latent site
+        lies outside the prompt plate, so that only the prompts' joint weight exists. Likewise:
+    :param log_likelihood: of all observed sites, for exp(r/β): a bounded `Optimality`'s shift is taken out again.
+    :param log_guide: log q(z | prompt).
+    :param exact: whether these are equally weighted draws from the posterior itself. Otherwise they are the guide's,
+        and `log_weight` makes them the posterior's.
+    :param proposals: of a sampler that discards, all that it proposed (without `latents`).
+    """
+
+    prompts: Prompts
+    latents: dict[str, Tensor]
+    records: dict[str, Tensor]
+    log_prior: Float[Tensor, "C S B"]
+    log_likelihood: Float[Tensor, "C S B"]
+    log_guide: Float[Tensor, "C S B"]
+    cost: Cost = field(default_factory=Cost)
+    exact: bool = False
+    proposals: "Draws | None" = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.latents[name] if name in self.latents else self.records[name]
+
+    @property
+    def log_weight(self) -> Float[Tensor, "C S B"]:
+        """log of p(z, evidence) / q(z), nats; -inf means impossible under the posterior."""
+        return self.log_prior + self.log_likelihood - self.log_guide
+
+    @property
+    def num_samples(self) -> int:
+        return self.log_guide.shape[0] * self.log_guide.shape[1]
+
+    def text(self, name: str = "x") -> list[list[str]]:
+        """Completions as text: one list a prompt, of all its draws, chains one after the other."""
+        x = self.latents[name].flatten(0, 1).transpose(0, 1)  # (B, C·S, T)
+        return [self.prompts.decode(rows) for rows in x]
+
+    def reweighted(self, num_samples: int | None = None) -> Float[Tensor, "S B"]:
+        """Indices (into the C·S flattened draws) of equally weighted posterior draws, by systematic resampling with
+        the normalised weights, in random order; every index once where the draws are exact. The same at every call:
+        torch's random state is neither used nor changed."""
+        n = num_samples or self.num_samples
+        if self.exact:
+            return torch.arange(self.num_samples).unsqueeze(-1).expand(-1, self.log_guide.shape[-1])[:n]
+        log_w = self.log_weight.flatten(0, 1)  # (S, B)
+        if bool((log_w == -torch.inf).all(0).any()):
+            raise NoSupportError("all weights are zero: no draw of the guide is possible under the posterior")
+        mass = log_w.softmax(0).cumsum(0)
+        generator = torch.Generator().manual_seed(0)
+        grid = (torch.arange(n, device=mass.device) + torch.rand((), dtype=torch.float64, generator=generator)) / n
+        picks = torch.searchsorted((mass / mass[-1]).T.contiguous(), grid.expand(mass.shape[1], n).contiguous())
+        return picks.clamp_max(len(mass) - 1)[:, torch.randperm(n, generator=generator)].T
+
+    def of_prompt(self, b: int) -> "Draws":
+        """The draws of one prompt, still with a prompt dimension. Joint weights stay joint; `cost` stays everyone's."""
+        pick = lambda v: v[:, :, b : b + 1] if v.shape[2] > 1 else v  # noqa: E731
+        return self.map(pick, self.prompts[b : b + 1])
+
+    def map(self, pick: Callable[[Tensor], Tensor], prompts: Prompts | None = None) -> "Draws":
+        """The same draws with every tensor passed through `pick`."""
+        return replace(
+            self,
+            prompts=prompts or self.prompts,
+            latents={k: pick(v) for k, v in self.latents.items()},
+            records={k: pick(v) for k, v in self.records.items()},
+            log_prior=pick(self.log_prior),
+            log_likelihood=pick(self.log_likelihood),
+            log_guide=pick(self.log_guide),
+        )
+
+
+class NoSupportError(ValueError):
+    """No draw was possible under the posterior: its evidence rules out all that was proposed."""
+
+
+def concatenate(parts: Sequence[Draws]) -> Draws:
+    """Draws of several runs, one after the other along the draw dimension."""
+    first = parts[0]
+    join = lambda values: torch.cat(list(values), 1)  # noqa: E731
+    return replace(
+        first,
+        latents={k: join(p.latents[k] for p in parts) for k in first.latents},
+        records={k: join(p.records[k] for p in parts) for k in first.records},
+        log_prior=join(p.log_prior for p in parts),
+        log_likelihood=join(p.log_likelihood for p in parts),
+        log_guide=join(p.log_guide for p in parts),
+        cost=sum((p.cost for p in parts), Cost()),
+    )

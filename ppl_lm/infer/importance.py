@@ -1,0 +1,80 @@
+"""Importance sampling: a guide's draws, weighted."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pyro import poutine
+
+from ppl_lm.infer.draws import Draws, concatenate
+from ppl_lm.infer.particles import as_particles, by_prompt, run
+from ppl_lm.lm import meter
+
+ROWS = 2048  # texts drawn at a time
+
+
+@torch.no_grad()
+def importance(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    prompts: Any,
+    *,
+    num_samples: int = 1000,
+    max_plate_nesting: int = 1,
+) -> Draws:
+    """`num_samples` draws of the guide for each prompt, with what is needed to weight them: importance sampling.
+
+    The mean of `exp(draws.log_weight)` is an unbiased estimate of Z for each prompt.
+
+    :raises ValueError: if `num_samples` is not positive.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}; give at least 1")
+    size = max(1, ROWS // max(1, len(prompts)))
+    counts = [min(size, num_samples - done) for done in range(0, num_samples, size)]
+    return concatenate([_once(model, guide, prompts, n, max_plate_nesting) for n in counts])
+
+
+@torch.no_grad()
+def score(guide: Callable[..., Any], draws: Draws, max_plate_nesting: int = 1) -> Draws:
+    """The same draws with `log_guide` under another guide: how probable it finds them, nats."""
+    flat = {name: value.flatten(0, 1) for name, value in draws.latents.items()}  # (C·S, B, ...)
+    total = draws.num_samples
+    size = max(1, ROWS // max(1, len(draws.prompts)))
+    parts, costs = [], []
+    for start in range(0, total, size):
+        values = {name: value[start : start + size] for name, value in flat.items()}
+        n = min(size, total - start)
+        with meter.measure() as cost:
+            given = poutine.Trace()
+            for name, value in values.items():
+                value = value if n > 1 else value[0]
+                given.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={}, fn=None)
+            program = poutine.replay(as_particles(guide, n, max_plate_nesting), trace=given)
+            sites = poutine.trace(program).get_trace(draws.prompts).nodes
+            log_q = [
+                sites[name]["fn"].log_prob(values[name] if n > 1 else values[name][0]) for name in flat if name in sites
+            ]
+        missing = [name for name in flat if name not in sites]
+        if missing:
+            raise ValueError(f"the guide has no site {missing[0]!r}; it cannot score these draws")
+        parts.append(by_prompt(log_q, n, draws.log_guide.shape[-1]))
+        costs.append(cost)
+    log_guide = torch.cat(parts).reshape(draws.log_guide.shape)
+    return replace(draws, log_guide=log_guide, cost=sum(costs, draws.cost))
+
+
+def _once(model: Any, guide: Any, prompts: Any, n: int, nesting: int) -> Draws:
+    with meter.measure() as cost:
+        p = run(model, guide, (prompts,), {}, n, nesting)
+    chain = lambda v: (v.unsqueeze(0) if n == 1 else v).unsqueeze(0)  # noqa: E731  (1, n, B, ...)
+    return Draws(
+        prompts=p.prompts,
+        latents={k: chain(v) for k, v in p.latents.items()},
+        records={k: chain(v).double() for k, v in p.records.items()},
+        log_prior=p.log_prior().unsqueeze(0),
+        log_likelihood=p.log_likelihood().unsqueeze(0),
+        log_guide=p.log_guide().unsqueeze(0),
+        cost=cost,
+    )

@@ -1,0 +1,111 @@
+"""Rejection sampling: exact posterior draws, where the weights have a known bound."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
+from ppl_lm.infer.importance import ROWS, importance
+from ppl_lm.likelihood import Optimality
+
+TOLERANCE = 1e-3  # nats, for the noise of float32 log-probabilities
+
+
+@torch.no_grad()
+def rejection(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    prompts: Any,
+    *,
+    num_samples: int = 1000,
+    log_bound: float | None = None,
+    max_proposals: int = 1_000_000,
+) -> Draws:
+    """`num_samples` exact, independent posterior draws for each prompt: a draw of the guide with log weight w is kept
+    with probability exp(w - log_bound).
+
+    :param log_bound: nats; no weight p(z, evidence) / q(z) may exceed it. By default that of the model's likelihood
+        sites (for `tilted`, r_max/β), which is valid for the prior as guide.
+    :param max_proposals: proposals for each prompt.
+    :raises ValueError: if there is no bound, or a draw exceeds it: an error, not a clamp.
+    :raises NoSupportError: if a prompt has too few draws after `max_proposals`.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}; give at least 1")
+    from_prior = log_bound is None
+    if log_bound is None:
+        log_bound = likelihood_bound(model, prompts)
+        if log_bound is None:
+            raise ValueError(
+                "rejection needs a bound of the weights: declare the reward's r_max, or pass log_bound= (nats), "
+                "or use importance(), which needs none"
+            )
+    parts: list[Draws] = []
+    masks: list[Tensor] = []
+    size = max(1, ROWS // max(1, len(prompts)))
+    while True:
+        done = sum(len(m) for m in masks)
+        parts.append(importance(model, guide, prompts, num_samples=min(size, max_proposals - done)))
+        if from_prior and float((parts[-1].log_prior - parts[-1].log_guide).abs().max()) > TOLERANCE:
+            raise ValueError("without log_bound= the proposals must come from the prior; this guide is another law")
+        masks.append(accept(parts[-1], log_bound))
+        accepted, done = torch.cat(masks).sum(0), done + len(masks[-1])  # (B,)
+        if int(accepted.min()) >= num_samples:
+            return select(concatenate(parts), torch.cat(masks), num_samples)
+        if done >= max_proposals:
+            worst = int(accepted.argmin())
+            best = max(float(part.log_weight[..., worst].max()) for part in parts)
+            raise NoSupportError(
+                f"prompt {worst}: {int(accepted[worst])} of {done} proposals were accepted, {num_samples} are needed "
+                f"(the best log weight seen is {best:.2f} nats, the bound {log_bound:.2f}); raise max_proposals, or use "
+                "a guide closer to the posterior"
+            )
+
+
+def accept(draws: Draws, log_bound: float) -> Tensor:
+    """Which draws rejection keeps, (C·S, B) bool.
+
+    :raises ValueError: if a weight exceeds the bound: what would be kept is not the posterior."""
+    log_w = draws.log_weight.flatten(0, 1)
+    if float(log_w.max()) > log_bound + TOLERANCE:
+        raise ValueError(
+            f"log_bound={log_bound:.2f} nats, but a draw reached {float(log_w.max()):.2f}; raise the bound, or use "
+            "importance(), which needs none"
+        )
+    return torch.rand_like(log_w).log() < log_w - log_bound
+
+
+def select(draws: Draws, mask: Tensor, num_samples: int) -> Draws:
+    """The first `num_samples` kept draws of each prompt, as exact ones; every prompt must have so many."""
+    index = mask.to(torch.uint8).sort(dim=0, descending=True, stable=True).indices[:num_samples]  # (S, B)
+
+    def pick(v: Tensor) -> Tensor:
+        flat = v.flatten(0, 1)
+        if flat.shape[1] == 1 and index.shape[1] == 1:
+            return flat[index[:, 0]].unsqueeze(0)
+        return flat[index, torch.arange(flat.shape[1], device=flat.device)].unsqueeze(0)
+
+    return replace(draws.map(pick), exact=True, proposals=replace(draws, latents={}))
+
+
+@torch.no_grad()
+def likelihood_bound(model: Callable[..., Any], prompts: Any) -> float | None:
+    """Upper bound of the log-likelihood in nats, or None: the sum of what each observed site declares in
+    `infer={"log_bound": ...}` or, a bounded `Optimality`, by itself."""
+    total = 0.0
+    for site in poutine.trace(model).get_trace(prompts).nodes.values():
+        if site["type"] != "sample" or not site["is_observed"] or site["infer"].get("_deterministic"):
+            continue
+        if type(site["fn"]).__name__ == "_Subsample":
+            continue
+        bound = site["infer"].get("log_bound")
+        if bound is None and isinstance(site["fn"], Optimality):
+            bound = site["fn"].log_bound
+        if bound is None:
+            return None
+        total += float(bound)
+    return total

@@ -1,0 +1,141 @@
+"""What `ppl-lm fit` and `ppl-lm diagnose` do, step by step."""
+
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ppl_lm.diagnose import diagnose, show, to_arviz
+from ppl_lm.run import folder
+from ppl_lm.run.fit import Fit
+from ppl_lm.run.fit import fit as fit_guide
+
+
+def fit_and_measure(settings: folder.Settings, path: Path, num_samples: int | None, out: Console) -> str:
+    """Fits, writes the run folder, measures, prints. Returns the fit's outcome.
+
+    Nothing is written before the first step has succeeded."""
+    folder.require_free(path)
+    programs = folder.build(settings)
+    out.print(
+        f"posterior {settings.model}, guide {settings.guide}, {len(programs.prompts)} prompt(s); fitting", markup=False
+    )
+    with _Log(path, settings, out) as log:
+        fitted = fit_guide(
+            programs.model,
+            programs.guide,
+            programs.prompts,
+            start=programs.start,
+            num_particles=settings.particles,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            max_steps=settings.max_steps,
+            time_limit=settings.time_limit,
+            seed=settings.seed,
+            on_step=log.step,
+            on_fault=lambda: folder.save_guide(path, programs.guide, programs.prompts),
+        )
+    if not fitted.metrics:
+        raise KeyboardInterrupt  # before the first step: there is nothing to write
+    folder.save_guide(path, programs.guide, programs.prompts)
+    record = {k: v for k, v in asdict(fitted).items() if k != "metrics"}
+    folder.write_json(path / "fit.json", record)
+    out.print(_told(fitted), markup=False)
+    if fitted.outcome != "interrupted":
+        measure(programs, path, num_samples or max(256, min(4096, 16384 // len(programs.prompts))), out)
+    out.print(f"written: {path}", markup=False)
+    return fitted.outcome
+
+
+def measure(programs: folder.Programs, path: Path, num_samples: int, out: Console) -> dict[str, Any]:
+    """Diagnoses the run's guide; writes `diagnosis.json` and `draws.nc`; returns what `diagnosis.json` holds."""
+    made = diagnose(programs.model, programs.guide, programs.start, programs.prompts, num_samples)
+    record = made.as_json()
+    told = None
+    if (path / "fit.json").is_file():
+        fitted = json.loads((path / "fit.json").read_text())
+        record |= {"outcome": fitted["outcome"], "kept": fitted["kept"]}
+        if fitted["outcome"] == "worse_than_prior":
+            told = _told(Fit(**{k: math.nan if v is None else v for k, v in fitted.items()}))
+            record |= {"kept_verdict": record["verdict"], "verdict": "worse_than_prior"}
+            record["sentence"] = f"{told} Of the guide that was kept: {record['sentence']}"
+    folder.write_json(path / "diagnosis.json", record)
+    folder.save_draws(path / "draws.nc", to_arviz(made.guide))
+    first = (made.prior.of_prompt(0), made.guide.of_prompt(0), made.exact[0])
+    out.print(show.samples(*first))
+    if len(made.figures) > 1:
+        for figures in made.figures[:8]:
+            name = show.clean(str(figures["prompt"]), 40).plain
+            out.print(
+                f"{name!r:42} KL(guide ‖ posterior) {figures['kl_q_p']:.3f} ± {figures['kl_q_p_se']:.3f} of the prior's "
+                f"{figures['kl_prior_p']:.3f}; bracket {figures['elbo']:.2f} to {figures['upper']:.2f}; {figures['verdict']}",
+                markup=False,
+            )
+    out.print(show.figures(made.average, "average over prompts" if len(made.figures) > 1 else "how close"))
+    out.print(told or show.verdict(made))
+    return record
+
+
+def _told(fitted: Fit) -> str:
+    """The outcome in words."""
+    kept = {"last": "the last one", "best": f"that of step {fitted.kept_step}", "prior": "the prior itself"}[
+        fitted.kept
+    ]
+    took = f"after {fitted.steps} steps in {fitted.seconds:.0f} s"
+    if fitted.outcome == "worse_than_prior":
+        lost = (
+            "is lost" if not math.isfinite(fitted.last_gain) else f"has an ELBO {fitted.last_gain:+.2f} nats against it"
+        )
+        return (
+            f"worse_than_prior: {took} the last guide is further from the posterior than the prior: it {lost}. Kept is "
+            f"the best guide seen, {kept}. Lower --learning-rate, or raise --particles."
+        )
+    what = "interrupted" if fitted.outcome == "interrupted" else "fitted"
+    return (
+        f"{what} {took}; the guide kept is {kept}, ELBO {fitted.gain:+.2f} ± {fitted.gain_se:.2f} nats a prompt against "
+        "the prior"
+    )
+
+
+class _Log:
+    """Writes a line of `metrics.jsonl` and moves the bar, each step; makes the run folder at the first."""
+
+    def __init__(self, path: Path, settings: folder.Settings, out: Console):
+        self.path, self.settings, self.out = path, settings, out
+        self.file: Any = None
+        self.told = time.monotonic()
+        columns = (BarColumn(24), TextColumn("{task.description}"), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
+        self.task = self.bar.add_task("", total=1.0)
+
+    def __enter__(self) -> "_Log":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.stop()
+        if self.file is not None:
+            self.file.close()
+
+    def step(self, row: dict[str, float]) -> None:
+        if self.file is None:
+            folder.claim(self.path)
+            folder.write_settings(self.path, self.settings)
+            self.file = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
+        known = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        self.file.write(json.dumps(known) + "\n")
+        self.file.flush()
+        reward = f"reward {row['reward']:.3f}, " if "reward" in row else ""
+        line = (
+            f"step {int(row['step']) + 1}, ELBO {row['elbo']:.2f} ± {row['elbo_se']:.2f}, {reward}KL to the prior "
+            f"{row['kl_prior']:.2f}, {row['tokens_per_second']:,.0f} tokens/s"
+        )
+        self.bar.update(self.task, completed=row["done"], description=line)
+        if not self.out.is_terminal and time.monotonic() - self.told > 10:
+            self.out.print(line, markup=False)
+            self.told = time.monotonic()

@@ -1,0 +1,228 @@
+"""`fit`: one visible loop."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppl_lm.infer import Bound, SequenceELBO, importance
+from ppl_lm.infer.particles import Particles
+from ppl_lm.lm import Prompts
+from ppl_lm.lm.meter import measure
+from ppl_lm.lm.prompts import shuffled
+
+WINDOW = 25  # steps over which the ELBO is averaged before a guide counts as better or worse
+
+
+@dataclass
+class Fit:
+    """What `fit` did. The guide's weights are those of the best guide seen.
+
+    :param outcome: `finished`, `worse_than_prior` (the last guide is further from the posterior than the prior was),
+        or `interrupted`.
+    :param kept: which guide was kept: `last`, `best` (an earlier one) or `prior` (where fitting began).
+    :param gain: ELBO(kept guide) - ELBO(prior) in nats per prompt, on fresh draws; `last_gain` that of the last guide.
+    :param metrics: one dictionary a step, as in `metrics.jsonl`.
+    """
+
+    outcome: str
+    kept: str
+    kept_step: int
+    steps: int
+    seconds: float
+    gain: float
+    gain_se: float
+    last_gain: float
+    last_gain_se: float
+    metrics: list[dict[str, float]] = field(default_factory=list, repr=False)
+
+
+def fit(
+    model: Bound,
+    guide: Bound,
+    prompts: Any,
+    *,
+    start: Callable[..., Any],
+    num_particles: int = 64,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    warmup: int = 10,
+    clip: float = 1.0,
+    max_steps: int | None = None,
+    time_limit: float | None = None,
+    seed: int = 0,
+    micro_batch: int | None = None,
+    on_step: Callable[[dict[str, float]], None] | None = None,
+    on_fault: Callable[[], None] | None = None,
+) -> Fit:
+    """Fits a guide by SVI with `SequenceELBO` and one Adam over all its weights; keeps the best guide seen.
+
+    Watches ELBO(q) - ELBO(prior): it needs no log Z, and unlike the reward it rises only as q nears the posterior.
+
+    :param start: the guide that fitting is measured against, usually the prior (`bind(guides.prior, prior)`).
+    :param num_particles: texts drawn for each prompt and step.
+    :param batch_size: prompts a step.
+    :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run.
+    :param clip: largest norm of the gradient.
+    :param max_steps: steps; `time_limit`: seconds. At least one of them; whichever comes first.
+    :param on_step: called with each step's metrics.
+    :param on_fault: called when a step after the first fails (a reward, say), the best guide's weights restored, before
+        the error is raised again.
+    :raises ValueError: on bad arguments, before anything is drawn.
+    """
+    _check(learning_rate, max_steps, time_limit, clip)
+    batch: Prompts = model.lm.prompts(prompts)  # type: ignore[union-attr]
+    batch_size = min(batch_size, len(batch))
+    weights = [p for module in (guide, model) for p in module.parameters() if p.requires_grad]
+    if not weights:
+        raise ValueError("the guide has nothing to train; choose another, or draw from it as it is with sample")
+    began = time.monotonic()
+    torch.manual_seed(seed)
+    elbo = SequenceELBO(num_particles, micro_batch=micro_batch)
+    base = importance(model, start, batch, num_samples=max(64, 1024 // len(batch)))
+    reference = base.log_weight.flatten(0, 1).mean(0)  # (B,) ELBO of the prior
+    if not bool(torch.isfinite(reference).all()):
+        elbo.loss(model, guide, batch[:1])  # names the hard constraint that reverse KL cannot fit
+    optimiser = torch.optim.Adam(weights, lr=learning_rate, betas=(0.9, 0.99))
+    best = _Best(weights)
+    metrics: list[dict[str, float]] = []
+    outcome = "finished"
+    try:
+        for step, rows in enumerate(shuffled(len(batch), batch_size, seed)):
+            done = _progress(step, time.monotonic() - began, max_steps, time_limit)
+            if done >= 1:
+                break
+            rate = learning_rate * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            with measure() as cost:
+                particles = elbo.particles(model, guide, batch.take(rows))
+                optimiser.zero_grad()
+                elbo.differentiate(particles).backward()
+            norm = float(nn.utils.clip_grad_norm_(weights, clip))
+            row = _metrics(particles, reference[rows])
+            row |= {"step": step, "seconds": time.monotonic() - began, "learning_rate": rate, "grad_norm": norm}
+            row |= {"lm_tokens": cost.lm_tokens, "done": done}
+            row["tokens_per_second"] = sum(m["lm_tokens"] for m in metrics) / max(row["seconds"], 1e-9)
+            metrics.append(row)
+            best.consider(metrics)  # before the step: these particles are of the weights as they are
+            if on_step is not None:
+                on_step(row)
+            if not math.isfinite(norm) or best.is_lost(metrics):
+                outcome = "worse_than_prior"
+                break
+            optimiser.step()
+    except KeyboardInterrupt:
+        outcome = "interrupted"
+    except Exception:
+        best.load(best.kept)
+        if metrics and on_fault is not None:
+            on_fault()
+        raise
+    return _keep_best(model, guide, batch, reference, best, metrics, outcome, began)
+
+
+class _Best:
+    """The weights at the best running mean of the gain so far, and the weights at the start."""
+
+    def __init__(self, weights: list[Tensor]):
+        self.weights = weights
+        self.start = self.copy()
+        self.kept, self.step, self.gain = self.start, -1, 0.0
+
+    def copy(self) -> list[Tensor]:
+        return [w.detach().clone() for w in self.weights]
+
+    def load(self, values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for w, value in zip(self.weights, values, strict=True):
+                w.copy_(value)
+
+    def consider(self, metrics: list[dict[str, float]]) -> None:
+        if len(metrics) % WINDOW:
+            return
+        gain = sum(m["gain"] for m in metrics[-WINDOW:]) / WINDOW
+        if gain > self.gain:
+            self.kept, self.step, self.gain = self.copy(), len(metrics) - 1, gain
+
+    def is_lost(self, metrics: list[dict[str, float]]) -> bool:
+        """Whether a window's mean gain lies more than a nat, and five standard errors, below the prior's ELBO."""
+        gains = torch.tensor([m["gain"] for m in metrics[-WINDOW:]])
+        if len(gains) < WINDOW:
+            return False
+        return float(gains.mean() + 5 * gains.std() / WINDOW**0.5) < -1.0
+
+
+def _keep_best(
+    model: Any, guide: Any, batch: Prompts, reference: Tensor, best: _Best, metrics: Any, outcome: str, began: float
+) -> Fit:
+    """Measures the last guide and the best earlier one on fresh draws, and leaves the better of both, or the start."""
+
+    def gain() -> tuple[float, float]:
+        try:
+            drawn = importance(model, guide, batch, num_samples=max(32, 1024 // len(batch)))
+        except (ValueError, RuntimeError):  # weights that overflowed
+            return -math.inf, 0.0
+        value = (drawn.log_weight.flatten(0, 1) - reference).mean(1)
+        return float(value.mean()), float(value.std() / math.sqrt(len(value)))
+
+    last = best.copy()
+    last_gain, last_se = gain()
+    candidates = [("last", len(metrics), last_gain, last_se, last)]
+    if best.step >= 0 and best.gain > last_gain - 2 * last_se and best.step < len(metrics) - 1 or last_gain < 0:
+        best.load(best.kept)
+        candidates.append(("best" if best.step >= 0 else "prior", best.step + 1, *gain(), best.kept))
+    candidates.append(("prior", 0, 0.0, 0.0, best.start))
+    kept = max(candidates, key=lambda c: c[2])
+    best.load(kept[4])
+    if last_gain < -2 * last_se - 0.01:
+        outcome = "worse_than_prior"
+    return Fit(
+        outcome=outcome,
+        kept=kept[0],
+        kept_step=kept[1],
+        steps=len(metrics),
+        seconds=time.monotonic() - began,
+        gain=kept[2],
+        gain_se=kept[3],
+        last_gain=last_gain,
+        last_gain_se=last_se,
+        metrics=metrics,
+    )
+
+
+def _metrics(particles: Particles, reference: Tensor) -> dict[str, float]:
+    """Means over particles and prompts, nats for each prompt."""
+    log_w = particles.log_prior() + particles.log_likelihood() - particles.log_guide()  # (K, B)
+    n = log_w.numel()
+    row = {
+        "elbo": float(log_w.mean()),
+        "elbo_se": float((log_w - log_w.mean(0)).std() / math.sqrt(n)),
+        "gain": float((log_w - reference).mean()),
+        "kl_prior": float((particles.log_guide() - particles.log_prior()).mean()),
+    }
+    if "reward" in particles.records:
+        row["reward"] = float(particles.records["reward"].mean())
+    return row
+
+
+def _progress(step: int, seconds: float, max_steps: int | None, time_limit: float | None) -> float:
+    """Share of the run that is done: the further of steps and time."""
+    return max(step / max_steps if max_steps else 0.0, seconds / time_limit if time_limit else 0.0)
+
+
+def _check(learning_rate: float, max_steps: int | None, time_limit: float | None, clip: float) -> None:
+    if not (learning_rate > 0 and math.isfinite(learning_rate)):
+        raise ValueError(f"learning_rate={learning_rate}; give a number above 0")
+    if not clip > 0:
+        raise ValueError(f"clip={clip}; give a norm above 0")
+    if max_steps is None and time_limit is None:
+        raise ValueError("give max_steps= or time_limit= (seconds), or both")
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps={max_steps}; give at least 1")
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"time_limit={time_limit} seconds; give a number above 0")

@@ -1,0 +1,163 @@
+"""A run folder: what was asked (`config.json`), how it went (`metrics.jsonl`), and what came out of it."""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppl_lm import __version__
+from ppl_lm.infer import Bound, bind
+from ppl_lm.lm import LanguageModel, Prompts
+from ppl_lm.run.programs import model_and_guide, resolve
+
+MARK = "config.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run was asked to do; saved as `config.json`. `lm` None is the LM that ships with the package."""
+
+    model: str
+    guide: str = "finetuned"
+    lm: str | None = None
+    reward: str = "vader"
+    beta: float = 0.2
+    prompts: list[Any] = field(default_factory=lambda: [""])
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    max_new_tokens: int = 32
+    device: str | None = None
+    seed: int = 0
+    particles: int = 64
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    max_steps: int | None = None
+    time_limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A run's programs, bound: the posterior, the guide, and the prior as a guide."""
+
+    model: Bound
+    guide: Bound
+    start: Bound
+    prior: LanguageModel
+    prompts: Prompts
+
+
+def build(settings: Settings, fitted: Path | None = None) -> Programs:
+    """Loads the LM and binds the programs; with `fitted`, the guide's network is read from that folder.
+
+    :raises ValueError: on anything that does not exist or does not fit together, by name."""
+    from ppl_lm.likelihood.rewards import parse
+
+    model, guide = resolve(settings.model, "models"), resolve(settings.guide, "guides")
+    reward = parse(settings.reward)
+    load: Any = {} if settings.lm is None else {"name_or_folder": settings.lm}
+    prior = LanguageModel.from_pretrained(**load, max_new_tokens=settings.max_new_tokens, device=settings.device)
+    network = None
+    if fitted is not None:
+        import ppl_lm.lm.table  # noqa: F401  so that a fitted table loads
+
+        network = LanguageModel.from_pretrained(fitted, settings.max_new_tokens, device=settings.device)
+        network.vocabulary.require_same(prior.vocabulary, f"{fitted.name} and the prior")
+    target, bound = model_and_guide(model, guide, prior, network, reward, settings.beta)
+    prompts = prior.prompts({"prompt": settings.prompts, **settings.columns})
+    prior(prompts)  # refuses prompts that do not fit the context
+    return Programs(target, bound, bind(resolve("prior", "guides"), prior), prior, prompts)
+
+
+def require_free(folder: Path) -> None:
+    """:raises ValueError: if the folder holds anything but a run."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not _is_run(folder))):
+        raise ValueError(f"output-dir={str(folder)!r} exists and is not a run of ppl-lm; give another, or remove it")
+
+
+def claim(folder: Path) -> None:
+    """Makes a run folder, or empties an earlier run's."""
+    require_free(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("guide", "draws.nc", "diagnosis.json", "metrics.jsonl", "fit.json", MARK):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def read_settings(folder: Path) -> Settings:
+    """:raises ValueError: if the folder is not a run."""
+    if not _is_run(folder):
+        raise ValueError(f"{str(folder)!r} is not a run folder: it has no {MARK} written by ppl-lm fit")
+    made = json.loads((folder / MARK).read_text())
+    return Settings(**made["settings"])
+
+
+def write_settings(folder: Path, settings: Settings) -> None:
+    import pyro
+    import transformers
+
+    versions = {"ppl_lm": __version__, "torch": torch.__version__, "pyro": pyro.__version__}
+    versions["transformers"] = transformers.__version__
+    write_json(folder / MARK, {"written_by": "ppl_lm", "settings": asdict(settings), "versions": versions})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all; NaN and infinities, which JSON has not, become null."""
+
+    def clean(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {k: clean(w) for k, w in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [clean(w) for w in v]
+        return None if isinstance(v, float) and not (abs(v) < float("inf")) else v
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(clean(value), indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def save_guide(folder: Path, guide: Bound, probes: Prompts) -> None:
+    """Writes the guide's language model to `folder/guide` as a Hugging Face folder, and checks that what would be read
+    back gives the same log-probabilities.
+
+    :raises ValueError: if the guide has no language model, or its copy on disk differs."""
+    lm = guide.lm
+    if lm is None:
+        raise ValueError(f"guide {guide.name} has no language model to save")
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".guide-"))
+    try:
+        lm.model.save_pretrained(temporary)  # type: ignore[operator]
+        lm.vocabulary.tokenizer.save_pretrained(temporary)
+        again = LanguageModel.from_pretrained(
+            temporary, lm.max_new_tokens, device=lm.device, dtype=next(lm.parameters()).dtype
+        )
+        with torch.random.fork_rng(), torch.no_grad():
+            few = probes.take(torch.arange(min(4, len(probes))))
+            x = lm(few).sample()
+            worst = float((lm(few).log_prob(x) - again(few).log_prob(x)).abs().max())
+        if not worst < 1e-3:
+            raise ValueError(f"the saved guide scores texts {worst:.2g} nats differently from the one in memory")
+        target = folder / "guide"
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.chmod(0o755)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_draws(path: Path, data: Any) -> None:
+    """NetCDF, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    data.to_netcdf(str(temporary))
+    os.replace(temporary, path)
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return json.loads((folder / MARK).read_text()).get("written_by") == "ppl_lm"
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,70 @@
+"""From what a user types to programs and their arguments: `tilted`, or `path/to/file.py:name`."""
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ppl_lm.infer import Bound, bind
+from ppl_lm.lm import LanguageModel
+
+
+def shipped(package: str) -> list[str]:
+    """Names of the programs in `ppl_lm.models` or `ppl_lm.guides`: one a file."""
+    return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(f"ppl_lm.{package}").__path__))
+
+
+def resolve(spec: str, package: str) -> Callable[..., Any]:
+    """The program that `spec` names: a file of `package` ("models" or "guides"), or `path/to/file.py:name`.
+
+    :raises ValueError: if there is none; the message lists what there is."""
+    kind = package.removesuffix("s")
+    if ":" in spec:
+        path, _, name = spec.rpartition(":")
+        if not Path(path).is_file():
+            raise ValueError(f"{kind} {spec!r}: there is no file {path!r}")
+        loader = importlib.util.spec_from_file_location(f"_{kind}_{Path(path).stem}", path)
+        if loader is None or loader.loader is None:
+            raise ValueError(f"{kind} {spec!r}: {path!r} is not a Python file")
+        module = importlib.util.module_from_spec(loader)
+        loader.loader.exec_module(module)
+    elif spec in shipped(package):
+        module, name = importlib.import_module(f"ppl_lm.{package}.{spec}"), spec
+    else:
+        raise ValueError(f"{kind} {spec!r} is unknown; give {', '.join(shipped(package))} or path/to/file.py:name")
+    program = getattr(module, name, None)
+    if not callable(program):
+        raise ValueError(f"{kind} {spec!r}: {module.__name__} has no function {name!r}")
+    return program
+
+
+def bind_named(program: Callable[..., Any], available: dict[str, Callable[[], Any]], what: str) -> Bound:
+    """Binds a program's arguments by their names: each of `available` is made if the program asks for it.
+
+    :raises ValueError: if the program needs an argument that nothing here can give."""
+    parameters = list(inspect.signature(program).parameters.values())[1:]
+    missing = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    missing = [name for name in missing if name not in available]
+    if missing:
+        raise ValueError(
+            f"{what} {program.__name__} needs the argument {missing[0]!r}; on the command line these are given by name: "
+            f"{', '.join(available)}. Give others a default, or bind it in Python"
+        )
+    return bind(program, **{p.name: available[p.name]() for p in parameters if p.name in available})
+
+
+def model_and_guide(
+    model: Callable[..., Any], guide: Callable[..., Any], prior: LanguageModel, fitted: Any, reward: Any, beta: float
+) -> tuple[Bound, Bound]:
+    """Binds both by argument names: `prior` is the frozen LM, `lm` a trainable copy, `table` a trainable table,
+    `reward` (or `constraint`) the reward, `beta` its temperature.
+
+    :param fitted: the guide's network where it has been fitted before, else None."""
+    from ppl_lm.lm.table import table_like
+
+    shared = {"prior": lambda: prior, "reward": lambda: reward, "constraint": lambda: reward, "beta": lambda: beta}
+    free = {"lm": lambda: fitted or prior.copy(), "table": lambda: fitted or table_like(prior)}
+    return bind_named(model, shared | {"lm": prior.copy}, "model"), bind_named(guide, shared | free, "guide")

@@ -1,0 +1,33 @@
+"""Shared by all tests: a clean parameter store and a fixed seed before each; where the real LM lies."""
+
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    yield
+    pyro.clear_param_store()
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """The folder of a real pretrained LM; skips where it is missing."""
+    folder = DATA / "stories260K"
+    if not folder.is_dir():
+        pytest.skip(f"needs the pretrained LM in {folder.name}, which is not part of the project")
+    return folder
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return torch.device(request.param)
