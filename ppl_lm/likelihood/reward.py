@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
 from ppl_lm.lm import meter
@@ -104,6 +105,7 @@ class Reward:
                 f"reward {self.name!r} was given completions of shape {tuple(x.shape)}, whose leading dimensions do "
                 f"not broadcast against the prompts' batch shape {tuple(prompts.batch_shape)}"
             ) from error
+        provenance, x = get_provenance(x), detach_provenance(x)  # TraceGraph_ELBO follows values by this
         n = prod(shape)
         if n == 0:
             return torch.empty(shape, dtype=torch.float64, device=x.device)
@@ -126,7 +128,8 @@ class Reward:
 
         meter.add(reward_calls=n)
         returned = self._call(self._accepted(inputs), first)
-        return torch.tensor(self._checked(returned, texts), dtype=torch.float64, device=x.device).reshape(shape)
+        rewards = torch.tensor(self._checked(returned, texts), dtype=torch.float64, device=x.device).reshape(shape)
+        return track_provenance(rewards, provenance)
 
     def _accepted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Those of `inputs` that the function's signature accepts."""

@@ -10,7 +10,7 @@ from ppl_lm.lm.prompts import Prompts
 
 
 def self_check(lm: LanguageModel, prompts: Any = None, tolerance: float = 2e-3) -> float:
-    """See `LanguageModel.self_check`. Leaves torch's random state as it was."""
+    """See `LanguageModel.self_check`. Leaves the global random states alone."""
     vocabulary = lm.vocabulary
     room = lm.max_positions or 1024
     steps = min(lm.max_new_tokens, 6, room - 1)
@@ -21,12 +21,13 @@ def self_check(lm: LanguageModel, prompts: Any = None, tolerance: float = 2e-3) 
             [start, start + middle[: max(0, min(3, room - steps - 1))]], vocabulary, device=lm.device
         )
     else:
-        batch = lm.prompts(prompts)
-    devices = [lm.device] if lm.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        batch = lm(prompts).prompts  # refuses those that do not fit
+    if not len(batch):
+        raise ValueError("the self-check got no prompts; give at least one, or None for its own")
+    with torch.no_grad():
         rows = torch.arange(len(batch), device=lm.device).repeat(2)
-        torch.manual_seed(0)
-        x, drawn = sample(lm, batch, rows, steps=steps)
+        u = torch.rand(len(rows), steps, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        x, drawn = sample(lm, batch, rows, u.to(lm.device))
         together = lm.score(batch.take(rows), x)
         alone = torch.cat([lm.score(batch.take(r), c) for r, c in zip(rows.split(1), x.split(1), strict=True)])
     worst = max(float((drawn - together).abs().max()), float((alone - together).abs().max()))

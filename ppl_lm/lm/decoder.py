@@ -1,5 +1,7 @@
 """`Decoder`: the one stepping interface. Sampling, and later SMC and constrained decoding, are loops over it."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,20 +16,21 @@ class Decoder:
     Each prompt is forwarded once (`prefill`); `reorder` then copies its cache to its particles, moves rows to their
     ancestors after a resampling, or drops rows that have finished. Nothing here records gradients.
 
-    :param prompts: batch shape (B,); afterwards there are N = B rows, row b holding prompt b.
+    :param prompts: of any batch shape; afterwards there are as many rows, in row-major order.
     """
 
     def __init__(self, lm: LanguageModel, prompts: Prompts):
         from transformers import DynamicCache
 
-        self.lm = lm
+        self.lm, prompts = lm, prompts.flatten()
+        config: Any = lm.model.config
         self.mask = prompts.mask  # (N, tokens so far)
         self.padded = not bool(self.mask.all())
         self.log_probs, self.cache = lm.log_probs_next(
             ids=prompts.ids,
             mask=self.mask if self.padded else None,
             positions=positions(self.mask),
-            cache=DynamicCache(config=lm.model.config),
+            cache=DynamicCache(config=config),
         )
 
     def logits(self) -> Float[Tensor, "N V"]:
@@ -51,37 +54,42 @@ class Decoder:
         self.log_probs = self.log_probs[rows]
 
 
-def draw(log_probs: Float[Tensor, "N V"]) -> Int[Tensor, "N"]:
-    """One categorical draw a row, by inversion of the distribution function in float64 (an exponential a token, as in
-    `torch.multinomial`, costs more than the model on a small LM). Never a token of probability zero."""
+def invert(log_probs: Float[Tensor, "N V"], u: Float[Tensor, "N"]) -> Int[Tensor, "N"]:
+    """One token a row, at the quantile `u` in [0, 1), float64: a categorical draw where `u` is uniform (the exponential
+    a token of `torch.multinomial` costs more than the model on a small LM). Never a token of probability zero.
+
+    :raises ValueError: if a row is not a distribution, for example because a weight is NaN."""
     mass = log_probs.double().exp().cumsum(-1)
-    u = torch.rand(len(mass), 1, dtype=torch.float64, device=mass.device).clamp_max(1 - 1e-15)  # u * total < total
-    return torch.searchsorted(mass, u * mass[:, -1:], right=True).squeeze(-1)
+    total = mass[:, -1:]
+    if not bool((total > 0).all()):  # also catches NaN
+        raise ValueError("the language model's logits hold NaN or infinite values; its weights have diverged")
+    return torch.searchsorted(mass, u.clamp_max(1 - 1e-15).unsqueeze(-1) * total, right=True).squeeze(-1)
 
 
 @torch.no_grad()
 def sample(
-    lm: LanguageModel, prompts: Prompts, rows: Int[Tensor, "N"], steps: int | None = None
+    lm: LanguageModel, prompts: Prompts, rows: Int[Tensor, "N"], u: Float[Tensor, "N T"]
 ) -> tuple[Int[Tensor, "N T"], Float[Tensor, "N T"]]:
     """One completion for each entry of `rows`, of prompt `rows[i]`, with the log-probability of each drawn token.
 
-    :param steps: T, by default `lm.max_new_tokens`.
-
-    Draws from torch's global generator, so that `pyro.set_rng_seed` alone makes a run repeatable."""
-    vocabulary, steps = lm.vocabulary, steps or lm.max_new_tokens
+    :param u: independent uniforms in [0, 1), float64, one for each token. The draw is a function of its own row alone,
+        so how rows are batched and when finished ones are dropped changes nothing."""
+    vocabulary, steps = lm.vocabulary, u.shape[-1]
+    x = torch.full((len(rows), steps), vocabulary.pad_id, dtype=torch.int64, device=rows.device)
+    log_q = torch.zeros_like(u)
+    if not len(rows):
+        return x, log_q
     needed, copies = rows.unique(return_inverse=True)
     decoder = Decoder(lm, prompts.take(needed))
     decoder.reorder(copies)
-    x = torch.full((len(rows), steps), vocabulary.pad_id, dtype=torch.int64, device=rows.device)
-    log_q = torch.zeros(len(rows), steps, dtype=decoder.log_probs.dtype, device=rows.device)
     live = torch.arange(len(rows), device=rows.device)  # output row of each decoder row
     open_ = torch.ones(len(rows), dtype=torch.bool, device=rows.device)  # decoder rows that have not ended
     for t in range(steps):
         log_probs = decoder.logits()
-        tokens = draw(log_probs)  # (decoder rows,)
+        tokens = invert(log_probs, u[live, t])  # (decoder rows,)
         drawn = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         x[live[open_], t] = tokens[open_]
-        log_q[live[open_], t] = drawn[open_]
+        log_q[live[open_], t] = drawn[open_].double()
         open_ = open_ & ~vocabulary.is_end(tokens)
         if t == steps - 1 or not bool(open_.any()):
             break

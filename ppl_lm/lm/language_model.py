@@ -1,6 +1,7 @@
 """`LanguageModel`: a Hugging Face causal LM as the prior over whole texts."""
 
 import copy
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,20 +37,21 @@ class LanguageModel(nn.Module):
 
     def __init__(self, model: nn.Module, tokenizer: Any, max_new_tokens: int, end_ids: Iterable[int] | None = None):
         super().__init__()
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens!r}; give a whole number of tokens, at least 1")
         self.model = model.eval().requires_grad_(False)
         config: Any = model.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
         ends = _end_ids(model, tokenizer) if end_ids is None else set(end_ids)
         pads = [getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None), *sorted(ends), 0]
         bos = [getattr(tokenizer, "bos_token_id", None), getattr(config, "bos_token_id", None)]
-        size = config.get_text_config().vocab_size if hasattr(config, "get_text_config") else config.vocab_size
+        size = config.vocab_size
         self.vocabulary = Vocabulary(
             tokenizer,
             size=size,
             end_ids=ends,
             pad_id=next(i for i in pads if i is not None and 0 <= i < size),
-            bos_id=next((i for i in bos if i is not None), None),
+            bos_id=next((i for i in bos if i is not None and 0 <= i < size), None),
         )
         self.max_new_tokens = max_new_tokens
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
@@ -60,6 +62,7 @@ class LanguageModel(nn.Module):
         name_or_folder: str | Path = FOLDER,
         max_new_tokens: int = 32,
         *,
+        end_ids: Iterable[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "LanguageModel":
@@ -67,36 +70,43 @@ class LanguageModel(nn.Module):
 
         Checks itself before it is returned (`self_check`).
 
-        :raises ValueError: if weights are missing, misshapen or not finite, or if the model scores its own samples
-            differently from how it drew them.
+        :raises ValueError: if weights are missing, unexpected, misshapen or not finite, or if the model scores its own
+            samples differently from how it drew them.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
-        if isinstance(name_or_folder, Path) or Path(name_or_folder).exists():
-            name_or_folder = Path(name_or_folder)
-            if not (name_or_folder / "config.json").is_file():
-                raise ValueError(f"lm={str(name_or_folder)!r} is not a Hugging Face folder: it has no config.json")
-        state, bars = torch.random.get_rng_state(), logging.is_progress_bar_enabled()
+        what, folder = f"lm={str(name_or_folder)!r}", Path(name_or_folder)
+        on_the_hub = isinstance(name_or_folder, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_folder)
+        if (folder.exists() or not on_the_hub) and not (folder / "config.json").is_file():
+            raise ValueError(f"{what} is not a Hugging Face folder: it has no config.json")
+        state, bars, level = torch.random.get_rng_state(), logging.is_progress_bar_enabled(), logging.get_verbosity()
         logging.disable_progress_bar()
+        logging.set_verbosity_error()  # what its report of the weights warns of is refused below
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                name_or_folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            model: Any
+            model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                name_or_folder,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"lm={str(name_or_folder)!r} could not be loaded: {error}") from error
+        except Exception as error:  # transformers, safetensors and the hub have dozens
+            raise ValueError(f"{what} could not be loaded: {error}") from error
         finally:
             torch.random.set_rng_state(state)
+            logging.set_verbosity(level)
             if bars:
                 logging.enable_progress_bar()
-        for fault in ("missing_keys", "mismatched_keys"):
+        for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if report.get(fault):
-                raise ValueError(f"lm={str(name_or_folder)!r}: weights with {fault}: {sorted(map(str, report[fault]))}")
-        lm = cls(model.to(device or default_device()), tokenizer, max_new_tokens)
-        for name, weight in lm.model.named_parameters():
+                raise ValueError(f"{what}: weights with {fault}: {sorted(map(str, report[fault]))}")
+        for name, weight in model.named_parameters():
             if not torch.isfinite(weight).all():
-                raise ValueError(f"lm={str(name_or_folder)!r}: weight {name!r} holds NaN or infinite values")
+                raise ValueError(f"{what}: weight {name!r} holds NaN or infinite values")
+        lm = cls(model.to(device or default_device()), tokenizer, max_new_tokens, end_ids)
         lm.self_check()
         return lm
 
@@ -141,6 +151,7 @@ class LanguageModel(nn.Module):
 
     def logits(
         self,
+        *,
         ids: Int[Tensor, "N L"],
         mask: Tensor | None,
         positions: Int[Tensor, "N L"],
@@ -168,12 +179,16 @@ class LanguageModel(nn.Module):
     def score(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> Float[Tensor, "N T"]:
         """log p(x_t | prompt, x_<t) for one canonical completion a prompt, in one teacher-forced pass; 0 after the
         end. float32 or wider, nats. Differentiable in the weights."""
+        if not len(x):
+            return torch.zeros(x.shape, device=x.device)
         alive = self.vocabulary.alive(x)
-        steps = max(1, int(self.vocabulary.lengths(x).max())) if len(x) else x.shape[-1]
+        steps = int(self.vocabulary.lengths(x).max())
         ids = torch.cat([prompts.ids, x[:, : steps - 1]], 1)  # (N, P + steps - 1)
         prompt_mask = prompts.mask
         mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(x), steps - 1)], 1)
-        logits, _ = self.logits(ids, None if bool(prompt_mask.all()) else mask, positions(mask), keep=steps)
+        logits, _ = self.logits(
+            ids=ids, mask=None if bool(prompt_mask.all()) else mask, positions=positions(mask), keep=steps
+        )
         token = normalise(logits).gather(-1, x[:, :steps, None]).squeeze(-1)  # (N, steps)
         token = token.masked_fill(~alive[:, :steps], 0.0)
         return nn.functional.pad(token, (0, x.shape[-1] - steps))
@@ -181,7 +196,7 @@ class LanguageModel(nn.Module):
     def rows_per_pass(self, width: int, steps: int, gradient: bool = False) -> int:
         """How many sequences one pass takes, so that its logits and activations stay within a memory budget."""
         budget = 2**31 if self.device.type == "cuda" else 2**27  # bytes
-        config = self.model.config
+        config: Any = self.model.config
         hidden = getattr(config, "hidden_size", 0) * getattr(config, "num_hidden_layers", 1) * (24 if gradient else 2)
         floats = steps * self.vocabulary.size * (3 if gradient else 2) + (width + steps) * hidden
         return max(1, budget // (4 * floats))

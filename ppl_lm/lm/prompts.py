@@ -1,12 +1,13 @@
 """`Prompts`: what a language model is asked to continue, tokenised once and left-padded."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
+from pyro.ops.provenance import get_provenance, track_provenance
 from torch import Tensor
 
 from ppl_lm.lm.vocabulary import Vocabulary
@@ -30,21 +31,28 @@ class Prompts:
 
     @classmethod
     def make(cls, prompts: Any, vocabulary: Vocabulary, device: torch.device | str = "cpu") -> "Prompts":
-        """From a list of strings, a list of chats, a mapping or a dataset with the column `prompt`, or one string."""
+        """From a list of strings, a list of chats, a mapping or a dataset with the column `prompt`, or one string.
+
+        :raises ValueError: if a prompt is neither text nor a chat, or a column has another length."""
         if isinstance(prompts, Prompts):
             vocabulary.require_same(prompts.vocabulary, "the prompts and the language model")
             return prompts.to(device)
         columns: dict[str, list[Any]] = {}
         if isinstance(prompts, str):
             texts: list[Any] = [prompts]
-        elif isinstance(prompts, Mapping) or hasattr(prompts, "column_names"):
-            names = list(prompts.keys()) if isinstance(prompts, Mapping) else list(prompts.column_names)
+        elif hasattr(prompts, "column_names") or hasattr(prompts, "keys"):  # datasets; dict, pandas
+            names = list(prompts.column_names if hasattr(prompts, "column_names") else prompts.keys())
             if "prompt" not in names:
                 raise ValueError(f"a dataset of prompts needs the column 'prompt'; it has {names}")
+            for name in names:
+                if isinstance(prompts[name], str) or not isinstance(prompts[name], Iterable):
+                    raise ValueError(f"column {name!r} is {prompts[name]!r}; give a list with one entry a prompt")
             texts = list(prompts["prompt"])
             columns = {name: list(prompts[name]) for name in names if name != "prompt"}
-        else:
+        elif isinstance(prompts, Iterable):
             texts = list(prompts)
+        else:
+            raise ValueError(f"prompts={prompts!r}; give a list of strings or of chats, or a dataset")
         for name, column in columns.items():
             if len(column) != len(texts):
                 raise ValueError(f"column {name!r} has {len(column)} rows, the column 'prompt' has {len(texts)}")
@@ -70,6 +78,11 @@ class Prompts:
         """From token ids, one list a prompt, none of them empty; each is its own context, BOS included if wanted."""
         if any(len(row) == 0 for row in rows):
             raise ValueError("a prompt has no tokens; give at least one, for example the BOS token")
+        for i, row in enumerate(rows):
+            if not 0 <= min(row) <= max(row) < vocabulary.size:
+                raise ValueError(
+                    f"prompt {i} has token ids {list(row)}; the language model has 0..{vocabulary.size - 1}"
+                )
         width = max((len(row) for row in rows), default=1)
         ids = torch.tensor([[vocabulary.pad_id] * (width - len(row)) + list(row) for row in rows], dtype=torch.int64)
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
@@ -118,7 +131,8 @@ class Prompts:
     def __getitem__(self, index: Any) -> "Prompts":
         """Prompts at a slice, a list or a tensor of positions along the first dimension, for subsampled plates."""
         grid = torch.arange(prod(self.batch_shape), device=self.ids.device).reshape(self.batch_shape)
-        rows = grid[[index] if isinstance(index, int) else index]
+        single = isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)
+        rows = grid[[int(index)] if single else index]
         taken = self.take(rows.reshape(-1))
         return replace(taken, ids=taken.ids.reshape(*rows.shape, -1), lengths=taken.lengths.reshape(rows.shape))
 
@@ -129,7 +143,7 @@ class Prompts:
         shape = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
         grid = torch.arange(prod(self.batch_shape), device=self.ids.device).reshape(self.batch_shape)
         base = self.take(grid.expand(shape).reshape(-1))
-        tail = self.vocabulary._plain(suffix, special=False) if suffix else []
+        tail = self.vocabulary.plain(suffix) if suffix else []
         completions = x.expand(*shape, x.shape[-1]).reshape(-1, x.shape[-1])
         heads = [row[row.shape[0] - n :].tolist() for row, n in zip(base.ids, base.lengths.tolist(), strict=True)]
         ends = set(self.vocabulary.end_ids)
@@ -142,13 +156,14 @@ class Prompts:
             for t, c in zip(base.texts, self.decode(completions), strict=True)
         ]
         made = Prompts.from_ids(rows, self.vocabulary, texts=texts, columns=base.columns, device=self.ids.device)
-        return replace(made, ids=made.ids.reshape(*shape, -1), lengths=made.lengths.reshape(shape))
+        ids = track_provenance(made.ids.reshape(*shape, -1), get_provenance(x) | get_provenance(self.ids))
+        return replace(made, ids=ids, lengths=made.lengths.reshape(shape))
 
 
 def batches(prompts: Prompts, batch_size: int, seed: int = 0) -> Iterator[Prompts]:
     """Endless mini-batches of prompts, a fresh shuffle each epoch; every prompt once an epoch."""
     for rows in shuffled(len(prompts), batch_size, seed):
-        yield prompts.take(rows)
+        yield prompts[rows]
 
 
 def shuffled(total: int, size: int, seed: int = 0) -> Iterator[Int[Tensor, "size"]]:

@@ -106,7 +106,8 @@ def table_lm(
     model = TableForCausalLM(config)
     if concentration is not None:
         generator = torch.Generator().manual_seed(seed)
-        gamma = torch._standard_gamma(torch.full(model.table.shape, concentration, dtype=torch.float64), generator)
+        shape = torch.full(model.table.shape, concentration, dtype=torch.float64)
+        gamma = torch._standard_gamma(shape, generator)  # pyright: ignore[reportPrivateImportUsage]
         with torch.no_grad():
             model.table.copy_(gamma.log() - gamma.sum(-1, keepdim=True).log())
     return LanguageModel(model, tokenizer, max_new_tokens)

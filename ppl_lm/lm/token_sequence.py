@@ -1,11 +1,13 @@
 """`TokenSequence`: whole completions of a language model as a Pyro distribution."""
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from pyro.distributions import TorchDistribution, constraints
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
 from ppl_lm.lm.decoder import sample
@@ -26,13 +28,15 @@ class TokenSequence(TorchDistribution):
     """
 
     arg_constraints: dict[str, Any] = {}
-    support = constraints.independent(constraints.nonnegative_integer, 1)
+    support: Any = constraints.independent(constraints.nonnegative_integer, 1)
     has_rsample = False
 
     def __init__(self, lm: LanguageModel, prompts: Prompts, batch_shape: torch.Size | None = None):
         self.lm = lm
-        self.prompts = prompts
-        self._drawn: tuple[Tensor, Tensor, tuple[int, ...]] | None = None
+        # Pyro's TraceGraph_ELBO follows values through a program by their provenance; text and networks would lose it.
+        self._provenance = get_provenance(prompts.ids)
+        self.prompts = replace(prompts, ids=detach_provenance(prompts.ids)) if self._provenance else prompts
+        self._drawn: tuple[Tensor, Tensor, list[float]] | None = None
         length, steps = prompts.ids.shape[-1], lm.max_new_tokens
         if lm.max_positions is not None and length + steps > lm.max_positions:
             raise ValueError(
@@ -54,31 +58,39 @@ class TokenSequence(TorchDistribution):
         return TokenSequence(self.lm, self.prompts.take(self._prompt_rows(self.batch_shape)[rows]))
 
     def sample(self, sample_shape: Any = torch.Size()) -> Int[Tensor, "*S T"]:
+        """Draws from torch's global generator, so that `pyro.set_rng_seed` alone makes a run repeatable."""
         shape = torch.Size(sample_shape) + self.batch_shape
         rows = self._prompt_rows(shape)
         size = self.lm.rows_per_pass(self.prompts.ids.shape[-1] + self.event_shape[0], 1)
-        parts = [sample(self.lm, self.prompts, chunk) for chunk in _chunks(rows, size)]
+        u = torch.rand(len(rows), *self.event_shape, dtype=torch.float64, device=rows.device)
+        parts = [
+            sample(self.lm, self.prompts, r, noise)
+            for r, noise in zip(_chunks(rows, size), _chunks(u, size), strict=True)
+        ]
         x, log_q = (torch.cat(p).reshape(*shape, *self.event_shape) for p in zip(*parts, strict=True))
-        self._drawn = (x, log_q, self._version())
+        x = track_provenance(x, self._provenance)
+        self._drawn = (x, log_q, self._state_of_weights())
         return x
 
     def log_prob(self, value: Int[Tensor, "*S T"]) -> Float[Tensor, "*S"]:
         """log p(value | prompt) in nats, float64, differentiable in the weights; -inf where impossible."""
-        impossible = ~self.lm.vocabulary.is_canonical(value)
         total = self.token_log_probs(value).sum(-1)
+        impossible = ~self.lm.vocabulary.is_canonical(value)
         return total.masked_fill(impossible, -torch.inf) if bool(impossible.any()) else total
 
     def token_log_probs(self, value: Int[Tensor, "*S T"]) -> Float[Tensor, "*S T"]:
         """log p(x_t | prompt, x_<t) in nats, float64, 0 after the end; `value` broadcasts against batch_shape.
 
-        :raises ValueError: if `value` has another length or dtype than this distribution's outcomes."""
+        :raises ValueError: if `value` has another length or dtype than this distribution's outcomes, or if the model
+            answers NaN."""
         if value.shape[-1:] != self.event_shape or value.dtype != torch.int64:
             raise ValueError(
                 f"got a value of shape {tuple(value.shape)} and {value.dtype}; completions here are int64 of shape "
                 f"(..., {self.event_shape[0]}): pad after the end token, or change max_new_tokens"
             )
+        provenance = get_provenance(value) | self._provenance
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-        x = value.expand(*shape, *self.event_shape).reshape(-1, *self.event_shape)
+        x = detach_provenance(value).expand(*shape, *self.event_shape).reshape(-1, *self.event_shape)
         x = x.clamp(0, self.lm.vocabulary.size - 1)  # out-of-range ids are -inf in log_prob
         rows = self._prompt_rows(shape)
         size = self.lm.rows_per_pass(self.prompts.ids.shape[-1], self.event_shape[0], torch.is_grad_enabled())
@@ -86,14 +98,17 @@ class TokenSequence(TorchDistribution):
             self.lm.score(self.prompts.take(r), c).double()
             for r, c in zip(_chunks(rows, size), _chunks(x, size), strict=True)
         ]
-        return torch.cat(parts).reshape(*shape, *self.event_shape)
+        by_token = torch.cat(parts).reshape(*shape, *self.event_shape)
+        if bool(by_token.detach().isnan().any()):
+            raise ValueError("the language model's logits hold NaN or infinite values; its weights have diverged")
+        return track_provenance(by_token, provenance)
 
     def drawn_log_probs(self, value: Tensor) -> Tensor | None:
         """`token_log_probs` of the last draw as found while drawing it; None for any other value or after a change of
         weights. Saves a second pass; `self_check` proves both equal."""
-        if self._drawn is None or self._drawn[0] is not value or self._drawn[2] != self._version():
+        if self._drawn is None or self._drawn[0] is not value or self._drawn[2] != self._state_of_weights():
             return None
-        return self._drawn[1].double()
+        return self._drawn[1]
 
     def enumerate_support(self, expand: bool = True) -> Int[Tensor, "N *S T"]:
         """Every outcome, (N, *batch_shape, T), or (N, 1, ..., 1, T) without `expand`; tiny vocabularies only.
@@ -122,8 +137,12 @@ class TokenSequence(TorchDistribution):
         grid = torch.arange(prod(self.prompts.batch_shape), device=self.prompts.ids.device)
         return grid.reshape(self.prompts.batch_shape).expand(shape).reshape(-1)
 
-    def _version(self) -> tuple[int, ...]:
-        return tuple(p._version for p in self.lm.model.parameters())
+    def _state_of_weights(self) -> list[float]:
+        """Changes with the weights. Versions alone miss what fused optimisers and `.data` write, norms alone miss what
+        keeps them."""
+        weights = [p.detach() for p in self.lm.model.parameters()]
+        norms = torch.stack([torch.linalg.vector_norm(w, dtype=torch.float64) for w in weights])
+        return [*norms.tolist(), *(w._version for w in weights)]
 
 
 def _chunks(x: Tensor, size: int) -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
 """A tokenizer together with the facts that scoring needs: its end tokens, its pad, and how ids become text."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -58,33 +59,40 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt. Text that looks like a special token is plain text; the empty prompt is the BOS token."""
-        ids = self.tokenizer(text, split_special_tokens=True)["input_ids"]
-        while len(ids) > 1 and ids[-1] in self.end_ids:  # some tokenizers close every text; a prompt is still open
-            ids = ids[:-1]
-        if not ids and self.bos_id is None:
+        inner = self.plain(text)
+        ids = list(self.tokenizer(text, split_special_tokens=True)["input_ids"])
+        # Some tokenizers close every text; a prompt is still open, whatever it ends with itself.
+        added = len(ids) - len(inner)
+        before = next((n for n in range(added + 1) if ids[n : n + len(inner)] == inner), added)
+        ids = ids[: before + len(inner)]
+        if ids:
+            return ids
+        if self.bos_id is None:
             raise ValueError(f"prompt {text!r} has no tokens and this tokenizer has no BOS token; give a longer prompt")
-        return list(ids) or [self.bos_id]
+        return [self.bos_id]
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Ids of a chat up to the assistant's turn. The template's special tokens are special, those that a message's
         content spells out are plain text."""
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError("this tokenizer has no chat template: give prompts as strings, not as messages")
-        render = lambda m: self.tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True)  # noqa: E731
+
+        def render(messages: Sequence[Mapping[str, Any]]) -> str:
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
         special = set(self.tokenizer.all_special_tokens) | {
             t.content for t in getattr(self.tokenizer, "added_tokens_decoder", {}).values()
         }
-        if not any(s in m["content"] for m in messages for s in special):
-            return self._plain(render(messages), special=True)
-        marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
-        text = render([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)])
+        if not any(s in str(m.get("content")) for m in messages for s in special):
+            return self.plain(render(messages), special=True)
+        marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
         ids: list[int] = []
-        for mark, message in zip(marks, messages, strict=True):
-            before, _, text = text.partition(mark)
-            ids += self._plain(before, special=True) + self._plain(message["content"], special=False)
-        return ids + self._plain(text, special=True)
+        for n, part in enumerate(re.split("\ue000(\\d+)\ue001", render(marked))):  # template, number, template, ...
+            ids += self.plain(str(messages[int(part)].get("content"))) if n % 2 else self.plain(part, special=True)
+        return ids
 
-    def _plain(self, text: str, special: bool) -> list[int]:
+    def plain(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a piece of text, nothing added; with `special`, what looks like a special token is one."""
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"])
 
     @cached_property

@@ -1,0 +1,212 @@
+"""Importance and rejection: their laws against enumeration, their random choices walked through where possible."""
+
+import math
+import sys
+
+import oracle
+import pytest
+import torch
+from scipy import stats
+
+from ppl_lm.guides import finetuned, prior
+from ppl_lm.infer import NoSupportError, bind, exact, importance, rejection, score
+from ppl_lm.infer.rejection import accept, select
+from ppl_lm.lm.table import table_lm
+from ppl_lm.models import constrained, tilted
+
+V, T, END = 5, 6, 4
+
+
+def letters(completions, **_):
+    return [text.count("a") - 0.5 * text.count("b") for text in completions]
+
+
+letters.r_max = 6.0
+
+
+def capped(completions, **_):
+    """Bounded by 1, so that rejection from the prior is quick."""
+    return [min(1.0, 0.5 * text.count("a")) for text in completions]
+
+
+capped.r_max = 1.0
+
+
+@pytest.fixture(params=[("",), ("", "a")], ids=["one prompt", "left-padded batch"])
+def problem(request):
+    lm = table_lm(V, T, max_prompt=2, concentration=1.0, seed=1)
+    other = table_lm(V, T, max_prompt=2, concentration=3.0, seed=2).copy()
+    rows = oracle.outcomes(V, T, END)
+    x = oracle.as_tensor(rows, T, END)
+    contexts = [tuple(lm.vocabulary.encode(text)) for text in request.param]
+    log_prior = torch.stack([oracle.log_probs(lm.model.table, c, rows) for c in contexts], 1)  # (N, B)
+    log_q = torch.stack([oracle.log_probs(other.model.table.detach(), c, rows) for c in contexts], 1)
+    return {"lm": lm, "other": other, "x": x, "log_prior": log_prior, "log_q": log_q, "texts": list(request.param)}
+
+
+def test_exact_agrees_with_the_oracle(problem):
+    """Enumeration through Pyro's handlers against a walk of the tables: posterior, log Z, both KLs, ELBO identity."""
+    lm, texts = problem["lm"], problem["texts"]
+    target, guide = bind(tilted, lm, reward=letters, beta=0.7), bind(finetuned, problem["other"])
+    made = exact(target, guide, texts)
+    reward = torch.tensor(letters(lm.vocabulary.decode(problem["x"])), dtype=torch.float64) / 0.7
+    joint = problem["log_prior"] + reward[:, None]
+    log_z = joint.logsumexp(0)
+    assert torch.allclose(problem["log_prior"].exp().sum(0), torch.ones(len(texts), dtype=torch.float64), atol=1e-10)
+    torch.testing.assert_close(made.log_z, log_z, atol=1e-10, rtol=0)
+    for b in range(len(texts)):
+        assert float(made.kl_q_p[b].detach()) == pytest.approx(float(oracle.kl(problem["log_q"][:, b], (joint - log_z)[:, b])))
+        assert float(made.kl_p_q[b].detach()) == pytest.approx(float(oracle.kl((joint - log_z)[:, b], problem["log_q"][:, b])))
+    torch.testing.assert_close(made.elbo, made.log_z - made.kl_q_p, atol=1e-8, rtol=0)
+
+
+def test_weights_of_every_outcome_are_exact(problem, monkeypatch):
+    """Each outcome drawn once, weighted by its probability under the guide: the sum of q·w is Z to 1e-10, and of q·w·f
+    the posterior's expectation: no Monte Carlo. Catches an end token's factor lost, truncation scored as finished, a
+    prompt paired with another's reward."""
+    from ppl_lm.lm import TokenSequence
+
+    lm, texts, n = problem["lm"], problem["texts"], len(problem["x"])
+    monkeypatch.setattr(TokenSequence, "sample", lambda self, _=torch.Size(): values)
+    monkeypatch.setattr(sys.modules["ppl_lm.infer.importance"], "ROWS", 10**6)  # one call
+    values = problem["x"].unsqueeze(1).expand(n, len(texts), T)
+    target, guide = bind(tilted, lm, reward=letters, beta=0.7), bind(finetuned, problem["other"])
+    draws = importance(target, guide, texts, num_samples=n)
+    torch.testing.assert_close(draws.log_guide[0], problem["log_q"], atol=1e-10, rtol=0)
+    torch.testing.assert_close(draws.log_prior[0], problem["log_prior"], atol=1e-10, rtol=0)
+    truth = exact(target, None, texts)
+    mass = (draws.log_guide + draws.log_weight)[0]
+    torch.testing.assert_close(mass.logsumexp(0), truth.log_z, atol=1e-10, rtol=0)
+    mean = ((mass - truth.log_z).exp() * draws["reward"][0]).sum(0)
+    expected = (truth.log_posterior.exp() * truth.records["reward"]).sum(0)
+    torch.testing.assert_close(mean, expected, atol=1e-10, rtol=0)
+
+
+def test_acceptance_probability_of_every_outcome_is_exact(problem, monkeypatch):
+    """Rejection's only choice is a uniform: over a grid of it each outcome is accepted in proportion to exp(log w -
+    bound), so the law of what is kept is the posterior."""
+    lm, texts, n = problem["lm"], problem["texts"], len(problem["x"])
+    from ppl_lm.lm import TokenSequence
+
+    values = problem["x"].unsqueeze(1).expand(n, len(texts), T)
+    monkeypatch.setattr(TokenSequence, "sample", lambda self, _=torch.Size(): values)
+    monkeypatch.setattr(sys.modules["ppl_lm.infer.importance"], "ROWS", 10**6)  # one call
+    target = bind(tilted, lm, reward=capped, beta=0.7)
+    draws = importance(target, bind(prior, lm), texts, num_samples=n)
+    cells, kept = 1000, torch.zeros(n, len(texts))
+    for i in range(cells):
+        monkeypatch.setattr(torch, "rand_like", lambda v, i=i: torch.full_like(v, (i + 0.5) / cells))
+        kept += accept(draws, 1 / 0.7)
+    truth = exact(target, None, texts)
+    probability = (truth.log_posterior - problem["log_prior"] + truth.log_z - 1 / 0.7).exp()
+    assert float((kept / cells - probability).abs().max()) <= 0.5 / cells + 1e-9
+
+
+def test_rejection_draws_follow_the_posterior():
+    """G-test at α = 1e-5 on cells of expected count ≥ 5; the mutant (prior draws) must be rejected."""
+    lm = table_lm(V, 4, concentration=1.0, seed=3)
+    target, start = bind(tilted, lm, reward=capped, beta=0.5), bind(prior, lm)
+    truth = exact(target, None, [""])
+    n = 4000
+    kept = rejection(target, start, [""], num_samples=n)
+    assert kept.exact and kept["x"].shape == (1, n, 1, 4) and kept.proposals.num_samples > n
+
+    def p_value(x):
+        index = {tuple(row): i for i, row in enumerate(truth.latents["x"][:, 0].tolist())}
+        counts = torch.bincount(torch.tensor([index[tuple(row)] for row in x.tolist()]), minlength=len(index)).double()
+        expected = truth.log_posterior[:, 0].exp() * len(x)
+        big = expected >= 5
+        seen = torch.cat([counts[big], counts[~big].sum()[None]])
+        want = torch.cat([expected[big], expected[~big].sum()[None]])
+        g = 2 * torch.where(seen > 0, seen * (seen / want).log(), 0.0).sum()
+        return stats.chi2.sf(float(g), len(seen) - 1)
+
+    assert p_value(kept["x"][0, :, 0]) > 1e-5
+    assert p_value(importance(target, start, [""], num_samples=n)["x"][0, :, 0]) < 1e-5
+    rate = n / kept.proposals.num_samples  # the last round is kept whole, so the rate is only near Z·exp(-bound)
+    assert rate <= float((truth.log_z - 1 / 0.5).exp()) * 1.2
+
+
+def test_score_is_the_guides_log_probability():
+    lm = table_lm(V, 4, concentration=1.0, seed=3)
+    other = bind(finetuned, table_lm(V, 4, concentration=3.0, seed=4).copy())
+    target = bind(tilted, lm, reward=capped, beta=0.5)
+    kept = rejection(target, bind(prior, lm), ["", ""], num_samples=30)
+    scored = score(other, kept)
+    with torch.no_grad():
+        expected = other.lm(["", ""]).log_prob(kept["x"][0])
+    torch.testing.assert_close(scored.log_guide[0], expected, atol=1e-12, rtol=0)
+    assert scored.exact and torch.equal(scored["x"], kept["x"])
+
+
+def test_a_violated_bound_is_an_error_not_a_clamp():
+    lm = table_lm(V, 4, concentration=1.0, seed=3)
+    target = bind(tilted, lm, reward=capped, beta=0.5)
+    with pytest.raises(ValueError, match=r"log_bound=0\.50 nats, but a draw reached 2\.00"):
+        rejection(target, bind(prior, lm), [""], num_samples=50, log_bound=0.5)
+
+
+def test_rejection_needs_a_bound_and_says_what_else_works():
+    lm = table_lm(V, 4, concentration=1.0, seed=3)
+    unbounded = bind(tilted, lm, reward=lambda completions, **_: [float(len(c)) for c in completions], beta=1.0)
+    with pytest.raises(ValueError, match="r_max.*importance"):
+        rejection(unbounded, bind(prior, lm), [""], num_samples=5)
+    bounded = bind(tilted, lm, reward=capped, beta=1.0)
+    with pytest.raises(ValueError, match="must come from the prior"):
+        rejection(bounded, bind(finetuned, table_lm(V, 4, concentration=1.0, seed=9).copy()), [""], num_samples=5)
+
+
+def test_constraint_is_drawn_by_rejection_and_importance():
+    lm = table_lm(V, 4, concentration=1.0, seed=3)
+    target = bind(constrained, lm, constraint=lambda completions, **_: ["a" in c for c in completions])
+    kept = rejection(target, bind(prior, lm), [""], num_samples=100)
+    assert all("a" in text for text in kept.text()[0])
+    draws = importance(target, bind(prior, lm), [""], num_samples=2000)
+    rate, se = float(draws.log_weight.exp().mean()), float(draws.log_weight.exp().std()) / math.sqrt(2000)
+    assert abs(rate - float(exact(target, None, [""]).log_z.exp())) < 5 * se
+
+
+def test_an_impossible_constraint_is_no_support():
+    lm = table_lm(3, 2, concentration=1.0)
+    target = bind(constrained, lm, constraint=lambda completions, **_: [False] * len(completions))
+    with pytest.raises(NoSupportError, match="0 of 500 proposals"):
+        rejection(target, bind(prior, lm), [""], num_samples=5, max_proposals=500)
+    draws = importance(target, bind(prior, lm), [""], num_samples=50)
+    assert bool((draws.log_weight == -torch.inf).all())
+    with pytest.raises(NoSupportError, match="all weights are zero"):
+        draws.reweighted()
+
+
+def test_a_constraint_must_answer_yes_or_no():
+    lm = table_lm(3, 2, concentration=1.0)
+    with pytest.raises(ValueError, match="yes or no"):
+        importance(bind(constrained, lm, constraint=letters), bind(prior, lm), [""], num_samples=20)
+
+
+def test_select_keeps_each_prompts_own_draws():
+    lm = table_lm(3, 2, concentration=1.0)
+    draws = importance(bind(tilted, lm, reward=letters), bind(prior, lm), ["", ""], num_samples=4)
+    mask = torch.tensor([[False, True], [True, False], [False, True], [True, True]])
+    kept = select(draws, mask, 2)
+    assert torch.equal(kept["x"][0, :, 0], draws["x"][0, [1, 3], 0])
+    assert torch.equal(kept["x"][0, :, 1], draws["x"][0, [0, 2], 1])
+    assert torch.equal(kept.log_likelihood[0, :, 1], draws.log_likelihood[0, [0, 2], 1])
+
+
+def test_costs_are_counted():
+    """Forward tokens of every network, once: the prior as its own proposal is not scored again."""
+    lm = table_lm(3, 4, concentration=1.0)
+    target = bind(tilted, lm, reward=letters)
+    own = importance(target, bind(prior, lm), [""], num_samples=100)
+    assert own.cost.reward_calls == 100 and 100 <= own.cost.lm_tokens <= 1 + 100 * 3
+    both = importance(target, bind(finetuned, lm.copy()), [""], num_samples=100)
+    assert both.cost.lm_tokens > own.cost.lm_tokens
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_num_samples_must_be_positive(n):
+    lm = table_lm(3, 2)
+    target, start = bind(tilted, lm, reward=letters), bind(prior, lm)
+    for sampler in (importance, rejection):
+        with pytest.raises(ValueError, match=f"num_samples={n}"):
+            sampler(target, start, [""], num_samples=n)
