@@ -59,7 +59,7 @@ def fit(
     beta: Annotated[float, typer.Option(help="Temperature of the reward; lower asks for more of it.")] = 0.2,
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line, or JSON lines with 'prompt'. "
                                                  "[default: the model's BOS]")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 40,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Stop fitting after so many seconds. [default: 100, unless "
                                                      "--max-steps is given]")] = None,

@@ -62,7 +62,9 @@ def test_token_log_probs_add_up_and_are_zero_after_the_end(case):
     assert by_token.masked_select(~d.lm.vocabulary.alive(X).unsqueeze(1)).abs().max() == 0
 
 
-@pytest.mark.parametrize("bad", [[0, END, 0, END, END, END], [END, END, END, END, END, 1], [0, 1, 2, 3, 0, 5], [-1] * T])
+@pytest.mark.parametrize(
+    "bad", [[0, END, 0, END, END, END], [END, END, END, END, END, 1], [0, 1, 2, 3, 0, 5], [-1] * T]
+)
 def test_what_is_not_canonical_is_impossible(case, bad):
     """Tokens after the end, or ids that do not exist; the gradient stays finite."""
     d, _ = case
@@ -201,7 +203,9 @@ def test_prompts_padded_more_are_the_same_prompts(lm):
     assert lm(noisy).log_prob(x).equal(lm(loose).log_prob(x))
 
 
-@pytest.mark.parametrize("change", ["adam", "fused adam", "sgd foreach", "pyro's ClippedAdam", "data", "load_state_dict"])
+@pytest.mark.parametrize(
+    "change", ["adam", "fused adam", "sgd foreach", "pyro's ClippedAdam", "data", "load_state_dict"]
+)
 def test_scores_kept_from_drawing_do_not_outlive_the_weights(lm, change):
     """Catches an importance ratio of the guide before the step with the guide after it."""
     twin = lm.copy()
@@ -264,7 +268,11 @@ def test_each_of_several_ends_stops_and_is_scored_as_itself(pad):
     known = {tuple(row) for row in x.tolist()}
     assert all(tuple(row) in known for row in drawn.reshape(-1, 4).tolist())
     torch.testing.assert_close(d.drawn_log_probs(drawn), d.token_log_probs(drawn), atol=1e-10, rtol=0)
-    assert lm.vocabulary.lengths(torch.tensor([[0, 0, 0, 0], [0, 4, pad, pad], [3, pad, pad, pad]])).tolist() == [4, 2, 1]
+    assert lm.vocabulary.lengths(torch.tensor([[0, 0, 0, 0], [0, 4, pad, pad], [3, pad, pad, pad]])).tolist() == [
+        4,
+        2,
+        1,
+    ]
 
 
 # ----- enumeration -----

@@ -34,7 +34,7 @@ def figures(made: dict[str, Any], title: str) -> Table:
     table.add_row("KL(guide ‖ prior)", f"{pm('kl_q_prior')} nats")
     if "reward" in made:
         table.add_row(
-            "E[reward]", f"prior {pm('reward_prior')}, guide {pm('reward')}, posterior {pm('reward_posterior')}"
+            "E(reward)", f"prior {pm('reward_prior')}, guide {pm('reward')}, posterior {pm('reward_posterior')}"
         )
     n = made["num_samples"]
     khat = "not applicable (bounded weights)" if made["khat"] is None else f"{made['khat']:.2f}"

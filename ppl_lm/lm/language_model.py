@@ -43,6 +43,8 @@ class LanguageModel(nn.Module):
         config: Any = model.config
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         ends = _end_ids(model, tokenizer) if end_ids is None else set(end_ids)
+        if not ends:
+            raise ValueError("no end token: neither the model nor its tokenizer names one; pass end_ids=[...]")
         pads = [getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None), *sorted(ends), 0]
         bos = [getattr(tokenizer, "bos_token_id", None), getattr(config, "bos_token_id", None)]
         size = config.vocab_size
@@ -60,7 +62,7 @@ class LanguageModel(nn.Module):
     def from_pretrained(
         cls,
         name_or_folder: str | Path = FOLDER,
-        max_new_tokens: int = 32,
+        max_new_tokens: int = 40,
         *,
         end_ids: Iterable[int] | None = None,
         device: torch.device | str | None = None,
@@ -234,7 +236,4 @@ def default_device() -> torch.device:
 def _end_ids(model: nn.Module, tokenizer: Any) -> set[int]:
     sources = [getattr(model, "generation_config", None), model.config, tokenizer]
     found = [getattr(source, "eos_token_id", None) for source in sources]
-    ends = {int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, (list, tuple)) else [ids])}
-    if not ends:
-        raise ValueError("neither the model nor its tokenizer names an end token; pass end_ids=[...]")
-    return ends
+    return {int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, (list, tuple)) else [ids])}

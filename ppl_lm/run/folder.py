@@ -29,7 +29,7 @@ class Settings:
     beta: float = 0.2
     prompts: list[Any] = field(default_factory=lambda: [""])
     columns: dict[str, list[Any]] = field(default_factory=dict)
-    max_new_tokens: int = 32
+    max_new_tokens: int = 40
     device: str | None = None
     seed: int = 0
     particles: int = 64

@@ -1,0 +1,88 @@
+"""`to_arviz`: what ArviZ summarises is the posterior, not the guide; both of ArviZ's lives; NetCDF and back."""
+
+import arviz as az
+import arviz_base
+import pytest
+import torch
+
+from ppl_lm.diagnose import to_arviz, to_datatree
+from ppl_lm.guides import finetuned, prior
+from ppl_lm.infer import bind, exact, importance, rejection
+from ppl_lm.lm.table import table_lm
+from ppl_lm.models import tilted
+
+
+def capped(completions, **_):
+    return [min(1.0, 0.5 * text.count("a")) for text in completions]
+
+
+capped.r_max = 1.0
+
+
+@pytest.fixture
+def problem():
+    lm = table_lm(5, 4, concentration=1.0, seed=3)
+    target = bind(tilted, lm, reward=capped, beta=0.3)
+    return target, bind(finetuned, lm.copy()), bind(prior, lm)
+
+
+def test_summary_is_the_posteriors_not_the_guides(problem):
+    """az.summary ignores weights: weighted draws must be resampled before it sees them."""
+    target, guide, _ = problem
+    draws = importance(target, guide, ["", ""], num_samples=20_000)
+    truth = exact(target, guide, ["", ""])
+    posterior = float((truth.log_posterior.exp() * truth.records["reward"]).sum(0)[0])
+    before = float((truth.log_q.exp() * truth.records["reward"]).sum(0)[0].detach())
+    assert posterior - before > 0.1
+    data = to_arviz(draws)
+    summary = az.summary(data, var_names=["reward"])
+    w = draws.log_weight[0, :, 0].softmax(0)
+    se = float((w.square() * (draws["reward"][0, :, 0] - posterior).square()).sum().sqrt())
+    for row in range(2):
+        assert abs(summary["mean"].iloc[row] - posterior) < 4 * se + 1e-3  # az.summary rounds to three digits
+    attributes = data.posterior.attrs
+    assert attributes["num_samples"] == 20_000 and 0 < attributes["unique_fraction"] < 1
+    assert 0 < attributes["weighted_ess"] < 20_000
+    assert all(value is not None for value in attributes.values())
+
+
+def test_groups_and_dimensions(problem):
+    target, guide, start = problem
+    data = to_arviz(rejection(target, start, ["", ""], num_samples=40))
+    assert set(data.groups()) == {"posterior", "completions", "guide", "constant_data"}
+    assert data.posterior["reward"].dims == ("chain", "draw", "prompt") and data.posterior.sizes["draw"] == 40
+    assert {"reward", "length", "log_prior"} <= set(data.posterior.data_vars)
+    assert data.completions["x_text"].dtype.kind == "U" and data.guide["x_tokens"].shape == (1, 40, 2, 4)
+    assert {"log_prior", "log_likelihood", "log_guide", "log_weight"} <= set(data.guide.data_vars)
+    assert data.posterior.attrs["unique_fraction"] == 1.0 and data.posterior.attrs["exact"] == 1
+    az.summary(data)
+    az.ess(data)
+
+
+def test_netcdf_round_trip(problem, tmp_path):
+    target, guide, _ = problem
+    data = to_arviz(importance(target, guide, [""], num_samples=200))
+    data.to_netcdf(str(tmp_path / "draws.nc"))
+    again = az.from_netcdf(str(tmp_path / "draws.nc"))
+    assert (again.posterior["reward"] == data.posterior["reward"]).all()
+    assert again.completions["x_text"].values.tolist() == data.completions["x_text"].values.tolist()
+    _, khat = az.psislw(again.guide["log_weight"].values[0, :, 0])
+    assert khat < 1
+
+
+def test_datatree_is_what_arviz_1_reads(problem):
+    target, guide, _ = problem
+    draws = importance(target, guide, [""], num_samples=300)
+    tree = to_datatree(draws)
+    stacked = arviz_base.extract(tree, group="posterior", var_names="reward")
+    assert stacked.sizes["sample"] == 300
+    assert float(stacked.mean()) == pytest.approx(float(to_arviz(draws).posterior["reward"].mean()))
+
+
+def test_random_state_is_left_alone(problem):
+    target, guide, _ = problem
+    draws = importance(target, guide, [""], num_samples=50)
+    before = torch.random.get_rng_state()
+    first, second = to_arviz(draws), to_arviz(draws)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert (first.posterior["reward"] == second.posterior["reward"]).all()

@@ -1,0 +1,221 @@
+"""The command: what it writes, what it refuses, and how it ends."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import arviz as az
+import pytest
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from ppl_lm.cli import app
+
+runner = CliRunner()
+QUICK = ["--max-steps", "3", "--particles", "8", "--num-samples", "256", "--max-new-tokens", "16"]
+
+
+def call(*args):
+    return runner.invoke(app, [str(a) for a in args])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    result = call("fit", "tilted", *QUICK, "--output-dir", folder)
+    assert result.exit_code == 0, result.output
+    return folder, result.output
+
+
+def test_fit_writes_a_whole_run_folder(run):
+    folder, output = run
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "fit.json", "guide", "draws.nc", "diagnosis.json",
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert {"elbo", "elbo_se", "gain", "reward", "kl_prior", "seconds", "lm_tokens", "grad_norm"} <= rows[0].keys()
+    AutoModelForCausalLM.from_pretrained(folder / "guide")
+    assert "reward" in az.from_netcdf(str(folder / "draws.nc")).posterior
+    for word in ("prior", "guide", "ELBO", "log Z", "EUBO", "ESS", "k-hat", "KL(guide ‖ prior)"):
+        assert word in output
+
+
+def test_diagnosis_has_the_promised_keys(run):
+    folder, _ = run
+    made = json.loads((folder / "diagnosis.json").read_text())
+    for record in (made, *made["prompts"]):
+        for key in ("elbo", "iwae", "upper", "log_z", "kl_q_p", "kl_p_q", "kl_prior_p", "reward"):
+            assert isinstance(record[key], float) and isinstance(record[f"{key}_se"], float)
+        for key in ("upper_exact", "ess", "khat", "lm_tokens", "reward_calls", "verdict"):
+            assert key in record
+    assert made["reward_calls"] == 512
+
+
+def test_diagnose_prints_json_alone(run):
+    folder, _ = run
+    result = call("diagnose", folder, "--json", "--num-samples", 200)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["num_samples"] == 200
+
+
+def test_sample_prints_texts(run):
+    folder, _ = run
+    result = call("sample", folder, "--num-samples", 3, "--json")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(rows) == 3 and all({"prompt", "completion", "reward", "log_weight"} <= row.keys() for row in rows)
+    assert call("sample", folder, "--num-samples", 2).exit_code == 0
+
+
+def test_a_second_fit_replaces_the_run_and_the_same_seed_repeats_it(run, tmp_path):
+    folder, _ = run
+    first = (folder / "metrics.jsonl").read_text().splitlines()
+    assert call("fit", "tilted", *QUICK, "--output-dir", tmp_path / "b").exit_code == 0
+    assert call("fit", "tilted", *QUICK, "--output-dir", tmp_path / "b").exit_code == 0
+    again = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(r)["elbo"] for r in again] == [json.loads(r)["elbo"] for r in first]
+
+
+def test_programs_and_rewards_from_files(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import pyro, torch\n"
+        "from ppl_lm.likelihood import Optimality\n"
+        "def short(completion_ids, **_): return [-float(len(ids)) for ids in completion_ids]\n"
+        "short.r_max = 0.0\n"
+        "def model(prompts, prior, reward, beta, weight=0.5):\n"
+        "    with pyro.plate('prompts', len(prompts)):\n"
+        "        x = pyro.sample('x', prior(prompts))\n"
+        "        pyro.sample('short', Optimality(weight * reward(prompts, x) / beta), obs=torch.ones(1))\n"
+        "def guide(prompts, lm):\n"
+        "    with pyro.plate('prompts', len(prompts)):\n"
+        "        pyro.sample('x', lm(prompts))\n"
+    )
+    file, out = tmp_path / "mine.py", tmp_path / "run"
+    args = ("fit", f"{file}:model", "--guide", f"{file}:guide", "--reward", f"{file}:short", "--beta", 5, *QUICK)
+    result = call(*args, "--output-dir", out)
+    assert result.exit_code == 0, result.output
+    assert "unknown" in result.output  # this model declares no bound, so no exact draws
+    assert json.loads((out / "diagnosis.json").read_text())["upper_exact"] is False
+
+
+def test_prompts_from_files(tmp_path):
+    (tmp_path / "p.txt").write_text("The soup was\n\nMy new phone\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "The soup was", "word": "good"}\n{"prompt": "I", "word": "bad"}\n')
+    (tmp_path / "r.py").write_text("def has(completions, word): return [float(w in c) for c, w in zip(completions, word)]\n")
+    for name, reward in (("p.txt", "vader"), ("p.jsonl", f"{tmp_path}/r.py:has")):
+        out = tmp_path / name.replace(".", "-")
+        result = call("fit", "tilted", *QUICK, "--prompts", tmp_path / name, "--reward", reward, "--output-dir", out)
+        assert result.exit_code == 0, result.output
+        assert len(json.loads((out / "diagnosis.json").read_text())["prompts"]) == 2
+
+
+BAD = {
+    "unknown model": (["fit", "tilterd"], "model 'tilterd' is unknown; give constrained, tilted"),
+    "unknown guide": (["fit", "tilted", "--guide", "x"], "guide 'x' is unknown; give finetuned, prior, tabular"),
+    "unknown reward": (["fit", "tilted", "--reward", "nice"], "nice"),
+    "missing file": (["fit", "no/such.py:model"], "there is no file 'no/such.py'"),
+    "missing lm": (["fit", "tilted", "--lm", "/"], "has no config.json"),
+    "beta": (["fit", "tilted", "--beta", "0"], "beta=0.0"),
+    "learning rate": (["fit", "tilted", "--learning-rate", "-1"], "learning_rate=-1.0"),
+    "particles": (["fit", "tilted", "--particles", "1"], "num_particles=1"),
+    "max steps": (["fit", "tilted", "--max-steps", "0"], "max_steps=0"),
+    "time limit": (["fit", "tilted", "--time-limit", "0"], "time_limit=0.0"),
+    "batch size": (["fit", "tilted", "--batch-size", "0"], "batch_size=0"),
+    "num samples": (["fit", "tilted", "--num-samples", "5"], "num_samples=5"),
+    "too long": (["fit", "tilted", "--max-new-tokens", "100000"], "max_new_tokens=100000"),
+    "no tokens": (["fit", "tilted", "--max-new-tokens", "0"], "max_new_tokens=0"),
+    "nothing to train": (["fit", "tilted", "--guide", "prior"], "nothing to train"),
+    "table too big": (["fit", "tilted", "--guide", "tabular"], "tiny vocabularies"),
+    "hard constraint": (["fit", "constrained", "--reward", "contains:the"], "reverse KL cannot fit a hard constraint"),
+    "device": (["fit", "tilted", "--device", "teapot"], "teapot"),
+    "prompts": (["fit", "tilted", "--prompts", "nowhere.txt"], "nowhere.txt"),
+    "not a run": (["sample", "/"], "is not a run folder"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_message_and_status_2(name, tmp_path):
+    args, message = BAD[name]
+    out = tmp_path / "out"
+    result = call(*args, *(["--output-dir", out] if args[0] == "fit" else []))
+    text = re.sub(r"\s+", " ", result.output)
+    assert result.exit_code == 2, result.output
+    assert message in text and "Traceback" not in text
+    assert not out.exists(), "something half-written was left"
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    result = call("fit", "tilted", *QUICK, "--output-dir", tmp_path)
+    assert result.exit_code == 2 and "is not a run of ppl-lm" in re.sub(r"\s+", " ", result.output)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [float('nan')] * len(completions)", "nan"),
+        ("return None", "None"),
+        ("return [1.0]", "shape"),
+        ("raise KeyError('boom')", "boom"),
+    ],
+)
+def test_bad_rewards_show_the_text_and_leave_nothing(tmp_path, body, message):
+    (tmp_path / "r.py").write_text(f"def r(completions, **_):\n    {body}\n")
+    out = tmp_path / "out"
+    result = call("fit", "tilted", *QUICK, "--reward", f"{tmp_path}/r.py:r", "--output-dir", out)
+    assert result.exit_code == 2 and message in result.output and not out.exists()
+    assert "first completion" in result.output or "completion 0" in result.output
+
+
+def test_a_reward_that_fails_later_leaves_the_best_guide(tmp_path):
+    (tmp_path / "r.py").write_text(
+        "calls = []\n"
+        "def r(completions, **_):\n"
+        "    calls.append(1)\n"
+        "    return [float('nan') if len(calls) > 4 else 0.5] * len(completions)\n"
+    )
+    out = tmp_path / "out"
+    result = call("fit", "tilted", *QUICK[2:], "--max-steps", 9, "--reward", f"{tmp_path}/r.py:r", "--output-dir", out)
+    assert result.exit_code == 2 and "nan" in result.output
+    assert (out / "guide" / "config.json").is_file() and not (out / "diagnosis.json").exists()
+
+
+def test_worse_than_prior_is_said_and_fails(tmp_path):
+    """A learning rate that raises the reward and ruins the guide: the kept guide is not the last one."""
+    out = tmp_path / "out"
+    args = ("fit", "tilted", "--max-steps", 60, "--particles", 16, "--num-samples", 512, "--learning-rate", "5e-2")
+    result = call(*args, "--output-dir", out)
+    assert result.exit_code == 1, result.output
+    made = json.loads((out / "diagnosis.json").read_text())
+    assert made["verdict"] == made["outcome"] == "worse_than_prior" and made["kept"] in ("best", "prior")
+    assert "worse_than_prior" in result.output and "further from the posterior" in re.sub(r"\s+", " ", result.output)
+    assert made["elbo_gain"] > -3 * made["elbo_gain_se"], "the guide that was kept is worse than the prior"
+    again = call("diagnose", out, "--num-samples", 256, "--json")
+    assert json.loads(again.stdout)["verdict"] == "worse_than_prior"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_writes_the_best_guide(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "ppl_lm", "fit", "tilted", "--time-limit", "300", "--particles", "8"]
+    process = subprocess.Popen([*command, "--output-dir", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (out / "metrics.jsonl").exists():
+        time.sleep(0.2)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == 130, output
+    assert "interrupted" in output and "Traceback" not in output
+    assert json.loads((out / "fit.json").read_text())["outcome"] == "interrupted"
+    AutoModelForCausalLM.from_pretrained(out / "guide")
+
+
+def test_version_and_help():
+    assert re.match(r"\d+\.\d+", call("--version").output)
+    assert "fit" in call("--help").output
+    assert subprocess.run([sys.executable, "-m", "ppl_lm", "--version"], capture_output=True).returncode == 0

@@ -1,0 +1,139 @@
+"""The bracket, the weights' diagnostics and the verdict, against enumeration."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ppl_lm.diagnose import diagnose, ess, judge, khat_threshold, log_evidence, psis_khat
+from ppl_lm.guides import finetuned, prior
+from ppl_lm.infer import bind, exact, importance, rejection, score
+from ppl_lm.lm.table import table_lm
+from ppl_lm.models import tilted
+
+
+def capped(completions, **_):
+    return [min(1.0, 0.5 * text.count("a")) for text in completions]
+
+
+capped.r_max = 1.0
+
+
+@pytest.fixture(params=[3, 11])
+def problem(request):
+    lm = table_lm(5, 4, concentration=1.0, seed=request.param)
+    target = bind(tilted, lm, reward=capped, beta=0.5)
+    guide = bind(finetuned, lm.copy())
+    noise = torch.randn(guide.lm.model.table.shape, generator=torch.Generator().manual_seed(request.param))
+    with torch.no_grad():
+        guide.lm.model.table += 0.3 * noise
+    return target, guide, bind(prior, lm), exact(target, guide, [""])
+
+
+def test_bracket_agrees_with_enumeration(problem):
+    """Every bound and both KLs within four standard errors of their exact values; the standard errors are small enough
+    that a swapped direction, a lost β or the prior's log q would be seen."""
+    target, guide, start, truth = problem
+    draws = importance(target, guide, [""], num_samples=8000)
+    kept = score(guide, rejection(target, start, [""], num_samples=4000))
+    made = log_evidence(draws, kept)
+    want = {
+        "elbo": truth.elbo,
+        "log_z": truth.log_z,
+        "upper": truth.log_z + truth.kl_p_q,
+        "kl_q_p": truth.kl_q_p,
+        "kl_p_q": truth.kl_p_q,
+    }
+    for name, value in want.items():
+        gap, se = float(getattr(made, name) - value.detach()), float(getattr(made, f"{name}_se"))
+        assert abs(gap) < 4 * se and se < 0.05, (name, gap, se)
+    assert made.upper_exact and float(made.elbo) < float(made.iwae) < float(made.upper)
+    assert abs(float(truth.kl_q_p.detach()) - float(truth.kl_p_q.detach())) > 0.02 or float(truth.kl_q_p.detach()) > 0.2
+    approximate = log_evidence(draws)
+    assert not approximate.upper_exact and "approximate" in str(approximate)
+    assert abs(float(approximate.upper - want["upper"].detach())) < 5 * float(approximate.upper_se)
+
+
+def test_standard_errors_cover(problem):
+    """Over 200 repetitions the 2-SE intervals of ELBO, log Z and KL(q‖p) cover the truth 95 ± 4.6% of the time
+    (three binomial standard errors). Catches a standard error that forgets that log Z and ELBO share their draws."""
+    target, guide, _, truth = problem
+    whole = importance(target, guide, [""], num_samples=200 * 400)
+    hits = dict.fromkeys(("elbo", "log_z", "kl_q_p"), 0)
+    for i in range(200):
+        part = whole.map(lambda v, i=i: v[:, i * 400 : (i + 1) * 400])
+        made = log_evidence(part)
+        for name in hits:
+            value = truth.elbo if name == "elbo" else getattr(truth, name)
+            hits[name] += abs(float(getattr(made, name) - value.detach())) < 1.96 * float(getattr(made, f"{name}_se"))
+    assert all(0.95 - 0.046 - 0.02 <= h / 200 for h in hits.values()), hits
+    assert hits["kl_q_p"] / 200 <= 0.999, hits
+
+
+def test_mislabelled_draws_are_refused(problem):
+    target, guide, start, _ = problem
+    draws = importance(target, guide, [""], num_samples=100)
+    kept = rejection(target, start, [""], num_samples=50)
+    with pytest.raises(ValueError, match="must hold exact"):
+        log_evidence(draws, draws)
+    with pytest.raises(ValueError, match="guide's own draws"):
+        log_evidence(kept)
+
+
+@pytest.mark.parametrize("k", [0.3, 0.7, 1.2])
+def test_khat_recovers_a_pareto_tail(k):
+    w = np.random.default_rng(0).pareto(1 / k, 100_000) + 1
+    assert psis_khat(torch.as_tensor(w).log()) == pytest.approx(k, abs=0.1)
+
+
+def test_tied_weights_have_no_khat_and_full_ess():
+    """ArviZ answers k-hat = inf for them, which would condemn a perfect guide."""
+    tied = torch.zeros(500, dtype=torch.float64)
+    assert psis_khat(tied) is None and float(ess(tied)) == pytest.approx(500)
+    assert psis_khat(torch.full((500,), -torch.inf)) is None and float(ess(torch.full((500,), -torch.inf))) == 0
+    assert khat_threshold(1000) == pytest.approx(1 - 1 / 3) and khat_threshold(10**6) == 0.7
+
+
+def test_ess_is_kishs():
+    w = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    assert float(ess(w.log())) == pytest.approx(float(w.sum() ** 2 / (w * w).sum()))
+
+
+def test_diagnosis_of_many_prompts(problem):
+    target, guide, start, truth = problem
+    prompts = target.lm.prompts(["", ""])
+    made = diagnose(target, guide, start, prompts, num_samples=3000)
+    record = made.as_json()
+    assert len(record["prompts"]) == 2 and record["upper_exact"] is True
+    for figures in record["prompts"]:
+        gap = abs(figures["kl_q_p"] - float(truth.kl_q_p.detach()))
+        assert gap < 4 * figures["kl_q_p_se"] and figures["verdict"] in ("good", "poor", "worse_than_prior")
+        for key in ("elbo", "iwae", "upper", "log_z", "kl_q_p", "kl_p_q", "kl_prior_p", "reward"):
+            assert math.isfinite(figures[key]) and figures[f"{key}_se"] >= 0
+    mean = sum(f["elbo"] for f in record["prompts"]) / 2
+    assert record["elbo"] == pytest.approx(mean)
+    assert record["elbo_se"] == pytest.approx(math.hypot(*(f["elbo_se"] for f in record["prompts"])) / 2)
+
+
+BASE = dict(
+    kl_q_p=0.1, kl_q_p_se=0.01, kl_p_q=0.1, kl_prior_p=2.0, gain=1.9, gain_se=0.02, upper_exact=True, khat=0.3,
+    num_samples=4096,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({}, "good"),
+        ({"kl_q_p": 0.6}, "poor"),
+        ({"kl_p_q": 3.0}, "poor"),
+        ({"upper_exact": False}, "unknown"),
+        ({"gain": -0.5}, "worse_than_prior"),
+        ({"gain": -0.5, "upper_exact": False}, "worse_than_prior"),
+        ({"gain": -0.01, "gain_se": 0.02, "kl_q_p": 2.0}, "poor"),
+    ],
+)
+def test_verdicts(change, code):
+    verdict = judge(**{**BASE, **change})
+    assert verdict.code == code and len(verdict.sentence) > 20
