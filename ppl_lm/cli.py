@@ -20,6 +20,9 @@ GOOD, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit statuses
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `ppl-lm fit` wrote.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show Python's traceback of an error.")]
 NumSamples = Annotated[int, typer.Option(help="Draws for each prompt.")]
+OtherPrompts = Annotated[
+    Path | None, typer.Option("--prompts", help="Other prompts than the run's, held-out ones say.")
+]
 
 
 @contextmanager
@@ -63,9 +66,11 @@ def fit(
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Stop fitting after so many seconds. [default: 100, unless "
                                                      "--max-steps is given]")] = None,
-    particles: Annotated[int, typer.Option(help="Texts drawn for each prompt and step.")] = 64,
+    particles: Annotated[int | None, typer.Option(help="Texts drawn for each prompt and step. [default: 64 with one "
+                                                  "prompt, 8 with many]")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts a step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Adam's, at its peak.")] = 1e-3,
+    learning_rate: Annotated[float | None, typer.Option(help="Adam's, at its peak. [default: measured, so that the "
+                                                        "run's steps together move the guide by about a nat]")] = None,
     output_dir: Annotated[Path, typer.Option(help="Where the run folder is written.")] = Path("runs/latest"),
     seed: Annotated[int, typer.Option()] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: CUDA where there is one]")] = None,
@@ -83,7 +88,8 @@ def fit(
         texts, columns = read_prompts(prompts)
         settings = folder.Settings(
             model=model, guide=guide, lm=lm, reward=reward, beta=beta, prompts=texts, columns=columns,
-            max_new_tokens=max_new_tokens, device=device, seed=seed, particles=particles, batch_size=batch_size,
+            max_new_tokens=max_new_tokens, device=device, seed=seed, batch_size=batch_size,
+            particles=max(8, 64 // max(1, min(batch_size, len(texts)))) if particles is None else particles,
             learning_rate=learning_rate, max_steps=max_steps, time_limit=time_limit,
         )  # fmt: skip
         outcome = fit_and_measure(settings, output_dir, num_samples, out)
@@ -94,6 +100,7 @@ def fit(
 def sample(
     run: RunFolder,
     num_samples: NumSamples = 10,
+    prompts: OtherPrompts = None,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     traceback: Traceback = False,
@@ -106,7 +113,7 @@ def sample(
     from ppl_lm.run import folder
 
     with _errors(traceback):
-        programs = folder.build(folder.read_settings(run), run / "guide")
+        programs = folder.build(_with_prompts(folder.read_settings(run), prompts), run / "guide")
         torch.manual_seed(seed)
         draws = importance(programs.model, programs.guide, programs.prompts, num_samples=num_samples)
         reward = draws.records.get("reward")
@@ -124,24 +131,34 @@ def sample(
 @app.command()
 def diagnose(
     run: RunFolder,
-    num_samples: NumSamples = 4096,
+    num_samples: Annotated[int | None, typer.Option(help="Draws for each prompt. [default: as for fit]")] = None,
+    prompts: OtherPrompts = None,
     seed: Annotated[int, typer.Option()] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print diagnosis.json instead of tables.")] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Measure how close a run's guide is to its posterior, on fresh draws; write diagnosis.json and draws.nc."""
+    """Measure how close a run's guide is to its posterior, on fresh draws; write diagnosis.json and draws.nc.
+
+    With --prompts FILE the files are diagnosis_FILE.json and draws_FILE.nc."""
     import torch
 
     from ppl_lm.run import folder
     from ppl_lm.run.command import measure
 
     with _errors(traceback):
-        settings = folder.read_settings(run)
-        programs = folder.build(replace(settings, seed=seed), run / "guide")
+        programs = folder.build(_with_prompts(folder.read_settings(run), prompts), run / "guide")
         torch.manual_seed(seed)
-        made = measure(programs, run, num_samples, Console(quiet=True) if as_json else out)
+        suffix = "" if prompts is None else f"_{prompts.stem}"
+        made = measure(programs, run, num_samples, Console(quiet=True) if as_json else out, suffix)
         if as_json:
             print(json.dumps(made, indent=1))
+
+
+def _with_prompts(settings: Any, path: Path | None) -> Any:
+    if path is None:
+        return settings
+    texts, columns = read_prompts(path)
+    return replace(settings, prompts=texts, columns=columns)
 
 
 def read_prompts(path: Path | None) -> tuple[list[Any], dict[str, list[Any]]]:

@@ -5,13 +5,13 @@ import gc
 import pyro
 import pytest
 import torch
+from ppl_lm.guides import finetuned, prior
+from ppl_lm.models import tilted
 from pyro.infer import SVI, Trace_ELBO
 
-from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer import SequenceELBO, bind, importance
 from ppl_lm.likelihood import Reward
 from ppl_lm.lm.table import table_lm
-from ppl_lm.models import tilted
 
 
 def letters(completions, **_):
@@ -131,5 +131,7 @@ def test_pyros_own_elbo_takes_the_same_programs():
     """Model and inference are independent: Trace_ELBO runs unchanged, if slower."""
     lm = table_lm(3, 2, concentration=1.0)
     target, guide = bind(tilted, lm, reward=letters, beta=0.5), bind(finetuned, lm.copy())
-    svi = SVI(target, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(4, vectorize_particles=True, max_plate_nesting=1))
+    svi = SVI(
+        target, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(4, vectorize_particles=True, max_plate_nesting=1)
+    )
     assert torch.isfinite(torch.tensor([svi.step([""]) for _ in range(3)])).all()

@@ -104,7 +104,9 @@ def test_programs_and_rewards_from_files(tmp_path):
 def test_prompts_from_files(tmp_path):
     (tmp_path / "p.txt").write_text("The soup was\n\nMy new phone\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "The soup was", "word": "good"}\n{"prompt": "I", "word": "bad"}\n')
-    (tmp_path / "r.py").write_text("def has(completions, word): return [float(w in c) for c, w in zip(completions, word)]\n")
+    (tmp_path / "r.py").write_text(
+        "def has(completions, word): return [float(w in c) for c, w in zip(completions, word)]\n"
+    )
     for name, reward in (("p.txt", "vader"), ("p.jsonl", f"{tmp_path}/r.py:has")):
         out = tmp_path / name.replace(".", "-")
         result = call("fit", "tilted", *QUICK, "--prompts", tmp_path / name, "--reward", reward, "--output-dir", out)

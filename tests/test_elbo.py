@@ -7,15 +7,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from ppl_lm.guides import finetuned, prior, tabular
+from ppl_lm.models import constrained, tilted
 from pyro import poutine
 from pyro.infer import SVI, TraceGraph_ELBO
 
-from ppl_lm.guides import finetuned, prior, tabular
 from ppl_lm.infer import SequenceELBO, bind
+from ppl_lm.likelihood import Optimality
 from ppl_lm.lm import TokenSequence
 from ppl_lm.lm.table import table_like, table_lm
-from ppl_lm.likelihood import Optimality
-from ppl_lm.models import constrained, tilted
 
 V, T, END = 5, 3, 4
 
@@ -209,7 +209,9 @@ def test_mixed_latents_and_model_parameters(monkeypatch, door):
     force(monkeypatch, x[text])
     monkeypatch.setattr(dist.Categorical, "sample", lambda self, sample_shape=torch.Size(): topic)
     monkeypatch.setattr(
-        torch.distributions.Normal, "rsample", lambda self, sample_shape=torch.Size(): self.loc + self.scale * nodes[node]
+        torch.distributions.Normal,
+        "rsample",
+        lambda self, sample_shape=torch.Size(): self.loc + self.scale * nodes[node],
     )
     target = bind(mixed_model, lm, reward=letters)
     guide = bind(mixed_guide, table)
@@ -239,9 +241,10 @@ def test_mixed_latents_and_model_parameters(monkeypatch, door):
 
 def test_global_latent_and_subsampled_plate():
     """A Normal outside the prompt plate and a plate that subsamples: the gradient's mean over repetitions agrees with
-    Pyro's own estimator on the same programs within five standard errors."""
-    lm = table_lm(3, 2, concentration=1.0, seed=5)
-    table = table_lm(3, 2, concentration=2.0, seed=6).copy()
+    Pyro's own estimator on the same programs within five standard errors. Catches a model that subsamples other rows
+    than its guide."""
+    lm = table_lm(3, 2, max_prompt=2, concentration=1.0, seed=5)
+    table = table_lm(3, 2, max_prompt=2, concentration=2.0, seed=6).copy()
 
     def model(prompts, prior, reward):
         z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
@@ -257,7 +260,7 @@ def test_global_latent_and_subsampled_plate():
             pyro.sample("x", lm(prompts[rows]))
 
     target, bound = bind(model, lm, reward=letters), bind(guide, table)
-    prompts = lm.prompts(["", "", ""])
+    prompts = lm.prompts(["", "a", "b"])
     means, errors = [], []
     for elbo in (
         SequenceELBO(8),

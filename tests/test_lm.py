@@ -51,7 +51,7 @@ def test_every_step_of_the_cache_equals_a_pass_without_it(kind):
     """The whole next-token law, for each row of a left-padded batch; also for prompts of batch shape (K, B)."""
     lm = tiny.language_model(kind).double()
     prompts = lm.prompts(TEXTS)
-    nested = Prompts(prompts.ids.unsqueeze(1), prompts.lengths.unsqueeze(1), prompts.texts, lm.vocabulary)
+    nested = prompts.reshape(torch.Size((3, 1)))
     texts = [lm.vocabulary.encode(text) for text in TEXTS]
     decoder, same = Decoder(lm, prompts), Decoder(lm, nested)
     for step in range(7):
@@ -363,3 +363,12 @@ def test_a_context_overflow_is_refused_when_the_distribution_is_made():
     assert lm(["", ""]).event_shape == (60,)
     with pytest.raises(ValueError, match="need .* positions; this model has 64: shorten the prompt or lower"):
         lm(["", "the soup was good"])
+
+
+def test_passes_fit_a_memory_budget(kind):
+    """Rows of one pass get fewer with text, vocabulary and gradient, and are never none."""
+    lm = tiny.language_model(kind)
+    assert lm.rows_per_pass(8, 8) > lm.rows_per_pass(8, 64) > lm.rows_per_pass(800, 64) >= 1
+    assert lm.rows_per_pass(8, 8) > lm.rows_per_pass(8, 8, gradient=True) > 100
+    assert lm.rows_per_pass(10**9, 1) == 1
+    assert lm.width == 64

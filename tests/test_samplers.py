@@ -6,13 +6,13 @@ import sys
 import oracle
 import pytest
 import torch
+from ppl_lm.guides import finetuned, prior
+from ppl_lm.models import constrained, tilted
 from scipy import stats
 
-from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer import NoSupportError, bind, exact, importance, rejection, score
 from ppl_lm.infer.rejection import accept, select
 from ppl_lm.lm.table import table_lm
-from ppl_lm.models import constrained, tilted
 
 V, T, END = 5, 6, 4
 
@@ -55,8 +55,12 @@ def test_exact_agrees_with_the_oracle(problem):
     assert torch.allclose(problem["log_prior"].exp().sum(0), torch.ones(len(texts), dtype=torch.float64), atol=1e-10)
     torch.testing.assert_close(made.log_z, log_z, atol=1e-10, rtol=0)
     for b in range(len(texts)):
-        assert float(made.kl_q_p[b].detach()) == pytest.approx(float(oracle.kl(problem["log_q"][:, b], (joint - log_z)[:, b])))
-        assert float(made.kl_p_q[b].detach()) == pytest.approx(float(oracle.kl((joint - log_z)[:, b], problem["log_q"][:, b])))
+        assert float(made.kl_q_p[b].detach()) == pytest.approx(
+            float(oracle.kl(problem["log_q"][:, b], (joint - log_z)[:, b]))
+        )
+        assert float(made.kl_p_q[b].detach()) == pytest.approx(
+            float(oracle.kl((joint - log_z)[:, b], problem["log_q"][:, b]))
+        )
     torch.testing.assert_close(made.elbo, made.log_z - made.kl_q_p, atol=1e-8, rtol=0)
 
 

@@ -99,9 +99,7 @@ def test_gradient_is_that_of_the_walk():
 def test_prompts_of_two_dimensions(lm):
     """(K, B) prompts, each with its own context, as for a text prompted by another text."""
     contexts = [[END], [0, 1], [2], [3, 3], [1], [END]]
-    flat = Prompts.from_ids(contexts, lm.vocabulary)
-    prompts = Prompts(flat.ids.reshape(3, 2, -1), flat.lengths.reshape(3, 2), flat.texts, lm.vocabulary)
-    d = lm(prompts)
+    d = lm(Prompts.from_ids(contexts, lm.vocabulary).reshape(torch.Size((3, 2))))
     assert d.batch_shape == (3, 2) and d.sample().shape == (3, 2, T) and d.sample((4,)).shape == (4, 3, 2, T)
     x = X[::50]
     log_p = d.log_prob(x[:, None, None])
@@ -397,3 +395,49 @@ def test_weights_that_became_nan_are_an_error_at_every_door(lm):
     for door in (d.sample, lambda: d.log_prob(x), lambda: d.token_log_probs(x)):
         with pytest.raises(ValueError, match="logits hold NaN"):
             door()
+
+
+# ----- a text prompted by a text -----
+
+
+def chain(lm):
+    """x, then y prompted by x: two texts of one letter, so that everything can be enumerated."""
+    with pyro.plate("prompts", 1):
+        prompts = Prompts.from_ids([[2]], lm.vocabulary)
+        x = pyro.sample("x", lm(prompts))
+        y = pyro.sample("y", lm(prompts.append(x)))
+    return x, y
+
+
+def test_a_text_prompted_by_a_text_has_the_product_law():
+    """Catches prompts of the second text that lose their particle, and an end token of the first left in the context."""
+    lm = table_lm(3, 1, max_prompt=2, concentration=1.0)
+    table, n = lm.model.table, 4000
+    with pyro.plate("particles", n, dim=-2):
+        x, y = chain(lm)
+    trace = poutine.trace(chain).get_trace(lm)
+    trace.compute_log_prob()
+    assert trace.nodes["y"]["log_prob"].shape == (1,)
+    exact = {}
+    for a, b in itertools.product(range(3), repeat=2):
+        context = (2,) if a == 2 else (2, a)
+        exact[a, b] = float((oracle.log_prob(table, (2,), (a,)) + oracle.log_prob(table, context, (b,))).exp())
+    assert sum(exact.values()) == pytest.approx(1, abs=1e-10)
+    for (a, b), p in exact.items():
+        share = float(((x == a) & (y == b)).double().mean())
+        assert abs(share - p) < 5 * (p * (1 - p) / n) ** 0.5
+    first = trace.nodes["x"]["value"].item(), trace.nodes["y"]["value"].item()
+    assert float(trace.log_prob_sum().exp()) == pytest.approx(exact[first], abs=1e-10)
+
+
+def test_provenance_passes_through_prompts_draws_and_scores(lm):
+    """Pyro's TraceGraph_ELBO sees by it that y depends on x; without it, x's gradient misses the cost of y."""
+    from pyro.ops.provenance import get_provenance, track_provenance
+
+    prompts = Prompts.from_ids([[END]], lm.vocabulary)
+    x = track_provenance(torch.tensor([[0, END, END, END, END, END]]), frozenset({"x"}))
+    second = lm(prompts.append(x[:, :1]))
+    for d in (second, second.expand((2, 1))):
+        assert get_provenance(d.sample()) == get_provenance(d.log_prob(X[:1])) == frozenset({"x"})
+    assert get_provenance(lm(prompts).log_prob(x)) == frozenset({"x"})
+    assert get_provenance(lm(prompts).log_prob(X[:1])) == frozenset()

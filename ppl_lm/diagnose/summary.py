@@ -45,8 +45,7 @@ def diagnose(
     :param guide: the fitted guide; `prior`: the prior itself as a guide (`ppl_lm.guides.prior`).
     :param num_samples: draws of each for every prompt.
     """
-    if num_samples < 100:
-        raise ValueError(f"num_samples={num_samples}; give at least 100")
+    require_enough(num_samples)
     from_prior = importance(model, prior, prompts, num_samples=num_samples)
     from_guide = importance(model, guide, prompts, num_samples=num_samples)
     bound = likelihood_bound(model, prompts)
@@ -66,6 +65,12 @@ def diagnose(
     verdict = verdicts[0] if len(verdicts) == 1 else _judged(average)
     average["verdict"] = verdict.code
     return Diagnosis(figures, average, verdict, from_prior, from_guide, exacts)
+
+
+def require_enough(num_samples: int) -> None:
+    """:raises ValueError: if there are too few draws for standard errors to mean anything."""
+    if num_samples < 100:
+        raise ValueError(f"num_samples={num_samples}; give at least 100 draws for each prompt")
 
 
 def _figures(prior: Draws, guide: Draws, exact: Draws | None, evidence: Evidence) -> tuple[dict[str, Any], Verdict]:

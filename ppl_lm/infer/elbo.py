@@ -63,7 +63,7 @@ class SequenceELBO(ELBO):
         """
         with poutine.trace(param_only=True) as capture:
             particles = self.particles(model, guide, *args, **kwargs)
-        sites = capture.trace.nodes.values()
+        sites: Any = capture.trace.nodes.values()
         if not any(site["value"].unconstrained().requires_grad for site in sites if site["type"] == "param"):
             raise ValueError(
                 "this step has nothing to train: guide and model registered no trainable parameter. Wrap the guide "
@@ -102,8 +102,8 @@ class SequenceELBO(ELBO):
         return surrogate - surrogate.detach() + self._value(particles)
 
     def _value(self, particles: Particles) -> float:
-        total = sum(v.sum() for v in particles.log_q.values()) - sum(v.sum() for v in particles.log_p.values())
-        return torch_item(total) / particles.count
+        terms = [v.sum() for v in particles.log_q.values()] + [-v.sum() for v in particles.log_p.values()]
+        return sum(torch_item(term) for term in terms) / particles.count
 
     def _ordinary_surrogate(self, particles: Particles) -> Tensor:
         """What ordinary sites add to the gradient: pathwise terms with their graph, score functions with theirs."""
@@ -119,7 +119,7 @@ class SequenceELBO(ELBO):
             if site["fn"].has_rsample:
                 surrogate = surrogate + particles.log_q[name].sum()
             elif particles.log_q[name].requires_grad:
-                coefficient = cost.sum_to(site["cond_indep_stack"])
+                coefficient: Any = cost.sum_to(site["cond_indep_stack"])
                 score = site["fn"].log_prob(site["value"])
                 surrogate = surrogate + (score * self._minus_baseline(coefficient, particles)).sum()
         return surrogate / particles.count

@@ -9,7 +9,7 @@ from pyro import poutine
 from pyro.infer import config_enumerate
 from torch import Tensor
 
-from ppl_lm.infer.particles import is_record
+from ppl_lm.infer.particles import is_record, sample_sites
 
 MAX_CELLS = 20_000_000
 
@@ -71,13 +71,13 @@ def exact(model: Callable[..., Any], guide: Callable[..., Any] | None, prompts: 
     """
     marked = config_enumerate(model, default="parallel", expand=False)
     trace = poutine.trace(poutine.enum(marked, first_available_dim=-2)).get_trace(prompts)
-    sites = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and not is_record(s)}
-    latents = {n: s for n, s in sites.items() if not s["is_observed"] and not _is_plate(s)}
+    sites = sample_sites(trace)
+    latents = {n: s for n, s in sites.items() if not s["is_observed"]}
     for name, site in latents.items():
         if not site["infer"].get("_enumerate_dim"):
             raise ValueError(f"site {name!r} ({type(site['fn']).__name__}) cannot be enumerated exactly")
     batch = len(prompts)
-    log_p = [s["fn"].log_prob(s["value"], *s["args"], **s["kwargs"]) for s in sites.values() if not _is_plate(s)]
+    log_p = [s["fn"].log_prob(s["value"], *s["args"], **s["kwargs"]) for s in sites.values() if not is_record(s)]
     shape = torch.broadcast_shapes(*(term.shape for term in log_p), (batch,))
     if shape.numel() > MAX_CELLS:
         raise ValueError(f"{shape.numel():,} values are too many to enumerate (at most {MAX_CELLS:,})")
@@ -87,8 +87,8 @@ def exact(model: Callable[..., Any], guide: Callable[..., Any] | None, prompts: 
 
     log_q = None
     if guide is not None:
-        replayed = poutine.trace(poutine.replay(guide, trace=trace)).get_trace(prompts)
-        terms = [s for n, s in replayed.nodes.items() if n in latents]
+        replayed = sample_sites(poutine.trace(poutine.replay(guide, trace=trace)).get_trace(prompts))
+        terms = [s for n, s in replayed.items() if n in latents]
         log_q = table([s["fn"].log_prob(s["value"]) for s in terms])
 
     def values(site: Any) -> Tensor:
@@ -96,7 +96,7 @@ def exact(model: Callable[..., Any], guide: Callable[..., Any] | None, prompts: 
         whole = v.expand(*shape, *v.shape[v.dim() - event :])
         return whole.reshape(-1, batch, *v.shape[v.dim() - event :])
 
-    records = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and is_record(s)}
+    records = {n: s for n, s in sites.items() if is_record(s)}
     return Exact(
         latents={n: values(s) for n, s in latents.items()},
         records={n: values(s) for n, s in records.items()},
@@ -108,7 +108,3 @@ def exact(model: Callable[..., Any], guide: Callable[..., Any] | None, prompts: 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """Σ_z a (log a - log b) over the first dimension, nats; a zero of `a` counts nothing."""
     return torch.where(log_a == -torch.inf, 0.0, log_a.exp() * (log_a - log_b)).sum(0)
-
-
-def _is_plate(site: Any) -> bool:
-    return type(site["fn"]).__name__ == "_Subsample"

@@ -8,7 +8,7 @@ import torch
 from pyro import poutine
 
 from ppl_lm.infer.draws import Draws, concatenate
-from ppl_lm.infer.particles import as_particles, by_prompt, run
+from ppl_lm.infer.particles import as_particles, by_prompt, run, sample_sites
 from ppl_lm.lm import meter
 
 ROWS = 2048  # texts drawn at a time
@@ -52,7 +52,7 @@ def score(guide: Callable[..., Any], draws: Draws, max_plate_nesting: int = 1) -
                 value = value if n > 1 else value[0]
                 given.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={}, fn=None)
             program = poutine.replay(as_particles(guide, n, max_plate_nesting), trace=given)
-            sites = poutine.trace(program).get_trace(draws.prompts).nodes
+            sites = sample_sites(poutine.trace(program).get_trace(draws.prompts))
             log_q = [
                 sites[name]["fn"].log_prob(values[name] if n > 1 else values[name][0]) for name in flat if name in sites
             ]

@@ -103,19 +103,18 @@ def run(
     require_separate(model, guide)
     guide = as_particles(guide, num_particles, max_plate_nesting)
     model = as_particles(model, num_particles, max_plate_nesting)
-    guide_trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-    model_trace = prune_subsample_sites(model_trace)
     nesting = max_plate_nesting + (num_particles > 1)
-    check_model_guide_match(model_trace, guide_trace, nesting)
+    check_model_guide_match(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace), nesting)
 
-    guide_sites = {n: s for n, s in guide_trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
-    model_sites = {n: s for n, s in model_trace.nodes.items() if s["type"] == "sample"}
+    guide_sites = {n: s for n, s in sample_sites(guide_trace).items() if not s["is_observed"]}
+    model_sites = sample_sites(model_trace)
     made = Particles(num_particles, guide_sites, model_sites, {}, {}, {}, {})
     for name, site in guide_sites.items():
         made.log_q[name] = _log_prob(name, site, made.token_log_q)
         if pyro.settings.get("validate_poutine"):
-            check_site_shape({**site, "log_prob": made.log_q[name]}, nesting)
+            _check_shape(site, made.log_q[name], nesting)
     for name, site in model_sites.items():
         if is_record(site):
             continue
@@ -125,7 +124,7 @@ def run(
             continue
         made.log_p[name] = _log_prob(name, site, made.token_log_p)
         if pyro.settings.get("validate_poutine"):
-            check_site_shape({**site, "log_prob": made.log_p[name]}, nesting)
+            _check_shape(site, made.log_p[name], nesting)
     for name, value in (*made.log_q.items(), *made.log_p.items()):
         if bool(torch.isnan(value.detach()).any()):
             raise ValueError(f"site {name!r} has a log-probability that is NaN; check the program and its reward")
@@ -149,19 +148,31 @@ def as_particles(program: Callable[..., Any], num_particles: int, max_plate_nest
     return pyro.plate(PLATE, num_particles, dim=-max_plate_nesting - 1)(program) if num_particles > 1 else program
 
 
+def sample_sites(trace: Any) -> dict[str, Site]:
+    """The sample sites of a Pyro trace by name, without those that plates make to subsample."""
+    nodes: Any = prune_subsample_sites(trace).nodes
+    return {n: s for n, s in nodes.items() if s["type"] == "sample"}
+
+
 def is_sequence(site: Site) -> bool:
     return isinstance(site["fn"], TokenSequence)
 
 
+def _check_shape(site: Site, log_prob: Tensor, nesting: int) -> None:
+    shaped: Any = {**site, "log_prob": log_prob}
+    check_site_shape(shaped, nesting)
+
+
 def _log_prob(name: str, site: Site, tokens: dict[str, Tensor]) -> Tensor:
-    fn, value, scale, mask = site["fn"], site["value"], site["scale"], site["mask"]
+    fn, value, mask = site["fn"], site["value"], site["mask"]
+    scale: Any = site["scale"]  # a tensor under poutine.scale(scale=tensor)
     if not is_sequence(site):
         return scale_and_mask(fn.log_prob(value, *site["args"], **site["kwargs"]), scale, mask)
     with torch.no_grad():
         by_token = fn.drawn_log_probs(value)
         if by_token is None:
             by_token = fn.token_log_probs(value)
-        wide = scale.unsqueeze(-1) if isinstance(scale, Tensor) and scale.dim() else scale
+        wide: Any = scale.unsqueeze(-1) if isinstance(scale, Tensor) and scale.dim() else scale
         tokens[name] = scale_and_mask(by_token, wide, mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask)
         canonical = fn.lm.vocabulary.is_canonical(value)
         total = tokens[name].sum(-1)

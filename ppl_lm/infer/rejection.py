@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
 from ppl_lm.infer.importance import ROWS, importance
+from ppl_lm.infer.particles import is_record, sample_sites
 from ppl_lm.likelihood import Optimality
 
 TOLERANCE = 1e-3  # nats, for the noise of float32 log-probabilities
@@ -97,10 +98,8 @@ def likelihood_bound(model: Callable[..., Any], prompts: Any) -> float | None:
     """Upper bound of the log-likelihood in nats, or None: the sum of what each observed site declares in
     `infer={"log_bound": ...}` or, a bounded `Optimality`, by itself."""
     total = 0.0
-    for site in poutine.trace(model).get_trace(prompts).nodes.values():
-        if site["type"] != "sample" or not site["is_observed"] or site["infer"].get("_deterministic"):
-            continue
-        if type(site["fn"]).__name__ == "_Subsample":
+    for site in sample_sites(poutine.trace(model).get_trace(prompts)).values():
+        if not site["is_observed"] or is_record(site):
             continue
         bound = site["infer"].get("log_bound")
         if bound is None and isinstance(site["fn"], Optimality):

@@ -22,8 +22,7 @@ class Optimality(TorchDistribution):
     """
 
     arg_constraints: dict[str, Any] = {}
-    support = constraints.boolean
-    event_shape = torch.Size()
+    support = constraints.boolean  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, log_potential: Tensor, log_bound: float | None = None):
         if log_bound is not None and bool((log_potential > log_bound + 1e-9).any()):

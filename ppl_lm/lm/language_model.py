@@ -57,6 +57,9 @@ class LanguageModel(nn.Module):
         )
         self.max_new_tokens = max_new_tokens
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.width: int = getattr(config, "hidden_size", 0) * getattr(
+            config, "num_hidden_layers", 1
+        )  # activations a token
 
     @classmethod
     def from_pretrained(
@@ -76,32 +79,27 @@ class LanguageModel(nn.Module):
             samples differently from how it drew them.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
 
         what, folder = f"lm={str(name_or_folder)!r}", Path(name_or_folder)
         on_the_hub = isinstance(name_or_folder, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_folder)
         if (folder.exists() or not on_the_hub) and not (folder / "config.json").is_file():
             raise ValueError(f"{what} is not a Hugging Face folder: it has no config.json")
-        state, bars, level = torch.random.get_rng_state(), logging.is_progress_bar_enabled(), logging.get_verbosity()
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()  # what its report of the weights warns of is refused below
+        state = torch.random.get_rng_state()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
-            model: Any
-            model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-                name_or_folder,
-                dtype=dtype,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+            with quiet():  # what transformers' report of the weights warns of is refused below
+                tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+                model: Any
+                model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                    name_or_folder,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
         except Exception as error:  # transformers, safetensors and the hub have dozens
             raise ValueError(f"{what} could not be loaded: {error}") from error
         finally:
             torch.random.set_rng_state(state)
-            logging.set_verbosity(level)
-            if bars:
-                logging.enable_progress_bar()
         for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if report.get(fault):
                 raise ValueError(f"{what}: weights with {fault}: {sorted(map(str, report[fault]))}")
@@ -198,8 +196,7 @@ class LanguageModel(nn.Module):
     def rows_per_pass(self, width: int, steps: int, gradient: bool = False) -> int:
         """How many sequences one pass takes, so that its logits and activations stay within a memory budget."""
         budget = 2**31 if self.device.type == "cuda" else 2**27  # bytes
-        config: Any = self.model.config
-        hidden = getattr(config, "hidden_size", 0) * getattr(config, "num_hidden_layers", 1) * (24 if gradient else 2)
+        hidden = self.width * (24 if gradient else 2)
         floats = steps * self.vocabulary.size * (3 if gradient else 2) + (width + steps) * hidden
         return max(1, budget // (4 * floats))
 
@@ -212,6 +209,22 @@ def normalise(logits: Tensor) -> Tensor:
 def positions(mask: Tensor) -> Tensor:
     """Position ids that count real tokens only, whatever the padding. (N, L) bool -> (N, L) int64."""
     return (mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no reports from transformers inside the block."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @contextmanager

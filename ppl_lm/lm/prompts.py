@@ -13,7 +13,7 @@ from torch import Tensor
 from ppl_lm.lm.vocabulary import Vocabulary
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompts:
     """Prompts of batch shape S, usually (B,); (K, B) where a second text is prompted by a first.
 
@@ -113,7 +113,7 @@ class Prompts:
 
     def flatten(self) -> "Prompts":
         """The same prompts with batch shape (N,)."""
-        return replace(self, ids=self.ids.reshape(-1, self.ids.shape[-1]), lengths=self.lengths.reshape(-1))
+        return self.reshape(torch.Size((prod(self.batch_shape),)))
 
     def take(self, rows: Int[Tensor, "N"]) -> "Prompts":
         """Prompts `rows` of the flattened batch, repeated or reordered as asked; surplus padding is cut off."""
@@ -134,7 +134,11 @@ class Prompts:
         single = isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)
         rows = grid[[int(index)] if single else index]
         taken = self.take(rows.reshape(-1))
-        return replace(taken, ids=taken.ids.reshape(*rows.shape, -1), lengths=taken.lengths.reshape(rows.shape))
+        return taken.reshape(rows.shape)
+
+    def reshape(self, shape: torch.Size) -> "Prompts":
+        """The same prompts with another batch shape."""
+        return replace(self, ids=self.ids.reshape(*shape, self.ids.shape[-1]), lengths=self.lengths.reshape(shape))
 
     def append(self, x: Int[Tensor, "*S T"], suffix: str = "") -> "Prompts":
         """Prompts followed by the completions `x` (without their end tokens) and `suffix`; batch shape (*S,).
@@ -156,8 +160,8 @@ class Prompts:
             for t, c in zip(base.texts, self.decode(completions), strict=True)
         ]
         made = Prompts.from_ids(rows, self.vocabulary, texts=texts, columns=base.columns, device=self.ids.device)
-        ids = track_provenance(made.ids.reshape(*shape, -1), get_provenance(x) | get_provenance(self.ids))
-        return replace(made, ids=ids, lengths=made.lengths.reshape(shape))
+        made = made.reshape(shape)
+        return replace(made, ids=track_provenance(made.ids, get_provenance(x) | get_provenance(self.ids)))
 
 
 def batches(prompts: Prompts, batch_size: int, seed: int = 0) -> Iterator[Prompts]:

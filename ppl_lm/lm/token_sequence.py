@@ -51,7 +51,9 @@ class TokenSequence(TorchDistribution):
         return self.lm.vocabulary.size ** self.event_shape[0] * self.event_shape[0] <= ENUMERABLE
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "TokenSequence":
-        return TokenSequence(self.lm, self.prompts, torch.Size(batch_shape))
+        made = TokenSequence(self.lm, self.prompts, torch.Size(batch_shape))
+        made._provenance = self._provenance
+        return made
 
     def slice(self, rows: Int[Tensor, "N"]) -> "TokenSequence":
         """Rows `rows` of the flattened batch as a distribution of batch_shape (N,): a micro-batch of particles."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ppl_lm.diagnose import diagnose, show, to_arviz
+from ppl_lm.diagnose.summary import require_enough
 from ppl_lm.run import folder
 from ppl_lm.run.fit import Fit
 from ppl_lm.run.fit import fit as fit_guide
@@ -21,6 +22,8 @@ def fit_and_measure(settings: folder.Settings, path: Path, num_samples: int | No
 
     Nothing is written before the first step has succeeded."""
     folder.require_free(path)
+    if num_samples is not None:
+        require_enough(num_samples)
     programs = folder.build(settings)
     out.print(
         f"posterior {settings.model}, guide {settings.guide}, {len(programs.prompts)} prompt(s); fitting", markup=False
@@ -47,13 +50,20 @@ def fit_and_measure(settings: folder.Settings, path: Path, num_samples: int | No
     folder.write_json(path / "fit.json", record)
     out.print(_told(fitted), markup=False)
     if fitted.outcome != "interrupted":
-        measure(programs, path, num_samples or max(256, min(4096, 16384 // len(programs.prompts))), out)
+        measure(programs, path, num_samples, out)
     out.print(f"written: {path}", markup=False)
     return fitted.outcome
 
 
-def measure(programs: folder.Programs, path: Path, num_samples: int, out: Console) -> dict[str, Any]:
-    """Diagnoses the run's guide; writes `diagnosis.json` and `draws.nc`; returns what `diagnosis.json` holds."""
+def measure(
+    programs: folder.Programs, path: Path, num_samples: int | None, out: Console, suffix: str = ""
+) -> dict[str, Any]:
+    """Diagnoses the run's guide; writes `diagnosis.json` and `draws.nc`; returns what `diagnosis.json` holds.
+
+    :param num_samples: draws for each prompt; None: 4096, fewer with many prompts.
+    :param suffix: of the two files' names."""
+    if num_samples is None:
+        num_samples = max(512, min(4096, 16384 // len(programs.prompts)))
     made = diagnose(programs.model, programs.guide, programs.start, programs.prompts, num_samples)
     record = made.as_json()
     told = None
@@ -61,11 +71,12 @@ def measure(programs: folder.Programs, path: Path, num_samples: int, out: Consol
         fitted = json.loads((path / "fit.json").read_text())
         record |= {"outcome": fitted["outcome"], "kept": fitted["kept"]}
         if fitted["outcome"] == "worse_than_prior":
-            told = _told(Fit(**{k: math.nan if v is None else v for k, v in fitted.items()}))
+            whole: Any = {k: math.nan if v is None else v for k, v in fitted.items()}
+            told = _told(Fit(**whole))
             record |= {"kept_verdict": record["verdict"], "verdict": "worse_than_prior"}
             record["sentence"] = f"{told} Of the guide that was kept: {record['sentence']}"
-    folder.write_json(path / "diagnosis.json", record)
-    folder.save_draws(path / "draws.nc", to_arviz(made.guide))
+    folder.write_json(path / f"diagnosis{suffix}.json", record)
+    folder.save_draws(path / f"draws{suffix}.nc", to_arviz(made.guide))
     first = (made.prior.of_prompt(0), made.guide.of_prompt(0), made.exact[0])
     out.print(show.samples(*first))
     if len(made.figures) > 1:

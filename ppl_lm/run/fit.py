@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ppl_lm.infer import Bound, SequenceELBO, importance
-from ppl_lm.infer.particles import Particles
+from ppl_lm.infer.particles import Particles, is_sequence
 from ppl_lm.lm import Prompts
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.prompts import shuffled
+
+PROBE = 2e-5  # learning rate while the right one is being measured
+MOVE, MAX_MOVE = 1.0, 0.005  # nats of KL that all steps may move the guide, and that one may
 
 WINDOW = 25  # steps over which the ELBO is averaged before a guide counts as better or worse
 
@@ -49,8 +52,8 @@ def fit(
     start: Callable[..., Any],
     num_particles: int = 64,
     batch_size: int = 16,
-    learning_rate: float = 1e-3,
-    warmup: int = 10,
+    learning_rate: float | None = None,
+    warmup: int = 15,
     clip: float = 1.0,
     max_steps: int | None = None,
     time_limit: float | None = None,
@@ -66,7 +69,9 @@ def fit(
     :param start: the guide that fitting is measured against, usually the prior (`bind(guides.prior, prior)`).
     :param num_particles: texts drawn for each prompt and step.
     :param batch_size: prompts a step.
-    :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run.
+    :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run. None: measured
+        during the warm-up, so that the KL of each step's guide from the one before adds up to about a nat over the run
+        (networks differ by orders of magnitude in how far one step of Adam moves their distribution).
     :param clip: largest norm of the gradient.
     :param max_steps: steps; `time_limit`: seconds. At least one of them; whichever comes first.
     :param on_step: called with each step's metrics.
@@ -77,7 +82,7 @@ def fit(
     _check(learning_rate, max_steps, time_limit, clip)
     batch: Prompts = model.lm.prompts(prompts)  # type: ignore[union-attr]
     batch_size = min(batch_size, len(batch))
-    weights = [p for module in (guide, model) for p in module.parameters() if p.requires_grad]
+    weights: list[Tensor] = [p for module in (guide, model) for p in module.parameters() if p.requires_grad]
     if not weights:
         raise ValueError("the guide has nothing to train; choose another, or draw from it as it is with sample")
     began = time.monotonic()
@@ -87,16 +92,20 @@ def fit(
     reference = base.log_weight.flatten(0, 1).mean(0)  # (B,) ELBO of the prior
     if not bool(torch.isfinite(reference).all()):
         elbo.loss(model, guide, batch[:1])  # names the hard constraint that reverse KL cannot fit
-    optimiser = torch.optim.Adam(weights, lr=learning_rate, betas=(0.9, 0.99))
+    optimiser = torch.optim.Adam(weights, lr=learning_rate or PROBE, betas=(0.9, 0.99))
     best = _Best(weights)
     metrics: list[dict[str, float]] = []
+    moved: list[float] = []
     outcome = "finished"
     try:
         for step, rows in enumerate(shuffled(len(batch), batch_size, seed)):
             done = _progress(step, time.monotonic() - began, max_steps, time_limit)
             if done >= 1:
                 break
-            rate = learning_rate * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
+            if learning_rate is None and step == warmup:
+                learning_rate = _measured_rate(moved, step / done if done else math.inf)
+            peak = PROBE if learning_rate is None else learning_rate * min(1.0, (step + 1) / warmup)
+            rate = peak * 0.5 * (1 + math.cos(math.pi * done))
             for group in optimiser.param_groups:
                 group["lr"] = rate
             with measure() as cost:
@@ -116,6 +125,8 @@ def fit(
                 outcome = "worse_than_prior"
                 break
             optimiser.step()
+            if learning_rate is None and step >= warmup // 3:  # Adam's first steps are longer than its later ones
+                moved.append(_moved(particles) / rate**2)
     except KeyboardInterrupt:
         outcome = "interrupted"
     except Exception:
@@ -195,6 +206,25 @@ def _keep_best(
     )
 
 
+@torch.no_grad()
+def _moved(particles: Particles) -> float:
+    """KL between the guides before and after a step, nats for each prompt, to second order: the texts drawn before it,
+    scored again."""
+    total = 0.0
+    for name, site in particles.guide_sites.items():
+        if is_sequence(site):
+            ratio = site["fn"].token_log_probs(site["value"]) - particles.token_log_q[name]
+            total += float(ratio.square().sum(-1).mean()) / 2
+    return total
+
+
+def _measured_rate(moved: list[float], steps: float) -> float:
+    """The learning rate at which `steps` steps move the guide by `MOVE` nats of KL in all; KL grows with its square."""
+    each = min(MOVE / steps, MAX_MOVE)
+    kl = sum(moved) / len(moved) if moved else 0.0
+    return min(1e-2, math.sqrt(each / kl)) if kl > 0 else PROBE
+
+
 def _metrics(particles: Particles, reference: Tensor) -> dict[str, float]:
     """Means over particles and prompts, nats for each prompt."""
     log_w = particles.log_prior() + particles.log_likelihood() - particles.log_guide()  # (K, B)
@@ -215,8 +245,8 @@ def _progress(step: int, seconds: float, max_steps: int | None, time_limit: floa
     return max(step / max_steps if max_steps else 0.0, seconds / time_limit if time_limit else 0.0)
 
 
-def _check(learning_rate: float, max_steps: int | None, time_limit: float | None, clip: float) -> None:
-    if not (learning_rate > 0 and math.isfinite(learning_rate)):
+def _check(learning_rate: float | None, max_steps: int | None, time_limit: float | None, clip: float) -> None:
+    if learning_rate is not None and not (learning_rate > 0 and math.isfinite(learning_rate)):
         raise ValueError(f"learning_rate={learning_rate}; give a number above 0")
     if not clip > 0:
         raise ValueError(f"clip={clip}; give a norm above 0")

@@ -13,6 +13,7 @@ import torch
 from ppl_lm import __version__
 from ppl_lm.infer import Bound, bind
 from ppl_lm.lm import LanguageModel, Prompts
+from ppl_lm.lm.language_model import quiet
 from ppl_lm.run.programs import model_and_guide, resolve
 
 MARK = "config.json"
@@ -34,7 +35,7 @@ class Settings:
     seed: int = 0
     particles: int = 64
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     max_steps: int | None = None
     time_limit: float | None = None
 
@@ -58,6 +59,11 @@ def build(settings: Settings, fitted: Path | None = None) -> Programs:
 
     model, guide = resolve(settings.model, "models"), resolve(settings.guide, "guides")
     reward = parse(settings.reward)
+    if settings.device is not None:
+        try:
+            torch.empty(0, device=settings.device)
+        except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: by device and build
+            raise ValueError(f"device={settings.device!r} cannot be used here: {error}") from None
     load: Any = {} if settings.lm is None else {"name_or_folder": settings.lm}
     prior = LanguageModel.from_pretrained(**load, max_new_tokens=settings.max_new_tokens, device=settings.device)
     network = None
@@ -82,8 +88,8 @@ def claim(folder: Path) -> None:
     """Makes a run folder, or empties an earlier run's."""
     require_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("guide", "draws.nc", "diagnosis.json", "metrics.jsonl", "fit.json", MARK):
-        path = folder / name
+    names = ("guide", "draws*.nc", "diagnosis*.json", "metrics.jsonl", "fit.json", MARK)
+    for path in [path for name in names for path in folder.glob(name)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -129,7 +135,8 @@ def save_guide(folder: Path, guide: Bound, probes: Prompts) -> None:
         raise ValueError(f"guide {guide.name} has no language model to save")
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".guide-"))
     try:
-        lm.model.save_pretrained(temporary)  # type: ignore[operator]
+        with quiet():
+            lm.model.save_pretrained(temporary)  # type: ignore[operator]
         lm.vocabulary.tokenizer.save_pretrained(temporary)
         again = LanguageModel.from_pretrained(
             temporary, lm.max_new_tokens, device=lm.device, dtype=next(lm.parameters()).dtype

@@ -1,0 +1,28 @@
+"""The notebooks run, and the README's lines run verbatim."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tutorials").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebook_runs_and_keeps_its_outputs(path, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    assert sum(bool(cell.outputs) for cell in code) >= len(code) - 2, "the outputs are kept, so that it reads well"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+def test_the_readmes_lines_run_verbatim(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    lines = blocks[0]
+    assert "ppl_lm.SequenceELBO" in lines and "ppl_lm.log_evidence(draws)" in lines
+    space: dict = {}
+    exec(compile(lines, "README.md", "exec"), space)
+    assert space["draws"].num_samples == 1000
+    assert space["draws"]["reward"].mean() > 0.2, "the guide has not moved towards praise"
