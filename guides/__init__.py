@@ -1,7 +1,9 @@
-"""Pyro programs with parameters that approximate a posterior over text. A new one is a new file here."""
+"""Pyro programs that approximate posteriors over text. A new approximation is a new file here, and no edit anywhere else."""
 
-from ppl_lm.guides.finetuned import finetuned
-from ppl_lm.guides.prior import prior
-from ppl_lm.guides.tabular import tabular
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["finetuned", "prior", "tabular"]
+__all__ = [module.name for module in iter_modules(__path__)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+for _name in __all__:  # each file's program, by the file's name
+    globals()[_name] = getattr(import_module(f"{__name__}.{_name}"), _name)

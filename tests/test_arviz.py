@@ -4,12 +4,12 @@ import arviz as az
 import arviz_base
 import pytest
 import torch
-from ppl_lm.guides import finetuned, prior
-from ppl_lm.models import tilted
 
 from ppl_lm.diagnose import to_arviz, to_datatree
+from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer import bind, exact, importance, rejection
 from ppl_lm.lm.table import table_lm
+from ppl_lm.models import tilted
 
 
 def capped(completions, **_):

@@ -5,13 +5,13 @@ import gc
 import pyro
 import pytest
 import torch
-from ppl_lm.guides import finetuned, prior
-from ppl_lm.models import tilted
 from pyro.infer import SVI, Trace_ELBO
 
+from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer import SequenceELBO, bind, importance
 from ppl_lm.likelihood import Reward
 from ppl_lm.lm.table import table_lm
+from ppl_lm.models import tilted
 
 
 def letters(completions, **_):

@@ -7,15 +7,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from ppl_lm.guides import finetuned, prior, tabular
-from ppl_lm.models import constrained, tilted
 from pyro import poutine
 from pyro.infer import SVI, TraceGraph_ELBO
 
+from ppl_lm.guides import finetuned, prior, tabular
 from ppl_lm.infer import SequenceELBO, bind
 from ppl_lm.likelihood import Optimality
 from ppl_lm.lm import TokenSequence
 from ppl_lm.lm.table import table_like, table_lm
+from ppl_lm.models import constrained, tilted
 
 V, T, END = 5, 3, 4
 

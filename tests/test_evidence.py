@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from ppl_lm.guides import finetuned, prior
-from ppl_lm.models import tilted
 
 from ppl_lm.diagnose import diagnose, ess, judge, khat_threshold, log_evidence, psis_khat
+from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer import bind, exact, importance, rejection, score
 from ppl_lm.lm.table import table_lm
+from ppl_lm.models import tilted
 
 
 def capped(completions, **_):

@@ -6,13 +6,13 @@ import sys
 import oracle
 import pytest
 import torch
-from ppl_lm.guides import finetuned, prior
-from ppl_lm.models import constrained, tilted
 from scipy import stats
 
+from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer import NoSupportError, bind, exact, importance, rejection, score
 from ppl_lm.infer.rejection import accept, select
 from ppl_lm.lm.table import table_lm
+from ppl_lm.models import constrained, tilted
 
 V, T, END = 5, 6, 4
 

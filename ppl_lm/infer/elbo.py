@@ -103,7 +103,8 @@ class SequenceELBO(ELBO):
 
     def _value(self, particles: Particles) -> float:
         terms = [v.sum() for v in particles.log_q.values()] + [-v.sum() for v in particles.log_p.values()]
-        return sum(torch_item(term) for term in terms) / particles.count
+        values: list[Any] = [torch_item(term) for term in terms]
+        return sum(values) / particles.count
 
     def _ordinary_surrogate(self, particles: Particles) -> Tensor:
         """What ordinary sites add to the gradient: pathwise terms with their graph, score functions with theirs."""
