@@ -69,8 +69,8 @@ def fit(
     particles: Annotated[int | None, typer.Option(help="Texts drawn for each prompt and step. [default: 64 with one "
                                                   "prompt, 8 with many]")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts a step.")] = 16,
-    learning_rate: Annotated[float | None, typer.Option(help="Adam's, at its peak. [default: measured, so that the "
-                                                        "run's steps together move the guide by about a nat]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Adam's, at its peak. [default: measured, so that a "
+                                                        "step moves the guide by 0.006 nats of KL]")] = None,
     output_dir: Annotated[Path, typer.Option(help="Where the run folder is written.")] = Path("runs/latest"),
     seed: Annotated[int, typer.Option()] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: CUDA where there is one]")] = None,

@@ -32,7 +32,7 @@ def judge(
 
     :param gain: ELBO(q) - ELBO(prior) in nats; needs no log Z, and rises only if q comes closer to the posterior.
     """
-    if gain < -2 * gain_se and gain < -0.01:
+    if gain < -3 * gain_se:
         return Verdict(
             "worse_than_prior",
             f"The guide is further from the posterior than the prior was (ELBO {gain:+.2f} ± {gain_se:.2f} nats against "

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ppl_lm.lm.language_model import LanguageModel, positions
+from ppl_lm.lm.language_model import DivergedError, LanguageModel, positions
 from ppl_lm.lm.prompts import Prompts
 
 
@@ -58,11 +58,11 @@ def invert(log_probs: Float[Tensor, "N V"], u: Float[Tensor, "N"]) -> Int[Tensor
     """One token a row, at the quantile `u` in [0, 1), float64: a categorical draw where `u` is uniform (the exponential
     a token of `torch.multinomial` costs more than the model on a small LM). Never a token of probability zero.
 
-    :raises ValueError: if a row is not a distribution, for example because a weight is NaN."""
+    :raises DivergedError: if a row is not a distribution, for example because a weight is NaN."""
     mass = log_probs.double().exp().cumsum(-1)
     total = mass[:, -1:]
     if not bool((total > 0).all()):  # also catches NaN
-        raise ValueError("the language model's logits hold NaN or infinite values; its weights have diverged")
+        raise DivergedError
     return torch.searchsorted(mass, u.clamp_max(1 - 1e-15).unsqueeze(-1) * total, right=True).squeeze(-1)
 
 

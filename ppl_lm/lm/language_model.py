@@ -201,6 +201,13 @@ class LanguageModel(nn.Module):
         return max(1, budget // (4 * floats))
 
 
+class DivergedError(ValueError):
+    """A language model answers NaN: its weights have diverged."""
+
+    def __init__(self) -> None:
+        super().__init__("the language model's logits hold NaN or infinite values; its weights have diverged")
+
+
 def normalise(logits: Tensor) -> Tensor:
     """Log-probabilities. Sampling and scoring both use this one function."""
     return logits.log_softmax(-1)

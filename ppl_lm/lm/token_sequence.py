@@ -11,7 +11,7 @@ from pyro.ops.provenance import detach_provenance, get_provenance, track_provena
 from torch import Tensor
 
 from ppl_lm.lm.decoder import sample
-from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.language_model import DivergedError, LanguageModel
 from ppl_lm.lm.prompts import Prompts
 
 ENUMERABLE = 1_000_000  # tokens in the whole support; beyond it enumeration is refused
@@ -83,8 +83,8 @@ class TokenSequence(TorchDistribution):
     def token_log_probs(self, value: Int[Tensor, "*S T"]) -> Float[Tensor, "*S T"]:
         """log p(x_t | prompt, x_<t) in nats, float64, 0 after the end; `value` broadcasts against batch_shape.
 
-        :raises ValueError: if `value` has another length or dtype than this distribution's outcomes, or if the model
-            answers NaN."""
+        :raises ValueError: if `value` has another length or dtype than this distribution's outcomes.
+        :raises DivergedError: if the model answers NaN."""
         if value.shape[-1:] != self.event_shape or value.dtype != torch.int64:
             raise ValueError(
                 f"got a value of shape {tuple(value.shape)} and {value.dtype}; completions here are int64 of shape "
@@ -102,7 +102,7 @@ class TokenSequence(TorchDistribution):
         ]
         by_token = torch.cat(parts).reshape(*shape, *self.event_shape)
         if bool(by_token.detach().isnan().any()):
-            raise ValueError("the language model's logits hold NaN or infinite values; its weights have diverged")
+            raise DivergedError
         return track_provenance(by_token, provenance)
 
     def drawn_log_probs(self, value: Tensor) -> Tensor | None:

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from ppl_lm.infer import Bound, SequenceELBO, importance
 from ppl_lm.infer.particles import Particles, is_sequence
-from ppl_lm.lm import Prompts
+from ppl_lm.lm import DivergedError, Prompts
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.prompts import shuffled
 
 PROBE = 2e-5  # learning rate while the right one is being measured
-MOVE, MAX_MOVE = 1.0, 0.005  # nats of KL that all steps may move the guide, and that one may
-
+MOVE = 0.006  # nats of KL that one step may move the guide, at the peak of the learning rate
 WINDOW = 25  # steps over which the ELBO is averaged before a guide counts as better or worse
 
 
@@ -49,7 +48,7 @@ def fit(
     guide: Bound,
     prompts: Any,
     *,
-    start: Callable[..., Any],
+    start: Callable[..., Any] | None = None,
     num_particles: int = 64,
     batch_size: int = 16,
     learning_rate: float | None = None,
@@ -66,12 +65,13 @@ def fit(
 
     Watches ELBO(q) - ELBO(prior): it needs no log Z, and unlike the reward it rises only as q nears the posterior.
 
-    :param start: the guide that fitting is measured against, usually the prior (`bind(guides.prior, prior)`).
+    :param start: the guide that fitting is measured against, the prior (`bind(guides.prior, prior)`). None: the guide as
+        it is now, which is the prior for `finetuned`.
     :param num_particles: texts drawn for each prompt and step.
     :param batch_size: prompts a step.
     :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run. None: measured
-        during the warm-up, so that the KL of each step's guide from the one before adds up to about a nat over the run
-        (networks differ by orders of magnitude in how far one step of Adam moves their distribution).
+        during the warm-up, so that one step moves the guide by `MOVE` nats of KL (networks differ by orders of magnitude
+        in how far one step of Adam moves their distribution).
     :param clip: largest norm of the gradient.
     :param max_steps: steps; `time_limit`: seconds. At least one of them; whichever comes first.
     :param on_step: called with each step's metrics.
@@ -80,7 +80,10 @@ def fit(
     :raises ValueError: on bad arguments, before anything is drawn.
     """
     _check(learning_rate, max_steps, time_limit, clip)
-    batch: Prompts = model.lm.prompts(prompts)  # type: ignore[union-attr]
+    reader = model.lm or guide.lm
+    if reader is None:
+        raise ValueError("neither model nor guide holds a language model; fit such programs with Pyro's SVI")
+    batch = reader.prompts(prompts)
     batch_size = min(batch_size, len(batch))
     weights: list[Tensor] = [p for module in (guide, model) for p in module.parameters() if p.requires_grad]
     if not weights:
@@ -88,8 +91,8 @@ def fit(
     began = time.monotonic()
     torch.manual_seed(seed)
     elbo = SequenceELBO(num_particles, micro_batch=micro_batch)
-    base = importance(model, start, batch, num_samples=max(64, 1024 // len(batch)))
-    reference = base.log_weight.flatten(0, 1).mean(0)  # (B,) ELBO of the prior
+    base = importance(model, start or guide, batch, num_samples=max(64, 1024 // len(batch)))
+    reference = base.log_weight.flatten(0, 1)  # (S, B), its mean is the ELBO of the prior
     if not bool(torch.isfinite(reference).all()):
         elbo.loss(model, guide, batch[:1])  # names the hard constraint that reverse KL cannot fit
     optimiser = torch.optim.Adam(weights, lr=learning_rate or PROBE, betas=(0.9, 0.99))
@@ -103,7 +106,7 @@ def fit(
             if done >= 1:
                 break
             if learning_rate is None and step == warmup:
-                learning_rate = _measured_rate(moved, step / done if done else math.inf)
+                learning_rate = _measured_rate(moved)
             peak = PROBE if learning_rate is None else learning_rate * min(1.0, (step + 1) / warmup)
             rate = peak * 0.5 * (1 + math.cos(math.pi * done))
             for group in optimiser.param_groups:
@@ -113,7 +116,7 @@ def fit(
                 optimiser.zero_grad()
                 elbo.differentiate(particles).backward()
             norm = float(nn.utils.clip_grad_norm_(weights, clip))
-            row = _metrics(particles, reference[rows])
+            row = _metrics(particles, reference.mean(0)[rows])
             row |= {"step": step, "seconds": time.monotonic() - began, "learning_rate": rate, "grad_norm": norm}
             row |= {"lm_tokens": cost.lm_tokens, "done": done}
             row["tokens_per_second"] = sum(m["lm_tokens"] for m in metrics) / max(row["seconds"], 1e-9)
@@ -129,6 +132,8 @@ def fit(
                 moved.append(_moved(particles) / rate**2)
     except KeyboardInterrupt:
         outcome = "interrupted"
+    except DivergedError:
+        outcome = "worse_than_prior"
     except Exception:
         best.load(best.kept)
         if metrics and on_fault is not None:
@@ -171,35 +176,36 @@ class _Best:
 def _keep_best(
     model: Any, guide: Any, batch: Prompts, reference: Tensor, best: _Best, metrics: Any, outcome: str, began: float
 ) -> Fit:
-    """Measures the last guide and the best earlier one on fresh draws, and leaves the better of both, or the start."""
+    """Measures the last guide and the best earlier one on fresh draws, and leaves the best of both and the start."""
+    base = reference.mean(0)
+    base_se = float((reference - base).mean(1).std() / math.sqrt(len(reference)))
 
-    def gain() -> tuple[float, float]:
+    def gain(weights: list[Tensor]) -> tuple[float, float]:
+        best.load(weights)
         try:
-            drawn = importance(model, guide, batch, num_samples=max(32, 1024 // len(batch)))
-        except (ValueError, RuntimeError):  # weights that overflowed
+            drawn = importance(model, guide, batch, num_samples=len(reference))
+        except DivergedError:
             return -math.inf, 0.0
-        value = (drawn.log_weight.flatten(0, 1) - reference).mean(1)
-        return float(value.mean()), float(value.std() / math.sqrt(len(value)))
+        value = (drawn.log_weight.flatten(0, 1) - base).mean(1)
+        return float(value.mean()), math.hypot(float(value.std() / math.sqrt(len(value))), base_se)
 
     last = best.copy()
-    last_gain, last_se = gain()
-    candidates = [("last", len(metrics), last_gain, last_se, last)]
-    if best.step >= 0 and best.gain > last_gain - 2 * last_se and best.step < len(metrics) - 1 or last_gain < 0:
-        best.load(best.kept)
-        candidates.append(("best" if best.step >= 0 else "prior", best.step + 1, *gain(), best.kept))
-    candidates.append(("prior", 0, 0.0, 0.0, best.start))
-    kept = max(candidates, key=lambda c: c[2])
-    best.load(kept[4])
-    if last_gain < -2 * last_se - 0.01:
+    last_gain, last_se = gain(last)
+    candidates = [("last", len(metrics), last_gain, last_se, last), ("prior", 0, 0.0, 0.0, best.start)]
+    if 0 <= best.step < len(metrics) - 1:
+        candidates.append(("best", best.step + 1, *gain(best.kept), best.kept))
+    kept, kept_step, kept_gain, kept_se, weights = max(candidates, key=lambda c: c[2])
+    best.load(weights)
+    if last_gain < -3 * last_se:
         outcome = "worse_than_prior"
     return Fit(
         outcome=outcome,
-        kept=kept[0],
-        kept_step=kept[1],
+        kept=kept,
+        kept_step=kept_step,
         steps=len(metrics),
         seconds=time.monotonic() - began,
-        gain=kept[2],
-        gain_se=kept[3],
+        gain=kept_gain,
+        gain_se=kept_se,
         last_gain=last_gain,
         last_gain_se=last_se,
         metrics=metrics,
@@ -218,11 +224,10 @@ def _moved(particles: Particles) -> float:
     return total
 
 
-def _measured_rate(moved: list[float], steps: float) -> float:
-    """The learning rate at which `steps` steps move the guide by `MOVE` nats of KL in all; KL grows with its square."""
-    each = min(MOVE / steps, MAX_MOVE)
+def _measured_rate(moved: list[float]) -> float:
+    """The learning rate at which a step moves the guide by `MOVE` nats of KL, which grows with the rate's square."""
     kl = sum(moved) / len(moved) if moved else 0.0
-    return min(1e-2, math.sqrt(each / kl)) if kl > 0 else PROBE
+    return min(1e-2, math.sqrt(MOVE / kl)) if kl > 0 else PROBE
 
 
 def _metrics(particles: Particles, reference: Tensor) -> dict[str, float]:
