@@ -64,7 +64,7 @@ def fit(
                                                  "[default: the model's BOS]")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 40,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
-    time_limit: Annotated[float | None, typer.Option(help="Stop fitting after so many seconds. [default: 100, unless "
+    time_limit: Annotated[float | None, typer.Option(help="Stop fitting after so many seconds. [default: 120, unless "
                                                      "--max-steps is given]")] = None,
     particles: Annotated[int | None, typer.Option(help="Texts drawn for each prompt and step. [default: 64 with one "
                                                   "prompt, 8 with many]")] = None,
@@ -83,7 +83,7 @@ def fit(
     from ppl_lm.run.command import fit_and_measure
 
     if max_steps is None and time_limit is None:
-        time_limit = 100.0
+        time_limit = 120.0
     with _errors(traceback):
         texts, columns = read_prompts(prompts)
         settings = folder.Settings(

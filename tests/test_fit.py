@@ -1,0 +1,166 @@
+"""The fit loop on tiny tables, where the truth is known."""
+
+import math
+
+import pytest
+import torch
+
+from ppl_lm.guides import finetuned, prior
+from ppl_lm.infer import bind, exact
+from ppl_lm.lm.table import table_lm
+from ppl_lm.models import tilted
+from ppl_lm.run import fit
+
+
+def letters(completions, **_):
+    return [text.count("a") - 0.5 * text.count("b") for text in completions]
+
+
+@pytest.fixture
+def problem():
+    lm = table_lm(4, 4, max_prompt=2, concentration=1.0, seed=1)
+    target, guide = bind(tilted, lm, reward=letters, beta=1.0), bind(finetuned, lm.copy())
+    return target, guide, bind(prior, lm)
+
+
+def kls(target, guide, texts):
+    with torch.no_grad():
+        return exact(target, guide, texts).kl_q_p
+
+
+def test_fit_closes_most_of_the_distance_for_every_prompt(problem):
+    target, guide, start = problem
+    texts = ["", "a", "b"]
+    before = kls(target, guide, texts)
+    made = fit(target, guide, texts, start=start, num_particles=64, batch_size=2, learning_rate=0.05, max_steps=300)
+    after = kls(target, guide, texts)
+    assert made.outcome == "finished" and made.steps == 300
+    assert bool((after < 0.15 * before).all()), (before, after)
+    truth = float((before - after).mean())
+    assert abs(made.gain - truth) < 4 * made.gain_se, "gain is the fall of the KL, without log Z"
+
+
+def test_the_measured_learning_rate_moves_the_guide_as_intended(problem):
+    """The rate found in the warm-up makes a step's exact KL from the guide before it about MOVE."""
+    from ppl_lm.run.fit import MOVE
+
+    target, guide, start = problem
+    rates, moves, tables = [], [], []
+
+    def watch(row):
+        tables.append(guide.lm.model.table.detach().clone())
+        rates.append(row["learning_rate"])
+        if len(tables) > 1:
+            other = bind(finetuned, guide.lm.copy())
+            with torch.no_grad():
+                other.lm.model.table.copy_(tables[-2])
+                a, b = exact(target, guide, [""]).log_q, exact(target, other, [""]).log_q
+            moves.append(float((a.exp() * (a - b)).sum()))
+
+    fit(target, guide, [""], start=start, max_steps=60, on_step=watch)
+    assert rates[20] > 10 * rates[5]
+    assert MOVE / 8 < sum(moves[16:30]) / 14 < MOVE * 8
+
+
+def test_same_seed_same_fit(problem):
+    target, _, start = problem
+    ends = []
+    for _ in range(2):
+        guide = bind(finetuned, target.lm.copy())
+        fit(target, guide, ["", "a"], start=start, max_steps=20, learning_rate=0.05, seed=5)
+        ends.append(guide.lm.model.table.detach().clone())
+    assert torch.equal(*ends)
+
+
+def test_micro_batches_change_nothing(problem):
+    target, _, start = problem
+    ends = []
+    for size in (7, None):
+        guide = bind(finetuned, target.lm.copy())
+        fit(target, guide, [""], start=start, max_steps=10, learning_rate=0.05, micro_batch=size)
+        ends.append(guide.lm.model.table.detach().clone())
+    torch.testing.assert_close(*ends, atol=1e-10, rtol=0)
+
+
+def test_a_ruined_guide_is_named_and_not_kept(problem):
+    target, guide, start = problem
+    before = kls(target, guide, [""])
+    made = fit(target, guide, [""], start=start, max_steps=200, learning_rate=30.0, num_particles=8)
+    assert made.outcome == "worse_than_prior" and made.kept in ("best", "prior")
+    assert made.last_gain < -3 * made.last_gain_se and made.steps < 200, "stops early"
+    assert float(kls(target, guide, [""])) <= float(before) + 0.05
+
+
+def test_weights_that_overflow_end_the_fit(problem):
+    target, guide, start = problem
+    made = fit(target, guide, [""], start=start, max_steps=100, learning_rate=1e200, num_particles=8)
+    assert made.outcome == "worse_than_prior" and made.last_gain == -math.inf
+    assert bool(torch.isfinite(guide.lm.model.table).all())
+
+
+def test_an_untrained_guide_is_not_called_worse(problem):
+    """False alarms: forty fits of one tiny step each; the reference's own error must count."""
+    target, _, start = problem
+    outcomes = []
+    for seed in range(40):
+        guide = bind(finetuned, target.lm.copy())
+        made = fit(target, guide, [""], start=start, max_steps=1, learning_rate=1e-6, num_particles=2, seed=seed)
+        outcomes.append(made.outcome)
+    assert outcomes.count("worse_than_prior") <= 1
+
+
+def test_interruption_keeps_the_best(problem):
+    target, guide, start = problem
+
+    def stop(row):
+        if row["step"] == 60:
+            raise KeyboardInterrupt
+
+    before = kls(target, guide, [""])
+    made = fit(target, guide, [""], start=start, max_steps=300, learning_rate=0.05, on_step=stop)
+    assert made.outcome == "interrupted" and made.steps == 61
+    assert float(kls(target, guide, [""])) < float(before)
+
+
+def test_a_late_fault_restores_the_best_and_is_raised(problem):
+    _, _, start = problem
+    lm, calls, faults = start.lm, [], []
+
+    def breaks(completions, **_):
+        calls.append(1)
+        return [math.nan if len(calls) > 40 else float(len(t)) for t in completions]
+
+    target, guide = bind(tilted, lm, reward=breaks), bind(finetuned, lm.copy())
+    with pytest.raises(ValueError, match="nan"):
+        fit(target, guide, [""], start=start, max_steps=100, learning_rate=0.01, on_fault=lambda: faults.append(1))
+    assert faults == [1]
+
+
+def test_rewards_that_are_all_equal_leave_the_prior_alone(problem):
+    _, _, start = problem
+    lm = start.lm
+    target, guide = (
+        bind(tilted, lm, reward=lambda completions, **_: [0.7] * len(completions)),
+        bind(finetuned, lm.copy()),
+    )
+    fit(target, guide, [""], start=start, max_steps=30, learning_rate=1.0)
+    torch.testing.assert_close(guide.lm.model.table, lm.model.table, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"learning_rate": math.nan}, "learning_rate=nan"),
+        ({"clip": 0.0}, "clip=0.0"),
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"max_steps": None}, "max_steps= or time_limit="),
+        ({"time_limit": -1.0}, "time_limit=-1.0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"num_particles": 1}, "num_particles=1"),
+    ],
+)
+def test_bad_arguments(problem, change, message):
+    target, guide, start = problem
+    with pytest.raises(ValueError, match=message):
+        fit(target, guide, [""], start=start, **{"max_steps": 3, "num_particles": 4, **change})
