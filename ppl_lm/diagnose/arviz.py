@@ -21,7 +21,7 @@ def groups(draws: Draws, num_samples: int | None = None) -> tuple[dict[str, dict
     chains, count, batch = draws.log_guide.shape
     n = num_samples or draws.num_samples
     picks = draws.reweighted(n)  # (S, B or 1)
-    picks = picks.expand(-1, len(draws.prompts))
+    picks = picks.cpu().expand(-1, len(draws.prompts))
     column = torch.arange(len(draws.prompts))
     keep_chains = draws.exact and n == draws.num_samples
 

@@ -12,7 +12,7 @@ from ppl_lm.diagnose.weights import ess, mean, psis_khat, weighted_mean
 from ppl_lm.infer import Draws, importance, score
 from ppl_lm.infer.rejection import accept, likelihood_bound, select
 
-MIN_EXACT = 50  # exact draws for a prompt, below which the upper bound is the approximate one
+MIN_EXACT = 20  # exact draws for a prompt, below which the upper bound is the approximate one
 
 
 @dataclass(frozen=True)

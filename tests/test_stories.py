@@ -1,0 +1,53 @@
+"""The reference task on a real pretrained LM: figures that independent code found from 49,152 prior draws."""
+
+import math
+
+import torch
+
+from ppl_lm.diagnose import log_evidence
+from ppl_lm.diagnose.weights import mean, weighted_mean
+from ppl_lm.guides import prior as prior_guide
+from ppl_lm.infer import bind, importance, score
+from ppl_lm.infer.rejection import accept, likelihood_bound, select
+from ppl_lm.likelihood import rewards
+from ppl_lm.lm import LanguageModel
+from ppl_lm.models import tilted
+
+N = 4096
+REFERENCE = {  # value, its standard error
+    "reward under the prior": (0.512, 0.002),
+    "reward under the posterior": (0.834, 0.002),
+    "log Z": (7.497, 0.006),
+    "KL(prior ‖ posterior)": (2.38, 0.02),
+    "KL(posterior ‖ prior)": (0.84, 0.02),
+    "rate of acceptance": (0.082, 0.001),
+}
+
+
+def test_reference_figures(stories):
+    """Prior, posterior, evidence, both KLs and the rate of acceptance within four combined standard errors. Catches a
+    lost end token, a prompt that is scored, a reward of the wrong text, swapped KLs."""
+    prior = LanguageModel.from_pretrained(stories, max_new_tokens=48)
+    target = bind(tilted, prior, reward=rewards.vader, beta=0.1)
+    start = bind(prior_guide, prior)
+    torch.manual_seed(3)
+    draws = importance(target, start, [""], num_samples=N)
+    assert draws.prompts.ids.tolist() == [[1]]
+    bound = likelihood_bound(target, [""])
+    assert bound == 10.0
+    mask = accept(draws, bound)
+    rate = float(mask.double().mean())
+    kept = score(start, select(draws, mask, int(mask.sum())))
+    made = log_evidence(draws, kept)
+    found = {
+        "reward under the prior": mean(draws["reward"].flatten(0, 1)),
+        "reward under the posterior": weighted_mean(draws["reward"].flatten(0, 1), draws),
+        "log Z": (made.log_z, made.log_z_se),
+        "KL(prior ‖ posterior)": (made.kl_q_p, made.kl_q_p_se),
+        "KL(posterior ‖ prior)": (made.kl_p_q, made.kl_p_q_se),
+        "rate of acceptance": (torch.tensor(rate), torch.tensor(math.sqrt(rate * (1 - rate) / N))),
+    }
+    for name, (value, se) in found.items():
+        want, want_se = REFERENCE[name]
+        assert abs(float(value) - want) < 4 * math.hypot(float(se), want_se), (name, float(value), float(se))
+        print(f"{name}: {float(value):.3f} ± {float(se):.3f}, reference {want} ± {want_se}")
