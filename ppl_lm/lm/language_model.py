@@ -202,10 +202,10 @@ class LanguageModel(nn.Module):
 
 
 class DivergedError(ValueError):
-    """A language model answers NaN: its weights have diverged."""
+    """A language model's weights have diverged: it answers NaN."""
 
-    def __init__(self) -> None:
-        super().__init__("the language model's logits hold NaN or infinite values; its weights have diverged")
+    def __init__(self, message: str = "the language model's logits hold NaN or infinite values; its weights diverged"):
+        super().__init__(message)  # Pyro raises errors again with a longer message
 
 
 def normalise(logits: Tensor) -> Tensor:

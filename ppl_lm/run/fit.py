@@ -233,7 +233,7 @@ def _moved(particles: Particles) -> float:
 def _measured_rate(moved: list[float]) -> float:
     """The learning rate at which a step moves the guide by `MOVE` nats of KL, which grows with the rate's square."""
     kl = sum(moved) / len(moved) if moved else 0.0
-    return min(1e-2, math.sqrt(MOVE / kl)) if kl > 0 else PROBE
+    return min(1.0, math.sqrt(MOVE / kl)) if kl > 0 else PROBE
 
 
 def _metrics(particles: Particles, reference: Tensor) -> dict[str, float]:
