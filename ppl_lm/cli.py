@@ -11,10 +11,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ppl_lm.shipped import shipped
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
+MODELS, GUIDES = (", ".join(shipped(package)) for package in ("models", "guides"))
 GOOD, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit statuses
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `ppl-lm fit` wrote.")]
@@ -30,7 +33,9 @@ def _errors(traceback: bool) -> Iterator[None]:
     """One clear message and exit status 2 for whatever the user can mend."""
     try:
         yield
-    except (ValueError, TypeError, OSError, SyntaxError, ImportError) as error:
+    except typer.Exit:
+        raise
+    except Exception as error:  # whatever a user's program, reward or model raises
         if traceback:
             tracebacks.print_exc()
         err.print(f"ppl-lm: {error}", markup=False, style="red", soft_wrap=True)
@@ -55,8 +60,8 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
 
 @app.command()
 def fit(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The posterior: a name from ppl_lm.models, or FILE.py:NAME.")],
-    guide: Annotated[str, typer.Option(help="The approximation: a name from ppl_lm.guides, or FILE.py:NAME.")] = "finetuned",
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"The posterior: {MODELS}, or FILE.py:NAME.")],
+    guide: Annotated[str, typer.Option(help=f"The approximation: {GUIDES}, or FILE.py:NAME.")] = "finetuned",
     lm: Annotated[str | None, typer.Option(help="A Hugging Face folder or hub name. [default: the LM that ships]")] = None,
     reward: Annotated[str, typer.Option(help="vader, length, contains:WORD, or FILE.py:NAME.")] = "vader",
     beta: Annotated[float, typer.Option(help="Temperature of the reward; lower asks for more of it.")] = 0.2,

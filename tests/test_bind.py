@@ -135,3 +135,20 @@ def test_pyros_own_elbo_takes_the_same_programs():
         target, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(4, vectorize_particles=True, max_plate_nesting=1)
     )
     assert torch.isfinite(torch.tensor([svi.step([""]) for _ in range(3)])).all()
+
+
+def test_copies_have_a_name_of_their_own():
+    """A copy under the same name in the parameter store would train nothing, without an error."""
+    import copy
+
+    lm = table_lm(3, 3, concentration=1.0)
+    target, guide = bind(tilted, lm, reward=letters, beta=0.5), bind(finetuned, lm.copy())
+    guide([""])
+    twin = copy.deepcopy(guide)
+    assert twin.name != guide.name and twin.lm is not guide.lm
+    before = guide.lm.model.table.detach().clone()
+    svi = SVI(target, twin, pyro.optim.Adam({"lr": 0.1}), loss=SequenceELBO(8))
+    for _ in range(5):
+        svi.step([""])
+    assert torch.equal(guide.lm.model.table.detach(), before)
+    assert float((twin.lm.model.table.detach() - before).abs().max()) > 0.1

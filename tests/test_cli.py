@@ -193,7 +193,7 @@ def test_worse_than_prior_is_said_and_fails(tmp_path):
     result = call(*args, "--output-dir", out)
     assert result.exit_code == 1, result.output
     made = json.loads((out / "diagnosis.json").read_text())
-    assert made["verdict"] == made["outcome"] == "worse_than_prior" and made["kept"] in ("best", "prior")
+    assert made["verdict"] == made["outcome"] == "worse_than_prior" and made["kept"] in ("best", "start")
     assert "worse_than_prior" in result.output and "further from the posterior" in re.sub(r"\s+", " ", result.output)
     assert made["elbo_gain"] > -3 * made["elbo_gain_se"], "the guide that was kept is worse than the prior"
     again = call("diagnose", out, "--num-samples", 256, "--json")

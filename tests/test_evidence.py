@@ -103,7 +103,7 @@ def test_ess_is_kishs():
 def test_diagnosis_of_many_prompts(problem):
     target, guide, start, truth = problem
     prompts = target.lm.prompts(["", ""])
-    made = diagnose(target, guide, start, prompts, num_samples=3000)
+    made = diagnose(target, guide, prompts, num_samples=3000)
     record = made.as_json()
     assert len(record["prompts"]) == 2 and record["upper_exact"] is True
     for figures in record["prompts"]:
@@ -137,3 +137,29 @@ BASE = dict(
 def test_verdicts(change, code):
     verdict = judge(**{**BASE, **change})
     assert verdict.code == code and len(verdict.sentence) > 20
+
+
+def test_a_guide_that_misses_mass_is_found_out():
+    """It never draws "a", and its own weights look perfect; the proposals behind the exact draws know better."""
+    lm = table_lm(3, 2, concentration=1.0, seed=1)
+    target, guide = (
+        bind(tilted, lm, reward=lambda completions, **_: [0.0] * len(completions)),
+        bind(finetuned, lm.copy()),
+    )
+    target.arguments["reward"].r_max = 0.0
+    with torch.no_grad():
+        guide.lm.model.table[:, 0] -= 30.0
+    made = diagnose(target, guide, lm.prompts([""]), num_samples=3000)
+    figures = made.figures[0]
+    assert abs(figures["log_z"]) < 4 * figures["log_z_se"] + 1e-9
+    assert figures["kl_q_p"] > 0.05 and figures["kl_p_q"] > 1 and made.verdict.code != "good"
+    blind = log_evidence(importance(target, guide, [""], num_samples=3000))
+    assert float(blind.log_z) < -0.05 and not blind.upper_exact
+
+
+def test_no_error_where_there_is_none():
+    """At the posterior every weight is equal: the standard error of KL(p ‖ q) is 0, from the guide's own draws too."""
+    lm = table_lm(4, 2, concentration=1.0)
+    target = bind(tilted, lm, reward=lambda completions, **_: [0.0] * len(completions), beta=1.0)
+    made = log_evidence(importance(target, bind(finetuned, lm.copy()), [""], num_samples=1000))
+    assert float(made.kl_p_q_se) < 1e-9 and float(made.kl_q_p_se) < 1e-9

@@ -32,7 +32,7 @@ def test_fit_closes_most_of_the_distance_for_every_prompt(problem):
     target, guide, start = problem
     texts = ["", "a", "b"]
     before = kls(target, guide, texts)
-    made = fit(target, guide, texts, start=start, num_particles=64, batch_size=2, learning_rate=0.05, max_steps=300)
+    made = fit(target, guide, texts, num_particles=64, batch_size=2, learning_rate=0.05, max_steps=300)
     after = kls(target, guide, texts)
     assert made.outcome == "finished" and made.steps == 300
     assert bool((after < 0.15 * before).all()), (before, after)
@@ -57,7 +57,7 @@ def test_the_measured_learning_rate_moves_the_guide_as_intended(problem):
                 a, b = exact(target, guide, [""]).log_q, exact(target, other, [""]).log_q
             moves.append(float((a.exp() * (a - b)).sum()))
 
-    fit(target, guide, [""], start=start, max_steps=60, on_step=watch)
+    fit(target, guide, [""], max_steps=60, on_step=watch)
     assert rates[20] > 10 * rates[5]
     assert MOVE / 8 < sum(moves[16:30]) / 14 < MOVE * 8
 
@@ -67,7 +67,7 @@ def test_same_seed_same_fit(problem):
     ends = []
     for _ in range(2):
         guide = bind(finetuned, target.lm.copy())
-        fit(target, guide, ["", "a"], start=start, max_steps=20, learning_rate=0.05, seed=5)
+        fit(target, guide, ["", "a"], max_steps=20, learning_rate=0.05, seed=5)
         ends.append(guide.lm.model.table.detach().clone())
     assert torch.equal(*ends)
 
@@ -77,7 +77,7 @@ def test_micro_batches_change_nothing(problem):
     ends = []
     for size in (7, None):
         guide = bind(finetuned, target.lm.copy())
-        fit(target, guide, [""], start=start, max_steps=10, learning_rate=0.05, micro_batch=size)
+        fit(target, guide, [""], max_steps=10, learning_rate=0.05, micro_batch=size, seed=1)
         ends.append(guide.lm.model.table.detach().clone())
     torch.testing.assert_close(*ends, atol=1e-10, rtol=0)
 
@@ -85,8 +85,8 @@ def test_micro_batches_change_nothing(problem):
 def test_a_ruined_guide_is_named_and_not_kept(problem):
     target, guide, start = problem
     before = kls(target, guide, [""])
-    made = fit(target, guide, [""], start=start, max_steps=200, learning_rate=30.0, num_particles=8)
-    assert made.outcome == "worse_than_prior" and made.kept in ("best", "prior")
+    made = fit(target, guide, [""], max_steps=200, learning_rate=30.0, num_particles=8)
+    assert made.outcome == "worse_than_prior" and made.kept in ("best", "start")
     assert made.last_gain < -3 * made.last_gain_se and made.steps < 200, "stops early"
     assert float(kls(target, guide, [""])) <= float(before) + 0.05
 
@@ -98,8 +98,8 @@ def test_weights_that_diverge_end_the_fit(problem):
         if row["step"] == 5:
             guide.lm.model.table.data.fill_(math.nan)
 
-    made = fit(target, guide, [""], start=start, max_steps=100, learning_rate=1e-3, num_particles=8, on_step=diverge)
-    assert made.outcome == "worse_than_prior" and made.last_gain == -math.inf and made.kept == "prior"
+    made = fit(target, guide, [""], max_steps=100, learning_rate=1e-3, num_particles=8, on_step=diverge)
+    assert made.outcome == "worse_than_prior" and made.last_gain == -math.inf and made.kept == "start"
     assert bool(torch.isfinite(guide.lm.model.table).all())
 
 
@@ -109,7 +109,7 @@ def test_an_untrained_guide_is_not_called_worse(problem):
     outcomes = []
     for seed in range(40):
         guide = bind(finetuned, target.lm.copy())
-        made = fit(target, guide, [""], start=start, max_steps=1, learning_rate=1e-6, num_particles=2, seed=seed)
+        made = fit(target, guide, [""], max_steps=1, learning_rate=1e-6, num_particles=2, seed=seed)
         outcomes.append(made.outcome)
     assert outcomes.count("worse_than_prior") <= 1
 
@@ -122,7 +122,7 @@ def test_interruption_keeps_the_best(problem):
             raise KeyboardInterrupt
 
     before = kls(target, guide, [""])
-    made = fit(target, guide, [""], start=start, max_steps=300, learning_rate=0.05, on_step=stop)
+    made = fit(target, guide, [""], max_steps=300, learning_rate=0.05, on_step=stop)
     assert made.outcome == "interrupted" and made.steps == 61
     assert float(kls(target, guide, [""])) < float(before)
 
@@ -137,7 +137,7 @@ def test_a_late_fault_restores_the_best_and_is_raised(problem):
 
     target, guide = bind(tilted, lm, reward=breaks), bind(finetuned, lm.copy())
     with pytest.raises(ValueError, match="nan"):
-        fit(target, guide, [""], start=start, max_steps=100, learning_rate=0.01, on_fault=lambda: faults.append(1))
+        fit(target, guide, [""], max_steps=100, learning_rate=0.01, on_fault=lambda: faults.append(1))
     assert faults == [1]
 
 
@@ -148,7 +148,7 @@ def test_rewards_that_are_all_equal_leave_the_prior_alone(problem):
         bind(tilted, lm, reward=lambda completions, **_: [0.7] * len(completions)),
         bind(finetuned, lm.copy()),
     )
-    fit(target, guide, [""], start=start, max_steps=30, learning_rate=1.0)
+    fit(target, guide, [""], max_steps=30, learning_rate=1.0)
     torch.testing.assert_close(guide.lm.model.table, lm.model.table, atol=1e-6, rtol=0)
 
 
@@ -168,4 +168,36 @@ def test_rewards_that_are_all_equal_leave_the_prior_alone(problem):
 def test_bad_arguments(problem, change, message):
     target, guide, start = problem
     with pytest.raises(ValueError, match=message):
-        fit(target, guide, [""], start=start, **{"max_steps": 3, "num_particles": 4, **change})
+        fit(target, guide, [""], **{"max_steps": 3, "num_particles": 4, **change})
+
+
+def test_parameters_of_the_programs_are_trained_too(problem):
+    """`pyro.param` inside a program, beside the networks."""
+    import pyro
+
+    _, _, start = problem
+
+    def mine(prompts, prior, reward):
+        scale = pyro.param("scale", torch.tensor(0.1, dtype=torch.float64))
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("x", prior(prompts))
+            good = torch.sigmoid(scale + reward(prompts, x))
+            pyro.sample("good", pyro.distributions.Bernoulli(good), obs=torch.ones(good.shape, dtype=torch.float64))
+
+    target, guide = bind(mine, start.lm, reward=letters), bind(finetuned, start.lm.copy())
+    fit(target, guide, [""], max_steps=30, learning_rate=0.05, seed=0)
+    assert float(pyro.param("scale").detach()) > 0.3
+
+
+def test_the_seed_is_the_users():
+    """Without seed= the global state decides, as `pyro.set_rng_seed` expects."""
+    import pyro
+
+    ends = []
+    for seed in (1, 2, 1):
+        lm = table_lm(3, 2, concentration=1.0)
+        guide = bind(finetuned, lm.copy())
+        pyro.set_rng_seed(seed)
+        fit(bind(tilted, lm, reward=letters), guide, [""], max_steps=3, learning_rate=0.05)
+        ends.append(guide.lm.model.table.detach().clone())
+    assert torch.equal(ends[0], ends[2]) and not torch.equal(ends[0], ends[1])

@@ -214,3 +214,57 @@ def test_num_samples_must_be_positive(n):
     for sampler in (importance, rejection):
         with pytest.raises(ValueError, match=f"num_samples={n}"):
             sampler(target, start, [""], num_samples=n)
+
+
+def test_a_guide_must_draw_every_latent_site():
+    """Otherwise the site's prior would be counted as likelihood, silently."""
+    import pyro
+    import pyro.distributions as dist
+
+    lm = table_lm(3, 2, concentration=1.0)
+
+    def story(prompts, prior, reward):
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("topic", dist.Bernoulli(0.3))
+            x = pyro.sample("x", prior(prompts))
+            pyro.sample(
+                "good", dist.Bernoulli(torch.sigmoid(reward(prompts, x))), obs=torch.ones(len(prompts)).double()
+            )
+
+    target = bind(story, lm, reward=letters)
+    with pytest.raises(ValueError, match="guide has no site 'topic'"):
+        importance(target, bind(prior, lm), ["", ""], num_samples=5)
+    draws = importance(target, None, ["", ""], num_samples=4001)
+    truth = exact(target, None, ["", ""])
+    z, se = draws.log_weight[0].exp().mean(0), draws.log_weight[0].exp().std(0) / 4001**0.5
+    assert bool(((z - truth.log_z.exp()).abs() < 5 * se).all())
+    assert set(draws.latents) == {"topic", "x"}
+
+
+@pytest.mark.parametrize("n", [1, 2, 2049])
+def test_any_number_of_draws_with_a_shared_latent(n):
+    """One joint weight for all prompts; a chunk of a single draw is like any other."""
+    import pyro
+    import pyro.distributions as dist
+
+    lm = table_lm(3, 2, concentration=1.0)
+
+    def shared(prompts, prior, reward):
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("x", prior(prompts))
+            pyro.sample(
+                "o", dist.Bernoulli(torch.sigmoid(reward(prompts, x) * z)), obs=torch.ones(len(prompts)).double()
+            )
+
+    draws = importance(bind(shared, lm, reward=letters), None, ["", ""], num_samples=n)
+    assert draws.log_weight.shape == (1, n, 1) and draws["z"].shape[:2] == (1, n)
+
+
+def test_exact_knows_scale():
+    from pyro import poutine
+
+    lm = table_lm(3, 2, concentration=1.0)
+    target = bind(tilted, lm, reward=letters, beta=1.0)
+    whole, half = exact(target, None, [""]), exact(poutine.scale(target, scale=0.5), None, [""])
+    torch.testing.assert_close(half.log_joint, whole.log_joint / 2)

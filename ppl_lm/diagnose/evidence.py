@@ -20,7 +20,7 @@ class Evidence:
     :param upper: EUBO = E_p[log w] = log Z + KL(p ‖ q), from posterior draws.
     :param upper_exact: whether those draws were exact. If not they are the guide's own, reweighted, and `upper` is
         approximate: it cannot show posterior mass that the guide never visits.
-    :param log_z: best estimate of log Z.
+    :param log_z: estimate of log Z: from the proposals behind the exact draws, else from the guide's draws.
     """
 
     elbo: Float[Tensor, "B"]
@@ -70,11 +70,9 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
     relative = (log_w - log_z).exp()
     kl_q_p, kl_q_p_se = log_z - elbo, (relative - log_w).std(0) / math.sqrt(n)  # one influence function: same draws
     if exact is not None and exact.proposals is not None:
-        other, other_se = log_mean(exact.proposals.log_weight.flatten(0, 1))
-        better = other_se < log_z_se
-        log_z, log_z_se = torch.where(better, other, log_z), torch.where(better, other_se, log_z_se)
-        kl_q_p = log_z - elbo
-        kl_q_p_se = torch.where(better, (other_se**2 + elbo_se**2).sqrt(), kl_q_p_se)
+        # Bounded weights cannot miss mass; a guide's own can, with a small standard error (it never sees what it lacks).
+        log_z, log_z_se = log_mean(exact.proposals.log_weight.flatten(0, 1))
+        kl_q_p, kl_q_p_se = log_z - elbo, (log_z_se**2 + elbo_se**2).sqrt()
     if exact is not None:
         upper, upper_se = mean(exact.log_weight.flatten(0, 1))
         kl_p_q_se = (upper_se**2 + log_z_se**2).sqrt()
@@ -83,7 +81,7 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
         terms = torch.where(share > 0, log_w, 0.0)
         upper = (share * terms).sum(0)
         upper_se = (share.square() * (terms - upper).square()).sum(0).sqrt()
-        kl_p_q_se = (share.square() * (terms - upper - 1).square()).sum(0).sqrt()
+        kl_p_q_se = (share * (terms - upper - 1) + 1 / n).square().sum(0).sqrt()  # influence of upper less log Z's
     return Evidence(
         elbo=elbo,
         elbo_se=elbo_se,

@@ -37,7 +37,7 @@ def figures(made: dict[str, Any], title: str) -> Table:
             "E(reward)", f"prior {pm('reward_prior')}, guide {pm('reward')}, posterior {pm('reward_posterior')}"
         )
     n = made["num_samples"]
-    khat = "not applicable (bounded weights)" if made["khat"] is None else f"{made['khat']:.2f}"
+    khat = "not applicable (tied or few weights)" if made["khat"] is None else f"{made['khat']:.2f}"
     table.add_row(
         "importance weights", f"ESS {made['ess']:.0f} of {n}; k-hat {khat}, fine below {khat_threshold(n):.2f}"
     )

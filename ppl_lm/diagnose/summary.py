@@ -32,21 +32,14 @@ class Diagnosis:
         return {**self.average, "sentence": self.verdict.sentence, "prompts": self.figures}
 
 
-def diagnose(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    prior: Callable[..., Any],
-    prompts: Any,
-    num_samples: int = 4096,
-) -> Diagnosis:
+def diagnose(model: Callable[..., Any], guide: Callable[..., Any], prompts: Any, num_samples: int = 4096) -> Diagnosis:
     """Draws from the guide and from the prior, finds exact posterior draws among the latter where the likelihood has a
     bound, and says how far the guide is from the posterior.
 
-    :param guide: the fitted guide; `prior`: the prior itself as a guide (`ppl_lm.guides.prior`).
     :param num_samples: draws of each for every prompt.
     """
     require_enough(num_samples)
-    from_prior = importance(model, prior, prompts, num_samples=num_samples)
+    from_prior = importance(model, None, prompts, num_samples=num_samples)
     from_guide = importance(model, guide, prompts, num_samples=num_samples)
     bound = likelihood_bound(model, prompts)
     keep = None if bound is None else accept(from_prior, bound)  # (S, B)
@@ -55,7 +48,7 @@ def diagnose(
         p, q, exact = from_prior.of_prompt(b), from_guide.of_prompt(b), None
         if keep is not None and int(keep[:, b].sum()) >= MIN_EXACT:
             exact = score(guide, select(p, keep[:, b : b + 1], int(keep[:, b].sum())))
-        made, verdict = _figures(p, q, exact, log_evidence(q, exact))
+        made, verdict = _figures(p, q, exact, log_evidence(q, exact), 1 / from_guide.log_guide.shape[-1])
         figures.append({"prompt": q.prompts.texts[0], **made, "verdict": verdict.code})
         verdicts.append(verdict)
         exacts.append(exact)
@@ -73,7 +66,9 @@ def require_enough(num_samples: int) -> None:
         raise ValueError(f"num_samples={num_samples}; give at least 100 draws for each prompt")
 
 
-def _figures(prior: Draws, guide: Draws, exact: Draws | None, evidence: Evidence) -> tuple[dict[str, Any], Verdict]:
+def _figures(
+    prior: Draws, guide: Draws, exact: Draws | None, evidence: Evidence, share: float
+) -> tuple[dict[str, Any], Verdict]:
     made: dict[str, Any] = {}
 
     def put(name: str, value: torch.Tensor, se: torch.Tensor) -> None:
@@ -84,7 +79,12 @@ def _figures(prior: Draws, guide: Draws, exact: Draws | None, evidence: Evidence
     made["upper_exact"] = evidence.upper_exact
     log_w = guide.log_weight.flatten(0, 1)
     base, base_se = mean(prior.log_weight.flatten(0, 1))
-    put("kl_prior_p", evidence.log_z - base, (evidence.log_z_se**2 + base_se**2).sqrt())
+    if exact is None:
+        put("kl_prior_p", evidence.log_z - base, (evidence.log_z_se**2 + base_se**2).sqrt())
+    else:  # log Z and base from the same draws: one influence function
+        from_prior = prior.log_weight.flatten(0, 1)
+        se = ((from_prior - evidence.log_z).exp() - from_prior).std(0) / from_prior.shape[0] ** 0.5
+        put("kl_prior_p", evidence.log_z - base, se)
     put("elbo_gain", evidence.elbo - base, (evidence.elbo_se**2 + base_se**2).sqrt())
     put("kl_q_prior", *mean((guide.log_guide - guide.log_prior).flatten(0, 1)))
     if "reward" in guide.records:
@@ -96,8 +96,7 @@ def _figures(prior: Draws, guide: Draws, exact: Draws | None, evidence: Evidence
     made["khat"] = psis_khat(log_w[:, 0])
     made["num_samples"] = guide.num_samples
     made["exact_draws"] = 0 if exact is None else exact.num_samples
-    share = prior.log_guide.shape[-1] / max(1, len(prior.prompts))  # of the cost of drawing for all prompts together
-    cost = prior.cost + guide.cost
+    cost = prior.cost + guide.cost  # of drawing for all prompts together
     made["lm_tokens"], made["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
     return made, _judged(made)
 

@@ -10,8 +10,10 @@ from torch import Tensor
 from ppl_lm.infer import Draws
 
 
-def ess(log_w: Float[Tensor, "S *B"]) -> Float[Tensor, "*B"]:
-    """Effective sample size (Σw)²/Σw² in draws (Kong 1992); 0 where all weights are zero."""
+def ess(log_w: Float[Tensor, "S *B"] | Draws) -> Float[Tensor, "*B"]:
+    """Effective sample size (Σw)²/Σw² in draws (Kong 1992); 0 where all weights are zero. Of `Draws`: each prompt's."""
+    if isinstance(log_w, Draws):
+        log_w = log_w.log_weight.flatten(0, 1)
     value = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
     return torch.where((log_w == -torch.inf).all(0), 0.0, value)
 
@@ -20,7 +22,10 @@ def psis_khat(log_w: Float[Tensor, "S"]) -> float | None:
     """Shape k̂ of a generalised Pareto fitted to the largest weights (Vehtari et al. 2024); below
     `khat_threshold(S)` importance sampling can be trusted.
 
-    None where the tail is tied, as it is when weights are bounded: k̂ does not apply, and the ESS decides."""
+    None where the tail is tied, as it is when weights are bounded, or has fewer than 5 weights: k̂ does not apply, and
+    the ESS decides."""
+    if log_w.dim() != 1:
+        raise ValueError(f"log weights of shape {tuple(log_w.shape)}; k-hat is that of one prompt's weights, (S,)")
     import arviz as az
 
     w = log_w[log_w > -torch.inf].double()
@@ -52,7 +57,10 @@ def log_mean(log_w: Float[Tensor, "S *B"]) -> tuple[Tensor, Tensor]:
 
 def mean(values: Float[Tensor, "S *B"]) -> tuple[Tensor, Tensor]:
     """Mean over draws and its standard error."""
-    return values.mean(0), values.std(0) / math.sqrt(len(values))
+    if len(values) < 2:
+        raise ValueError("one draw has no standard error; give at least 2")
+    se = values.std(0) / math.sqrt(len(values))
+    return values.mean(0), se.nan_to_num(math.inf)  # a mean of -inf is known to be nothing
 
 
 def weighted_mean(values: Float[Tensor, "S B"], draws: Draws) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,9 @@ class Bound(nn.Module):
             for k, v in arguments.items()
             if not isinstance(v, nn.Module)
         }
+        for network in self.networks.values():
+            if isinstance(network, LanguageModel) and not network.is_checked:
+                network.self_check()
         self.name = f"{name}_{next(_numbers)}"
         weakref.finalize(self, _forget, self.name)
 
@@ -53,6 +56,10 @@ class Bound(nn.Module):
         """The first language model among the networks: its tokenizer reads the prompts."""
         return next((m for m in self.networks.values() if isinstance(m, LanguageModel)), None)
 
+    def __reduce__(self) -> Any:
+        """Copies and unpickled modules are bound anew, under a name of their own."""
+        return _bind, (self.program, dict(self.networks), self.arguments)
+
     def forward(self, prompts: Any, **kwargs: Any) -> Any:
         if self.lm is not None and not (isinstance(prompts, Prompts) and prompts.vocabulary is self.lm.vocabulary):
             prompts = self.lm.prompts(prompts)
@@ -60,6 +67,10 @@ class Bound(nn.Module):
             if parameter.requires_grad:  # what pyro.module does, without its warning for each frozen weight
                 pyro.param(f"{self.name}{_MODULE_NAMESPACE_DIVIDER}{name}", parameter)
         return self.program(prompts, **{**self.networks, **self.arguments, **kwargs})
+
+
+def _bind(program: Callable[..., Any], networks: dict[str, nn.Module], arguments: dict[str, Any]) -> Bound:
+    return Bound(program, **networks, **arguments)
 
 
 def bind(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Bound:

@@ -59,6 +59,8 @@ class Draws:
         torch's random state is neither used nor changed."""
         n = num_samples or self.num_samples
         if self.exact:
+            if n > self.num_samples:
+                raise ValueError(f"num_samples={n}, but there are {self.num_samples} exact draws")
             return torch.arange(self.num_samples).unsqueeze(-1).expand(-1, self.log_guide.shape[-1])[:n]
         log_w = self.log_weight.flatten(0, 1)  # (S, B)
         if bool((log_w == -torch.inf).all(0).any()):
@@ -70,9 +72,11 @@ class Draws:
         return picks.clamp_max(len(mass) - 1)[:, torch.randperm(n, generator=generator)].T
 
     def of_prompt(self, b: int) -> "Draws":
-        """The draws of one prompt, still with a prompt dimension. Joint weights stay joint; `cost` stays everyone's."""
-        pick = lambda v: v[:, :, b : b + 1] if v.shape[2] > 1 else v  # noqa: E731
-        return self.map(pick, self.prompts[b : b + 1])
+        """The draws of one prompt, still with a prompt dimension; `cost` stays everyone's. All prompts where only their
+        joint weight exists."""
+        if self.log_guide.shape[-1] != len(self.prompts):
+            return self
+        return self.map(lambda v: v[:, :, b : b + 1], self.prompts[b : b + 1])
 
     def map(self, pick: Callable[[Tensor], Tensor], prompts: Prompts | None = None) -> "Draws":
         """The same draws with every tensor passed through `pick`."""

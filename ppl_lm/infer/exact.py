@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import config_enumerate
 from torch import Tensor
 
-from ppl_lm.infer.particles import is_record, sample_sites
+from ppl_lm.infer.particles import Site, is_record, sample_sites
+from ppl_lm.likelihood import Optimality
 
 MAX_CELLS = 20_000_000
 
@@ -76,8 +78,10 @@ def exact(model: Callable[..., Any], guide: Callable[..., Any] | None, prompts: 
     for name, site in latents.items():
         if not site["infer"].get("_enumerate_dim"):
             raise ValueError(f"site {name!r} ({type(site['fn']).__name__}) cannot be enumerated exactly")
+        if not any(f.dim == -1 for f in site["cond_indep_stack"]):
+            raise ValueError(f"site {name!r} lies outside the prompt plate; exact() needs every latent site in it")
     batch = len(prompts)
-    log_p = [s["fn"].log_prob(s["value"], *s["args"], **s["kwargs"]) for s in sites.values() if not is_record(s)]
+    log_p = [_log_prob(s) for s in sites.values() if not is_record(s)]
     shape = torch.broadcast_shapes(*(term.shape for term in log_p), (batch,))
     if shape.numel() > MAX_CELLS:
         raise ValueError(f"{shape.numel():,} values are too many to enumerate (at most {MAX_CELLS:,})")
@@ -89,7 +93,7 @@ def exact(model: Callable[..., Any], guide: Callable[..., Any] | None, prompts: 
     if guide is not None:
         replayed = sample_sites(poutine.trace(poutine.replay(guide, trace=trace)).get_trace(prompts))
         terms = [s for n, s in replayed.items() if n in latents]
-        log_q = table([s["fn"].log_prob(s["value"]) for s in terms])
+        log_q = table([_log_prob(s) for s in terms])
 
     def values(site: Any) -> Tensor:
         v, event = site["value"], len(site["fn"].event_shape)
@@ -103,6 +107,14 @@ def exact(model: Callable[..., Any], guide: Callable[..., Any] | None, prompts: 
         log_joint=table(log_p),
         log_q=log_q,
     )
+
+
+def _log_prob(site: Site) -> Tensor:
+    """Scaled and masked, for exp(r/β): what a bounded `Optimality` subtracts is added again."""
+    fn = site["fn"]
+    log_p = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+    shift = (fn.log_bound or 0.0) if isinstance(fn, Optimality) else 0.0
+    return scale_and_mask(log_p + shift, site["scale"], site["mask"])
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, concatenate
 from ppl_lm.infer.particles import as_particles, by_prompt, run, sample_sites
@@ -17,7 +19,7 @@ ROWS = 2048  # texts drawn at a time
 @torch.no_grad()
 def importance(
     model: Callable[..., Any],
-    guide: Callable[..., Any],
+    guide: Callable[..., Any] | None,
     prompts: Any,
     *,
     num_samples: int = 1000,
@@ -27,13 +29,18 @@ def importance(
 
     The mean of `exp(draws.log_weight)` is an unbiased estimate of Z for each prompt.
 
-    :raises ValueError: if `num_samples` is not positive.
+    :param guide: None draws from the model's own prior.
+    :raises ValueError: if `num_samples` is not positive, or a plate subsamples the prompts.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; give at least 1")
     size = max(1, ROWS // max(1, len(prompts)))
     counts = [min(size, num_samples - done) for done in range(0, num_samples, size)]
-    return concatenate([_once(model, guide, prompts, n, max_plate_nesting) for n in counts])
+    parts = []
+    for n in counts:
+        part = _once(model, guide, prompts, max(2, n), max_plate_nesting)  # a single particle would have no plate
+        parts.append(part if n > 1 else part.map(lambda v: v[:, :1]))
+    return concatenate(parts)
 
 
 @torch.no_grad()
@@ -53,12 +60,15 @@ def score(guide: Callable[..., Any], draws: Draws, max_plate_nesting: int = 1) -
                 given.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={}, fn=None)
             program = poutine.replay(as_particles(guide, n, max_plate_nesting), trace=given)
             sites = sample_sites(poutine.trace(program).get_trace(draws.prompts))
+            sites = {name: site for name, site in sites.items() if not site["is_observed"]}
+            if sites.keys() != flat.keys():
+                raise ValueError(
+                    f"the guide has the sites {sorted(sites)}, the draws {sorted(flat)}: it cannot score them"
+                )
             log_q = [
-                sites[name]["fn"].log_prob(values[name] if n > 1 else values[name][0]) for name in flat if name in sites
+                scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
+                for site in sites.values()
             ]
-        missing = [name for name in flat if name not in sites]
-        if missing:
-            raise ValueError(f"the guide has no site {missing[0]!r}; it cannot score these draws")
         parts.append(by_prompt(log_q, n, draws.log_guide.shape[-1]))
         costs.append(cost)
     log_guide = torch.cat(parts).reshape(draws.log_guide.shape)
@@ -68,11 +78,20 @@ def score(guide: Callable[..., Any], draws: Draws, max_plate_nesting: int = 1) -
 def _once(model: Any, guide: Any, prompts: Any, n: int, nesting: int) -> Draws:
     with meter.measure() as cost:
         p = run(model, guide, (prompts,), {}, n, nesting)
-    chain = lambda v: (v.unsqueeze(0) if n == 1 else v).unsqueeze(0)  # noqa: E731  (1, n, B, ...)
+    plate = p.subsampled()
+    if plate is not None:
+        raise ValueError(f"plate {plate!r} subsamples: draws need all prompts at once; give fewer prompts instead")
+    size = len(p.prompts)
+
+    def record(v: Tensor) -> Tensor | None:  # (1, n, B), or None where it is not one number a text
+        fits = v.dim() <= 2 and all(a in (1, b) for a, b in zip(v.shape[::-1], (size, n), strict=False))
+        return v.double().expand(n, size).unsqueeze(0) if fits else None
+
+    records = {k: record(v) for k, v in p.records.items()}
     return Draws(
         prompts=p.prompts,
-        latents={k: chain(v) for k, v in p.latents.items()},
-        records={k: chain(v).double() for k, v in p.records.items()},
+        latents={k: v.unsqueeze(0) for k, v in p.latents.items()},
+        records={k: v for k, v in records.items() if v is not None},
         log_prior=p.log_prior().unsqueeze(0),
         log_likelihood=p.log_likelihood().unsqueeze(0),
         log_guide=p.log_guide().unsqueeze(0),

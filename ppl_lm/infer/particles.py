@@ -52,11 +52,14 @@ class Particles:
 
     @property
     def prompts(self) -> Prompts:
-        """Of the first sequence site."""
-        found = [site["fn"].prompts for site in self.guide_sites.values() if is_sequence(site)]
-        if not found:
-            raise ValueError("the guide has no text among its sites: use Pyro's own inference for such programs")
-        return found[0]
+        """Of the text that continues no other: batch shape (B,)."""
+        return self._first_text()["fn"].prompts
+
+    def _first_text(self) -> Site:
+        for site in self.guide_sites.values():
+            if is_sequence(site) and len(site["fn"].prompts.batch_shape) == 1:
+                return site
+        raise ValueError("the guide has no text among its sites: use Pyro's own inference for such programs")
 
     def log_prior(self) -> Tensor:
         """log p of all latent sites, detached, float64, nats: (K, B), or (K, 1) where a latent site lies outside the
@@ -69,16 +72,31 @@ class Particles:
         for name, log_p in self.log_p.items():
             fn = self.model_sites[name]["fn"]
             if name not in self.guide_sites:
-                terms.append(log_p + (fn.log_bound or 0.0) if isinstance(fn, Optimality) else log_p)
+                shift = (fn.log_bound or 0.0) if isinstance(fn, Optimality) else 0.0
+                site = self.model_sites[name]
+                terms.append(log_p + scale_and_mask(torch.full_like(log_p, shift), site["scale"], site["mask"]))
         return self._by_prompt(terms)
 
     def log_guide(self) -> Tensor:
         return self._by_prompt(self.log_q.values())
 
     def _by_prompt(self, terms: Iterable[Tensor]) -> Tensor:
-        size, lead = len(self.prompts), int(self.count > 1)
-        local = all(v.dim() > lead and v.shape[-1] == size for v in self.log_q.values())
-        return by_prompt(terms, self.count, size if local else 1)
+        return by_prompt(terms, self.count, len(self.prompts) if self.is_local else 1)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether every latent site lies in the prompt plate, so that each prompt has a weight of its own."""
+        plate = {f.name for f in self._first_text()["cond_indep_stack"] if f.dim == -1}
+        stacks = [site["cond_indep_stack"] for site in self.guide_sites.values()]
+        return all(plate & {f.name for f in stack if f.dim == -1} for stack in stacks)
+
+    def subsampled(self) -> str | None:
+        """Name of a plate that subsamples, if one does."""
+        for site in (*self.guide_sites.values(), *self.model_sites.values()):
+            for f in site["cond_indep_stack"]:
+                if f.full_size is not None and f.full_size != f.size:
+                    return f.name
+        return None
 
     def cost(self) -> MultiFrameTensor:
         """log q - log p of every site, detached, summed by plates (Schulman et al. 2015: what lies in other cells of a
@@ -93,23 +111,32 @@ class Particles:
 
 def run(
     model: Callable[..., Any],
-    guide: Callable[..., Any],
+    guide: Callable[..., Any] | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     num_particles: int,
     max_plate_nesting: int = 1,
 ) -> Particles:
-    """Runs the guide, then the model on the guide's values, once, with all particles in an outermost plate."""
-    require_separate(model, guide)
-    guide = as_particles(guide, num_particles, max_plate_nesting)
-    model = as_particles(model, num_particles, max_plate_nesting)
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-    nesting = max_plate_nesting + (num_particles > 1)
-    check_model_guide_match(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace), nesting)
+    """Runs the guide, then the model on the guide's values, once, with all particles in an outermost plate.
 
-    guide_sites = {n: s for n, s in sample_sites(guide_trace).items() if not s["is_observed"]}
-    model_sites = sample_sites(model_trace)
+    Without a guide the model's own prior draws its latent sites, and serves as their guide."""
+    nesting = max_plate_nesting + (num_particles > 1)
+    if guide is None:
+        model_trace = poutine.trace(as_particles(model, num_particles, max_plate_nesting)).get_trace(*args, **kwargs)
+        model_sites = sample_sites(model_trace)
+        guide_sites = {n: s for n, s in model_sites.items() if not s["is_observed"]}
+    else:
+        require_separate(model, guide)
+        guide = as_particles(guide, num_particles, max_plate_nesting)
+        model = as_particles(model, num_particles, max_plate_nesting)
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        guide_sites = {n: s for n, s in sample_sites(guide_trace).items() if not s["is_observed"]}
+        model_sites = sample_sites(model_trace)
+        missing = [n for n, s in model_sites.items() if not s["is_observed"] and n not in guide_sites]
+        if missing:
+            raise ValueError(f"the guide has no site {missing[0]!r}; it must draw every latent site of the model")
+        check_model_guide_match(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace), nesting)
     made = Particles(num_particles, guide_sites, model_sites, {}, {}, {}, {})
     for name, site in guide_sites.items():
         made.log_q[name] = _log_prob(name, site, made.token_log_q)
@@ -119,8 +146,12 @@ def run(
         if is_record(site):
             continue
         twin = guide_sites.get(name)
-        if twin is not None and _same_law(site, twin):  # the prior as its own proposal: one pass serves both
-            made.token_log_p[name], made.log_p[name] = made.token_log_q[name], made.log_q[name]
+        if twin is site or (
+            twin is not None and _same_law(site, twin)
+        ):  # the prior as its own proposal: one pass serves both
+            made.log_p[name] = made.log_q[name]
+            if name in made.token_log_q:
+                made.token_log_p[name] = made.token_log_q[name]
             continue
         made.log_p[name] = _log_prob(name, site, made.token_log_p)
         if pyro.settings.get("validate_poutine"):
@@ -136,6 +167,7 @@ def by_prompt(terms: Iterable[Tensor], count: int, batch: int) -> Tensor:
     total: Any = torch.zeros(count, batch, dtype=torch.float64)
     for term in terms:
         term = term.detach().double()
+        term = term.expand(count) if term.dim() == 0 else term
         term = term.reshape(count, -1, term.shape[-1]) if term.dim() > 1 or count == 1 else term.reshape(count, 1, 1)
         term = term.sum(1)
         total = total.to(term.device) + (term if term.shape[-1] == batch else term.sum(-1, keepdim=True))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ TOLERANCE = 1e-3  # nats, for the noise of float32 log-probabilities
 @torch.no_grad()
 def rejection(
     model: Callable[..., Any],
-    guide: Callable[..., Any],
+    guide: Callable[..., Any] | None,
     prompts: Any,
     *,
     num_samples: int = 1000,
@@ -29,6 +30,7 @@ def rejection(
     """`num_samples` exact, independent posterior draws for each prompt: a draw of the guide with log weight w is kept
     with probability exp(w - log_bound).
 
+    :param guide: None proposes from the model's own prior.
     :param log_bound: nats; no weight p(z, evidence) / q(z) may exceed it. By default that of the model's likelihood
         sites (for `tilted`, r_max/β), which is valid for the prior as guide.
     :param max_proposals: proposals for each prompt.
@@ -106,5 +108,6 @@ def likelihood_bound(model: Callable[..., Any], prompts: Any) -> float | None:
             bound = site["fn"].log_bound
         if bound is None:
             return None
-        total += float(bound)
+        copies = prod(f.size for f in site["cond_indep_stack"] if f.vectorized and f.dim != -1)  # of inner plates
+        total += float(bound) * copies * float(site["scale"])
     return total

@@ -45,7 +45,8 @@ class Optimality(TorchDistribution):
                 raise ValueError("observed O=0, whose probability needs a bound of the reward: declare r_max")
             return self.log_potential
         log_p = self.log_potential - self.log_bound
-        return torch.where(value, log_p, torch.log(-torch.expm1(log_p)))
+        below = torch.where(value, -1.0, log_p)  # keeps the branch not taken out of the gradient: log(0) at the bound
+        return torch.where(value, log_p, torch.log(-torch.expm1(below)))
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         if self.log_bound is None:

@@ -38,4 +38,5 @@ def self_check(lm: LanguageModel, prompts: Any = None, tolerance: float = 2e-3) 
             f"against in a padded batch {float((alone - together).abs().max()):.2g}; tolerance {tolerance:.2g}). "
             "Inference with it would be wrong; try float32 weights, or report the model's architecture"
         )
+    lm.is_checked = True
     return worst

@@ -56,6 +56,7 @@ class LanguageModel(nn.Module):
             bos_id=next((i for i in bos if i is not None and 0 <= i < size), None),
         )
         self.max_new_tokens = max_new_tokens
+        self.is_checked = False  # set by self_check
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self.width: int = getattr(config, "hidden_size", 0) * getattr(
             config, "num_hidden_layers", 1
@@ -129,7 +130,7 @@ class LanguageModel(nn.Module):
         twin = LanguageModel(
             copy.deepcopy(self.model), vocabulary.tokenizer, self.max_new_tokens, end_ids=vocabulary.end_ids
         )
-        twin.vocabulary = vocabulary
+        twin.vocabulary, twin.is_checked = vocabulary, self.is_checked
         return twin.requires_grad_(True)
 
     def self_check(self, prompts: Any = None, tolerance: float = 2e-3) -> float:

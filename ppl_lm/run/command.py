@@ -28,12 +28,11 @@ def fit_and_measure(settings: folder.Settings, path: Path, num_samples: int | No
     out.print(
         f"posterior {settings.model}, guide {settings.guide}, {len(programs.prompts)} prompt(s); fitting", markup=False
     )
-    with _Log(path, settings, out) as log:
+    with _Log(path, settings, programs, out) as log:
         fitted = fit_guide(
             programs.model,
             programs.guide,
             programs.prompts,
-            start=programs.start,
             num_particles=settings.particles,
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
@@ -41,7 +40,7 @@ def fit_and_measure(settings: folder.Settings, path: Path, num_samples: int | No
             time_limit=settings.time_limit,
             seed=settings.seed,
             on_step=log.step,
-            on_fault=lambda: folder.save_guide(path, programs.guide, programs.prompts),
+            on_fault=lambda: _save_fault(path, programs),
         )
     if not fitted.metrics:
         raise KeyboardInterrupt  # before the first step: there is nothing to write
@@ -64,13 +63,13 @@ def measure(
     :param suffix: of the two files' names."""
     if num_samples is None:
         num_samples = max(512, min(4096, 16384 // len(programs.prompts)))
-    made = diagnose(programs.model, programs.guide, programs.start, programs.prompts, num_samples)
+    made = diagnose(programs.model, programs.guide, programs.prompts, num_samples)
     record = made.as_json()
     told = None
     if (path / "fit.json").is_file():
         fitted = json.loads((path / "fit.json").read_text())
         record |= {"outcome": fitted["outcome"], "kept": fitted["kept"]}
-        if fitted["outcome"] == "worse_than_prior":
+        if fitted["outcome"] in ("worse_than_prior", "diverged"):
             whole: Any = {k: math.nan if v is None else v for k, v in fitted.items()}
             told = _told(Fit(**whole))
             record |= {"kept_verdict": record["verdict"], "verdict": "worse_than_prior"}
@@ -94,11 +93,11 @@ def measure(
 
 def _told(fitted: Fit) -> str:
     """The outcome in words."""
-    kept = {"last": "the last one", "best": f"that of step {fitted.kept_step}", "prior": "the prior itself"}[
+    kept = {"last": "the last one", "best": f"that of step {fitted.kept_step}", "start": "the prior itself"}[
         fitted.kept
     ]
     took = f"after {fitted.steps} steps in {fitted.seconds:.0f} s"
-    if fitted.outcome == "worse_than_prior":
+    if fitted.outcome in ("worse_than_prior", "diverged"):
         lost = (
             "is lost" if not math.isfinite(fitted.last_gain) else f"has an ELBO {fitted.last_gain:+.2f} nats against it"
         )
@@ -113,11 +112,16 @@ def _told(fitted: Fit) -> str:
     )
 
 
+def _save_fault(path: Path, programs: folder.Programs) -> None:
+    folder.save_guide(path, programs.guide, programs.prompts)
+    folder.write_json(path / "fit.json", {"outcome": "failed", "kept": "best"})
+
+
 class _Log:
     """Writes a line of `metrics.jsonl` and moves the bar, each step; makes the run folder at the first."""
 
-    def __init__(self, path: Path, settings: folder.Settings, out: Console):
-        self.path, self.settings, self.out = path, settings, out
+    def __init__(self, path: Path, settings: folder.Settings, programs: folder.Programs, out: Console):
+        self.path, self.settings, self.programs, self.out = path, settings, programs, out
         self.file: Any = None
         self.told = time.monotonic()
         columns = (BarColumn(24), TextColumn("{task.description}"), TimeRemainingColumn())
@@ -135,6 +139,7 @@ class _Log:
 
     def step(self, row: dict[str, float]) -> None:
         if self.file is None:
+            folder.require_savable(self.programs.model, self.programs.guide)
             folder.claim(self.path)
             folder.write_settings(self.path, self.settings)
             self.file = (self.path / "metrics.jsonl").open("w", encoding="utf-8")

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 
 from ppl_lm.infer import Bound, SequenceELBO, importance
+from ppl_lm.infer.elbo import refuse_hard_constraints
 from ppl_lm.infer.particles import Particles, is_sequence
 from ppl_lm.lm import DivergedError, Prompts
 from ppl_lm.lm.meter import measure
@@ -26,8 +28,9 @@ class Fit:
     """What `fit` did. The guide's weights are those of the best guide seen.
 
     :param outcome: `finished`, `worse_than_prior` (the last guide is further from the posterior than the prior was),
-        or `interrupted`.
-    :param kept: which guide was kept: `last`, `best` (an earlier one) or `prior` (where fitting began).
+        `diverged` (a gradient was not finite), or `interrupted`.
+    :param kept: which guide was kept: `last`, `best` (an earlier one) or `start` (the one that fitting began with,
+        a copy of the prior for `finetuned`).
     :param gain: ELBO(kept guide) - ELBO(prior) in nats per prompt, on fresh draws; `last_gain` that of the last guide.
     :param metrics: one dictionary a step, as in `metrics.jsonl`.
     """
@@ -49,7 +52,6 @@ def fit(
     guide: Bound,
     prompts: Any,
     *,
-    start: Callable[..., Any] | None = None,
     num_particles: int = 64,
     batch_size: int = 16,
     learning_rate: float | None = None,
@@ -57,7 +59,7 @@ def fit(
     clip: float = 3.0,
     max_steps: int | None = None,
     time_limit: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     micro_batch: int | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
     on_fault: Callable[[], None] | None = None,
@@ -66,8 +68,6 @@ def fit(
 
     Watches ELBO(q) - ELBO(prior): it needs no log Z, and unlike the reward it rises only as q nears the posterior.
 
-    :param start: the guide that fitting is measured against, the prior (`bind(guides.prior, prior)`). None: the guide as
-        it is now, which is the prior for `finetuned`.
     :param num_particles: texts drawn for each prompt and step.
     :param batch_size: prompts a step.
     :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run. None: measured
@@ -87,29 +87,33 @@ def fit(
         raise ValueError("neither model nor guide holds a language model; fit such programs with Pyro's SVI")
     batch = reader.prompts(prompts)
     batch_size = min(batch_size, len(batch))
-    weights: list[Tensor] = [p for module in (guide, model) for p in module.parameters() if p.requires_grad]
-    if not weights:
-        raise ValueError("the guide has nothing to train; choose another, or draw from it as it is with sample")
     began = time.monotonic()
-    torch.manual_seed(seed)
+    if seed is not None:
+        torch.manual_seed(seed)
     elbo = SequenceELBO(num_particles, micro_batch=micro_batch)
-    base = importance(model, start or guide, batch, num_samples=max(64, 1024 // len(batch)))
+    weights = _weights(elbo, model, guide, batch[:1])
+    base = importance(model, None, batch, num_samples=max(64, 1024 // len(batch)))
     reference = base.log_weight.flatten(0, 1)  # (S, B), its mean is the ELBO of the prior
+    if reference.shape[1] != len(batch):
+        raise ValueError("fit needs every latent site in the prompt plate; use SequenceELBO with pyro.infer.SVI")
     if not bool(torch.isfinite(reference).all()):
-        elbo.loss(model, guide, batch[:1])  # names the hard constraint that reverse KL cannot fit
+        raise ValueError(
+            "reverse KL cannot fit a hard constraint: some texts of the prior have probability 0 under the "
+            "posterior. Draw from it with importance() or rejection()"
+        )
     optimiser = torch.optim.Adam(weights, lr=learning_rate or PROBE, betas=(0.9, 0.99))
     best = _Best(weights)
     metrics: list[dict[str, float]] = []
     moved: list[float] = []
     outcome = "finished"
     try:
-        for step, rows in enumerate(shuffled(len(batch), batch_size, seed)):
+        for step, rows in enumerate(shuffled(len(batch), batch_size, seed or 0)):
             done = _progress(step, time.monotonic() - began, max_steps, time_limit)
             if done >= 1:
                 break
             if learning_rate is None and step == warmup:
                 learning_rate = _measured_rate(moved)
-            peak = PROBE if learning_rate is None else learning_rate * min(1.0, (step + 1) / warmup)
+            peak = PROBE if learning_rate is None else learning_rate * min(1.0, (step + 1) / max(1, warmup))
             rate = peak * 0.5 * (1 + math.cos(math.pi * done))
             for group in optimiser.param_groups:
                 group["lr"] = rate
@@ -130,8 +134,10 @@ def fit(
             best.consider(metrics)  # before the step: these particles are of the weights as they are
             if on_step is not None:
                 on_step(row)
-            if not math.isfinite(norm) or best.is_lost(metrics):
-                outcome = "worse_than_prior"
+            if not math.isfinite(norm):
+                outcome = "diverged"
+                break
+            if best.is_lost(metrics):
                 break
             optimiser.step()
             if learning_rate is None and step >= warmup // 3:  # Adam's first steps are longer than its later ones
@@ -139,7 +145,7 @@ def fit(
     except KeyboardInterrupt:
         outcome = "interrupted"
     except DivergedError:
-        outcome = "worse_than_prior"
+        outcome = "diverged"
     except Exception:
         best.load(best.kept)
         if metrics and on_fault is not None:
@@ -197,7 +203,8 @@ def _keep_best(
 
     last = best.copy()
     last_gain, last_se = gain(last)
-    candidates = [("last", len(metrics), last_gain, last_se, last), ("prior", 0, 0.0, 0.0, best.start)]
+    first = gain(best.start)
+    candidates = [("last", len(metrics), last_gain, last_se, last), ("start", 0, *first, best.start)]
     if 0 <= best.step < len(metrics) - 1:
         candidates.append(("best", best.step + 1, *gain(best.kept), best.kept))
     kept, kept_step, kept_gain, kept_se, weights = max(candidates, key=lambda c: c[2])
@@ -236,6 +243,18 @@ def _measured_rate(moved: list[float]) -> float:
     return min(1.0, math.sqrt(MOVE / kl)) if kl > 0 else PROBE
 
 
+def _weights(elbo: SequenceELBO, model: Bound, guide: Bound, batch: Prompts) -> list[Tensor]:
+    """Every trainable parameter: of the networks, and what the programs themselves make with `pyro.param`."""
+    with poutine.trace(param_only=True) as capture:
+        refuse_hard_constraints(elbo.particles(model, guide, batch))
+    sites: Any = capture.trace.nodes.values()
+    found = [site["value"].unconstrained() for site in sites if site["type"] == "param"]
+    weights = list({id(p): p for p in found if p.requires_grad}.values())
+    if not weights:
+        raise ValueError("the guide has nothing to train; choose another, or draw from it as it is with sample")
+    return weights
+
+
 def _metrics(particles: Particles, reference: Tensor) -> dict[str, float]:
     """Means over particles and prompts, nats for each prompt."""
     log_w = particles.log_prior() + particles.log_likelihood() - particles.log_guide()  # (K, B)
@@ -252,7 +271,9 @@ def _metrics(particles: Particles, reference: Tensor) -> dict[str, float]:
 
 
 def _progress(step: int, seconds: float, max_steps: int | None, time_limit: float | None) -> float:
-    """Share of the run that is done: the further of steps and time."""
+    """Share of the run that is done: the further of steps and time. There is always a first step."""
+    if step == 0:
+        return 0.0
     return max(step / max_steps if max_steps else 0.0, seconds / time_limit if time_limit else 0.0)
 
 

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
+from pyro.params.param_store import _MODULE_NAMESPACE_DIVIDER
 
 from ppl_lm import __version__
-from ppl_lm.infer import Bound, bind
+from ppl_lm.infer import Bound
 from ppl_lm.lm import LanguageModel, Prompts
 from ppl_lm.lm.language_model import quiet
 from ppl_lm.run.programs import model_and_guide, resolve
@@ -42,11 +44,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Programs:
-    """A run's programs, bound: the posterior, the guide, and the prior as a guide."""
+    """A run's programs, bound."""
 
     model: Bound
     guide: Bound
-    start: Bound
     prior: LanguageModel
     prompts: Prompts
 
@@ -75,7 +76,7 @@ def build(settings: Settings, fitted: Path | None = None) -> Programs:
     target, bound = model_and_guide(model, guide, prior, network, reward, settings.beta)
     prompts = prior.prompts({"prompt": settings.prompts, **settings.columns})
     prior(prompts)  # refuses prompts that do not fit the context
-    return Programs(target, bound, bind(resolve("prior", "guides"), prior), prior, prompts)
+    return Programs(target, bound, prior, prompts)
 
 
 def require_free(folder: Path) -> None:
@@ -102,7 +103,6 @@ def read_settings(folder: Path) -> Settings:
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
-    import pyro
     import transformers
 
     versions = {"ppl_lm": __version__, "torch": torch.__version__, "pyro": pyro.__version__}
@@ -130,9 +130,7 @@ def save_guide(folder: Path, guide: Bound, probes: Prompts) -> None:
     back gives the same log-probabilities.
 
     :raises ValueError: if the guide has no language model, or its copy on disk differs."""
-    lm = guide.lm
-    if lm is None:
-        raise ValueError(f"guide {guide.name} has no language model to save")
+    lm = _fitted(guide)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".guide-"))
     try:
         with quiet():
@@ -154,6 +152,29 @@ def save_guide(folder: Path, guide: Bound, probes: Prompts) -> None:
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_savable(model: Bound, guide: Bound) -> None:
+    """:raises ValueError: if something else is trained than one language model of the guide: it could not be saved."""
+    lm = _fitted(guide)
+    kept = {id(p) for p in lm.parameters()}
+    others = [
+        n for bound in (model, guide) for n, p in bound.named_parameters() if p.requires_grad and id(p) not in kept
+    ]
+    others += [n for n in pyro.get_param_store().keys() if _MODULE_NAMESPACE_DIVIDER not in n]  # noqa: SIM118
+    if others:
+        raise ValueError(
+            f"a run folder holds one fitted language model, but {others[0]!r} is trained too; fit such programs in Python "
+            "with ppl_lm.fit, and save them yourself"
+        )
+
+
+def _fitted(guide: Bound) -> LanguageModel:
+    found = [m for m in guide.networks.values() if isinstance(m, LanguageModel)]
+    found = [m for m in found if any(p.requires_grad for p in m.parameters())]
+    if not found:
+        raise ValueError("the guide has nothing to train; choose another, or draw from it as it is")
+    return found[0]
 
 
 def save_draws(path: Path, data: Any) -> None:

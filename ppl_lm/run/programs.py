@@ -3,18 +3,14 @@
 import importlib
 import importlib.util
 import inspect
-import pkgutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ppl_lm.infer import Bound, bind
 from ppl_lm.lm import LanguageModel
-
-
-def shipped(package: str) -> list[str]:
-    """Names of the programs in `ppl_lm.models` or `ppl_lm.guides`: one a file."""
-    return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(f"ppl_lm.{package}").__path__))
+from ppl_lm.shipped import shipped
 
 
 def resolve(spec: str, package: str) -> Callable[..., Any]:
@@ -30,7 +26,11 @@ def resolve(spec: str, package: str) -> Callable[..., Any]:
         if loader is None or loader.loader is None:
             raise ValueError(f"{kind} {spec!r}: {path!r} is not a Python file")
         module = importlib.util.module_from_spec(loader)
-        loader.loader.exec_module(module)
+        sys.modules[loader.name] = module  # dataclasses look their module up
+        try:
+            loader.loader.exec_module(module)
+        except Exception as error:
+            raise ValueError(f"{kind} {spec!r}: {path} raised {type(error).__name__}: {error}") from error
     elif spec in shipped(package):
         module, name = importlib.import_module(f"ppl_lm.{package}.{spec}"), spec
     else:
@@ -67,4 +67,4 @@ def model_and_guide(
 
     shared = {"prior": lambda: prior, "reward": lambda: reward, "constraint": lambda: reward, "beta": lambda: beta}
     free = {"lm": lambda: fitted or prior.copy(), "table": lambda: fitted or table_like(prior)}
-    return bind_named(model, shared | {"lm": prior.copy}, "model"), bind_named(guide, shared | free, "guide")
+    return bind_named(model, shared, "model"), bind_named(guide, shared | free, "guide")
