@@ -69,9 +69,9 @@ def fit(
                                                  "[default: the model's BOS]")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 40,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
-    time_limit: Annotated[float | None, typer.Option(help="Stop fitting after so many seconds. [default: 120, unless "
+    time_limit: Annotated[float | None, typer.Option(help="Stop fitting after so many seconds. [default: 110, unless "
                                                      "--max-steps is given]")] = None,
-    particles: Annotated[int | None, typer.Option(help="Texts drawn for each prompt and step. [default: 128 with one "
+    particles: Annotated[int | None, typer.Option(help="Texts drawn for each prompt and step. [default: 64 with one "
                                                   "prompt, 8 with many]")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts a step.")] = 16,
     learning_rate: Annotated[float | None, typer.Option(help="Adam's, at its peak. [default: measured, so that a "
@@ -88,13 +88,13 @@ def fit(
     from ppl_lm.run.command import fit_and_measure
 
     if max_steps is None and time_limit is None:
-        time_limit = 120.0
+        time_limit = 110.0
     with _errors(traceback):
         texts, columns = read_prompts(prompts)
         settings = folder.Settings(
             model=model, guide=guide, lm=lm, reward=reward, beta=beta, prompts=texts, columns=columns,
             max_new_tokens=max_new_tokens, device=device, seed=seed, batch_size=batch_size,
-            particles=max(8, 128 // max(1, min(batch_size, len(texts)))) if particles is None else particles,
+            particles=max(8, 64 // max(1, min(batch_size, len(texts)))) if particles is None else particles,
             learning_rate=learning_rate, max_steps=max_steps, time_limit=time_limit,
         )  # fmt: skip
         outcome = fit_and_measure(settings, output_dir, num_samples, out)
