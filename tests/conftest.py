@@ -1,5 +1,7 @@
 """Shared by all tests: a clean parameter store and a fixed seed before each; where the real LM lies."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pyro
@@ -7,6 +9,12 @@ import pytest
 import torch
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_configure(config):
+    """ArviZ's first import of a day writes a stamp to the user's cache; two workers that do so at once fail."""
+    if not hasattr(config, "workerinput"):
+        subprocess.run([sys.executable, "-W", "ignore", "-c", "import arviz"], check=True)
 
 
 @pytest.fixture(autouse=True)

@@ -20,14 +20,16 @@ class SequenceELBO(ELBO):
 
     One run of the programs draws K particles and scores texts without autograd; then only the texts are scored again
     with gradients, a micro-batch of particles at a time, against the coefficients found in the first phase. So autograd
-    memory does not grow with K, and rewards are called once. The score-function coefficient of token t of particle k is
+    memory does not grow with K, and rewards are called once. The score-function coefficient of every token of particle
+    k is
 
-        Σ_{s≥t} (log q_s - log p_s) + the cost of all other sites  -  the mean of the same over the other particles,
+        (log q(z_k) - log p(z_k, evidence))  -  the mean of the same over the other particles,
 
-    which leaves out what earlier tokens have already decided, and whose expectation is the exact gradient (Williams
-    1992; Schulman et al. 2015; leave-one-out: Kool et al. 2019). Ordinary sites may sit beside the text: reparameterised
-    ones keep their pathwise gradient, others get the same score-function treatment, and learnable model parameters get
-    theirs.
+    whose expectation is the exact gradient (Williams 1992; leave-one-out: Kool et al. 2019). What the tokens before t
+    have cost may be left in or out; it stays in, because log q/p0 of a prefix is the guide's own estimate of the value
+    that the prefix has gained (exactly that, at the posterior), and so the best baseline at hand: the closer the guide,
+    the less noise, down to none. Ordinary sites may sit beside the text: reparameterised ones keep their pathwise
+    gradient, others get the same score-function treatment, and learnable model parameters get theirs.
 
     :param num_particles: K, texts drawn for each prompt and step; at least 2, for the baseline.
     :param max_plate_nesting: as in Pyro, of the programs without the particles.
@@ -131,13 +133,10 @@ class SequenceELBO(ELBO):
         for name, site in particles.guide_sites.items():
             if not is_sequence(site) or not _trainable(site):
                 continue
-            to_go = cost.sum_to(site["cond_indep_stack"])
-            shape = particles.token_log_q[name].shape
-            to_go = torch.as_tensor(to_go).expand(shape[:-1]).unsqueeze(-1)  # (K, B, 1)
-            if name in particles.token_log_p:
-                spent = particles.token_log_q[name] - particles.token_log_p[name]
-                to_go = to_go - (spent.cumsum(-1) - spent)  # (K, B, T): what tokens before t cost is not t's doing
-            yield from self._rescore(site, self._minus_baseline(to_go, particles).expand(shape) / particles.count)
+            shape = particles.token_log_q[name].shape  # (K, B, T)
+            coefficient: Any = cost.sum_to(site["cond_indep_stack"])
+            coefficient = self._minus_baseline(coefficient.expand(shape[:-1]), particles).unsqueeze(-1)
+            yield from self._rescore(site, coefficient.expand(shape) / particles.count)
         for name, site in particles.model_sites.items():
             if is_sequence(site) and _trainable(site):
                 ones = torch.ones_like(particles.token_log_p[name])

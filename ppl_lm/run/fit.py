@@ -19,7 +19,7 @@ from ppl_lm.lm.meter import measure
 from ppl_lm.lm.prompts import shuffled
 
 PROBE = 2e-5  # learning rate while the right one is being measured
-MOVE = 0.006  # nats of KL that one step may move the guide, at the peak of the learning rate
+MOVE = 0.012  # nats of KL that one step may move the guide, at the peak of the learning rate
 WINDOW = 25  # steps over which the ELBO is averaged before a guide counts as better or worse
 
 
