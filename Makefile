@@ -6,7 +6,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --cons
 .PHONY: demo test lint format bench wheel clean
 
 demo: .venv/.stamp
-	.venv/bin/ppl-lm fit tilted --output-dir runs/demo
+	.venv/bin/ppl-lm fit tilted --output-dir runs/demo --overwrite
 
 # Random order comes from pytest-randomly, warnings are errors by pyproject.toml; one thread for each of two workers.
 test: .venv/.stamp-test

@@ -1,6 +1,7 @@
 """`ppl-lm fit | sample | diagnose`: the command line."""
 
 import json
+import time
 import traceback as tracebacks
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,8 +76,10 @@ def fit(
                                                   "prompt, 8 with many]")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts a step.")] = 16,
     learning_rate: Annotated[float | None, typer.Option(help="Adam's, at its peak. [default: measured, so that a "
-                                                        "step moves the guide by 0.006 nats of KL]")] = None,
-    output_dir: Annotated[Path, typer.Option(help="Where the run folder is written.")] = Path("runs/latest"),
+                                                        "step moves the guide by 0.004 nats of KL]")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Where the run folder is written. [default: runs/, by model "
+                                                    "and time]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: CUDA where there is one]")] = None,
     num_samples: Annotated[int | None, typer.Option(help="Draws for each prompt when measuring. [default: 4096, fewer "
@@ -89,15 +92,19 @@ def fit(
 
     if max_steps is None and time_limit is None:
         time_limit = 110.0
+    if output_dir is None:
+        output_dir = Path("runs") / f"{model.rpartition(':')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
     with _errors(traceback):
         texts, columns = read_prompts(prompts)
         settings = folder.Settings(
-            model=model, guide=guide, lm=lm, reward=reward, beta=beta, prompts=texts, columns=columns,
+            model=_absolute(model), guide=_absolute(guide), reward=_absolute(reward), beta=beta,
+            lm=str(Path(lm).resolve()) if lm is not None and Path(lm).is_dir() else lm,
+            prompts=texts, columns=columns,
             max_new_tokens=max_new_tokens, device=device, seed=seed, batch_size=batch_size,
             particles=max(8, 64 // max(1, min(batch_size, len(texts)))) if particles is None else particles,
             learning_rate=learning_rate, max_steps=max_steps, time_limit=time_limit,
         )  # fmt: skip
-        outcome = fit_and_measure(settings, output_dir, num_samples, out)
+        outcome = fit_and_measure(settings, output_dir, num_samples, out, overwrite)
     raise typer.Exit({"finished": GOOD, "interrupted": INTERRUPTED}.get(outcome, FAILED))
 
 
@@ -121,12 +128,12 @@ def sample(
         programs = folder.build(_with_prompts(folder.read_settings(run), prompts), run / "guide")
         torch.manual_seed(seed)
         draws = importance(programs.model, programs.guide, programs.prompts, num_samples=num_samples)
-        reward = draws.records.get("reward")
+        reward, log_weight = draws.records.get("reward"), draws.log_weight[0].expand(-1, len(draws.prompts))
         for b, texts in enumerate(draws.text()):
             for s, text in enumerate(texts):
                 row = {"prompt": draws.prompts.texts[b], "completion": text}
                 row |= {} if reward is None else {"reward": round(float(reward[0, s, b]), 4)}
-                row["log_weight"] = round(float(draws.log_weight[0, s, min(b, draws.log_weight.shape[2] - 1)]), 4)
+                row["log_weight"] = round(float(log_weight[s, b]), 4)
                 if as_json:
                     print(json.dumps(row))
                 else:
@@ -157,6 +164,12 @@ def diagnose(
         made = measure(programs, run, num_samples, Console(quiet=True) if as_json else out, suffix)
         if as_json:
             print(json.dumps(made, indent=1))
+
+
+def _absolute(spec: str) -> str:
+    """`path/to/file.py:name` with its whole path, so that the run is read from anywhere; names as they are."""
+    path, _, name = spec.rpartition(":")
+    return f"{Path(path).resolve()}:{name}" if Path(path).is_file() else spec
 
 
 def _with_prompts(settings: Any, path: Path | None) -> Any:

@@ -1,6 +1,7 @@
 """`bind`: the traps that prototypes fell into without an error, each with its test."""
 
 import gc
+import math
 
 import pyro
 import pytest
@@ -92,6 +93,33 @@ def test_functions_become_rewards_and_keep_their_own_call():
     target = bind(tilted, lm, reward=letters)
     assert isinstance(target.arguments["reward"], Reward)
     assert bind(tilted, lm, reward=Reward(letters, r_max=2.0)).arguments["reward"].r_max == 2.0
+
+
+def test_other_functions_are_passed_on_as_they_are():
+    def model(prompts, prior, squash, shift):
+        return squash(shift(torch.zeros(1)))
+
+    def shift(x):
+        return x + 1
+
+    target = bind(model, table_lm(3, 2, concentration=1.0), squash=torch.exp, shift=shift)
+    assert float(target([""])) == pytest.approx(math.e)
+
+
+def test_networks_in_lists_and_dictionaries_are_networks():
+    """Otherwise their weights would silently not be trained, moved or refused."""
+    a, b = table_lm(3, 2, concentration=1.0), table_lm(3, 2, concentration=1.0, seed=1)
+
+    def mixed(prompts, experts, named):
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("x", experts[1](prompts))
+        return named["b"] is experts[1]
+
+    guide = bind(mixed, [a, b.copy()], {"b": b})
+    assert guide.lm is a
+    assert len([p for p in guide.parameters() if p.requires_grad]) == 1
+    assert guide([""]) is False
+    assert [n for n in pyro.get_param_store().keys() if n.startswith("mixed")]  # noqa: SIM118
 
 
 @pytest.mark.parametrize(

@@ -70,11 +70,14 @@ def test_sample_prints_texts(run):
     assert call("sample", folder, "--num-samples", 2).exit_code == 0
 
 
-def test_a_second_fit_replaces_the_run_and_the_same_seed_repeats_it(run, tmp_path):
+def test_a_second_fit_must_say_overwrite_and_the_same_seed_repeats_it(run, tmp_path):
     folder, _ = run
     first = (folder / "metrics.jsonl").read_text().splitlines()
     assert call("fit", "tilted", *QUICK, "--output-dir", tmp_path / "b").exit_code == 0
-    assert call("fit", "tilted", *QUICK, "--output-dir", tmp_path / "b").exit_code == 0
+    refused = call("fit", "tilted", *QUICK, "--output-dir", tmp_path / "b")
+    assert refused.exit_code == 2 and "--overwrite" in refused.output
+    assert (tmp_path / "b" / "diagnosis.json").is_file()
+    assert call("fit", "tilted", *QUICK, "--output-dir", tmp_path / "b", "--overwrite").exit_code == 0
     again = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(r)["elbo"] for r in again] == [json.loads(r)["elbo"] for r in first]
 
@@ -99,6 +102,19 @@ def test_programs_and_rewards_from_files(tmp_path):
     assert result.exit_code == 0, result.output
     assert "unknown" in result.output  # this model declares no bound, so no exact draws
     assert json.loads((out / "diagnosis.json").read_text())["upper_exact"] is False
+
+
+def test_a_run_is_read_from_anywhere(tmp_path, monkeypatch):
+    """What was given by a relative path is found again from another folder; runs get a folder each by default."""
+    (tmp_path / "mine.py").write_text("def short(completions, **_): return [-0.1 * len(c) for c in completions]\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert call("fit", "tilted", "--reward", "mine.py:short", *QUICK).exit_code == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("tilted-")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    result = call("sample", run, "--num-samples", 2)
+    assert result.exit_code == 0, result.output
 
 
 def test_prompts_from_files(tmp_path):

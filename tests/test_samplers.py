@@ -4,13 +4,18 @@ import math
 import sys
 
 import oracle
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from scipy import stats
 
+from ppl_lm.diagnose import to_arviz
 from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer import NoSupportError, bind, exact, importance, rejection, score
-from ppl_lm.infer.rejection import accept, select
+from ppl_lm.infer.rejection import accept, likelihood_bound, select
+from ppl_lm.likelihood import Optimality
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
 
@@ -218,9 +223,6 @@ def test_num_samples_must_be_positive(n):
 
 def test_a_guide_must_draw_every_latent_site():
     """Otherwise the site's prior would be counted as likelihood, silently."""
-    import pyro
-    import pyro.distributions as dist
-
     lm = table_lm(3, 2, concentration=1.0)
 
     def story(prompts, prior, reward):
@@ -244,9 +246,6 @@ def test_a_guide_must_draw_every_latent_site():
 @pytest.mark.parametrize("n", [1, 2, 2049])
 def test_any_number_of_draws_with_a_shared_latent(n):
     """One joint weight for all prompts; a chunk of a single draw is like any other."""
-    import pyro
-    import pyro.distributions as dist
-
     lm = table_lm(3, 2, concentration=1.0)
 
     def shared(prompts, prior, reward):
@@ -262,9 +261,64 @@ def test_any_number_of_draws_with_a_shared_latent(n):
 
 
 def test_exact_knows_scale():
-    from pyro import poutine
-
     lm = table_lm(3, 2, concentration=1.0)
     target = bind(tilted, lm, reward=letters, beta=1.0)
     whole, half = exact(target, None, [""]), exact(poutine.scale(target, scale=0.5), None, [""])
     torch.testing.assert_close(half.log_joint, whole.log_joint / 2)
+
+
+def answers(prompts, prior, reward):
+    """Two texts for each prompt in an inner plate, a vector and a topic beside them, and a shared switch."""
+    switch = pyro.sample("switch", dist.Bernoulli(torch.tensor(0.3).double()))
+    with pyro.plate("prompts", len(prompts), dim=-1):
+        pyro.sample("topic", dist.Categorical(torch.ones(3).double()))
+        pyro.sample("where", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        with pyro.plate("answers", 2, dim=-2):
+            x = pyro.sample("x", prior(prompts))
+            pyro.sample("good", Optimality(reward(prompts, x) * switch, log_bound=1.0), obs=torch.ones(1))
+
+
+def test_inner_plates_keep_prompts_third():
+    """Latents are (C, S, B, *inner, *event) whatever plates there are, and a guide scores them as it drew them."""
+    lm = table_lm(3, 2, concentration=1.0)
+    target, texts = bind(answers, lm, reward=capped), ["", "", ""]
+    torch.manual_seed(0)
+    draws = importance(target, None, texts, num_samples=7, max_plate_nesting=2)
+    shapes = {name: tuple(value.shape) for name, value in draws.latents.items()}
+    assert shapes == {
+        "switch": (1, 7, 1),
+        "topic": (1, 7, 3),
+        "where": (1, 7, 3, 2),
+        "x": (1, 7, 3, 2, 2),
+    }
+    assert draws.texts == ("x",) and [len(t) for t in draws.text()] == [14, 14, 14]
+    law = lm([""])
+    found = law.log_prob(draws["x"]).sum((2, 3)).unsqueeze(-1)
+    found = found + dist.Bernoulli(torch.tensor(0.3).double()).log_prob(draws["switch"].double())
+    found = found - 3 * math.log(3) + dist.Normal(0.0, 1.0).log_prob(draws["where"]).sum((2, 3)).unsqueeze(-1)
+    torch.testing.assert_close(draws.log_prior, found, atol=1e-6, rtol=0)
+
+    @poutine.block(hide=["good"])
+    def guide(prompts):
+        answers(prompts, lm, lambda _, x: torch.zeros(x.shape[:-1]))
+
+    for part in (draws, draws.map(lambda v: v[:, :1])):
+        again = score(guide, part, max_plate_nesting=2)
+        torch.testing.assert_close(again.log_guide, part.log_prior, atol=1e-6, rtol=0)
+    posterior = to_arviz(draws).posterior
+    assert posterior["where"].dims[:3] == ("chain", "draw", "prompt") and posterior["topic"].shape == (1, 7, 3)
+
+
+def test_a_joint_weight_is_bounded_by_all_prompts():
+    """Where a latent is shared, rejection keeps or drops all prompts together, and needs the sum of their bounds."""
+    lm = table_lm(3, 2, concentration=1.0)
+    target = bind(answers, lm, reward=capped)
+    assert likelihood_bound(target, ["", "", ""]) == 2.0 and likelihood_bound(target, ["", "", ""], joint=True) == 6.0
+    torch.manual_seed(0)
+    kept = rejection(target, None, ["", "", ""], num_samples=2000, max_plate_nesting=2)
+    rows = oracle.outcomes(3, 2, 2)
+    x = oracle.as_tensor(rows, 2, 2)
+    good = torch.tensor(capped(lm.vocabulary.decode(x)), dtype=torch.float64).exp()
+    z = float((oracle.log_probs(lm.model.table, tuple(lm.vocabulary.encode("")), rows).exp() * good).sum()) ** 6
+    on = 0.3 * z / (0.3 * z + 0.7)
+    assert abs(float(kept["switch"].double().mean()) - on) < 4 * math.sqrt(on * (1 - on) / 2000)

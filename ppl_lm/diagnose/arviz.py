@@ -14,7 +14,7 @@ from ppl_lm.infer import Draws
 def groups(draws: Draws, num_samples: int | None = None) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """The groups of `to_arviz` as plain arrays, and the attributes.
 
-    `posterior`: equally weighted numeric scalars, dimensions (chain, draw, prompt): weighted draws are resampled, since
+    `posterior`: equally weighted numbers, dimensions (chain, draw, prompt, ...): weighted draws are resampled, since
     ArviZ's summaries know no weights. `completions`: the tokens and text of the same draws. `guide`: the raw draws with
     their log-probabilities and weights.
     """
@@ -27,14 +27,15 @@ def groups(draws: Draws, num_samples: int | None = None) -> tuple[dict[str, dict
 
     def posterior(value: Tensor) -> np.ndarray:
         flat = value.flatten(0, 1).cpu()
-        taken = flat[picks, column] if flat.shape[1] == len(column) else flat[picks[:, :1], 0]
+        flat = flat.expand(-1, len(column), *flat.shape[2:])  # what all prompts share is repeated
+        taken = flat[picks, column]
         shape = (chains, count) if keep_chains else (1, n)
         return taken.reshape(*shape, *taken.shape[1:]).numpy()
 
-    texts = {name: v for name, v in draws.latents.items() if v.dtype == torch.int64 and v.dim() == 4}
+    texts = {name: draws.latents[name] for name in draws.texts}
     scalars: dict[str, np.ndarray] = {}
     for name, value in (*draws.records.items(), *draws.latents.items()):
-        if name not in texts and value.dim() == 3:
+        if name not in texts:
             scalars[name] = posterior(value.double())
     vocabulary = draws.prompts.vocabulary
     completions: dict[str, np.ndarray] = {}
@@ -107,7 +108,8 @@ def _dataset(variables: dict[str, np.ndarray], attributes: dict[str, Any]) -> An
 
     arrays, coords = {}, {}
     for name, value in variables.items():
-        dims = ("chain", "draw", "prompt", f"{name}_position")[: value.ndim] if value.ndim > 1 else ("prompt",)
+        extra = [f"{name}_dim_{i}" for i in range(value.ndim - 3)]
+        dims = ("chain", "draw", "prompt", *extra) if value.ndim > 1 else ("prompt",)
         arrays[name] = (dims, value)
         coords.update({d: np.arange(n) for d, n in zip(dims, value.shape, strict=True)})
     return xr.Dataset(arrays, coords=coords, attrs=attributes)

@@ -32,22 +32,28 @@ class Diagnosis:
         return {**self.average, "sentence": self.verdict.sentence, "prompts": self.figures}
 
 
-def diagnose(model: Callable[..., Any], guide: Callable[..., Any], prompts: Any, num_samples: int = 4096) -> Diagnosis:
+def diagnose(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    prompts: Any,
+    num_samples: int = 4096,
+    max_plate_nesting: int = 1,
+) -> Diagnosis:
     """Draws from the guide and from the prior, finds exact posterior draws among the latter where the likelihood has a
     bound, and says how far the guide is from the posterior.
 
     :param num_samples: draws of each for every prompt.
     """
     require_enough(num_samples)
-    from_prior = importance(model, None, prompts, num_samples=num_samples)
-    from_guide = importance(model, guide, prompts, num_samples=num_samples)
-    bound = likelihood_bound(model, prompts)
+    from_prior = importance(model, None, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
+    from_guide = importance(model, guide, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
+    bound = likelihood_bound(model, prompts, joint=not from_guide.is_local)
     keep = None if bound is None else accept(from_prior, bound)  # (S, B)
     figures, verdicts, exacts = [], [], []
     for b in range(from_guide.log_guide.shape[-1]):
         p, q, exact = from_prior.of_prompt(b), from_guide.of_prompt(b), None
         if keep is not None and int(keep[:, b].sum()) >= MIN_EXACT:
-            exact = score(guide, select(p, keep[:, b : b + 1], int(keep[:, b].sum())))
+            exact = score(guide, select(p, keep[:, b : b + 1], int(keep[:, b].sum())), max_plate_nesting)
         made, verdict = _figures(p, q, exact, log_evidence(q, exact), 1 / from_guide.log_guide.shape[-1])
         figures.append({"prompt": q.prompts.texts[0], **made, "verdict": verdict.code})
         verdicts.append(verdict)

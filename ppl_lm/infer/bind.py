@@ -39,13 +39,14 @@ class Bound(nn.Module):
                     f"{name}{signature}: programs with *{parameter.name} cannot be bound; name each argument"
                 )
         self.program = program
+        arguments = {k: _as_network(v) for k, v in arguments.items()}
         self.networks = nn.ModuleDict({k: v for k, v in arguments.items() if isinstance(v, nn.Module)})
         self.arguments = {
-            k: Reward(v) if inspect.isroutine(v) or isinstance(v, partial) or k in ("reward", "constraint") else v
+            k: Reward(v) if k in ("reward", "constraint") or _is_reward(v) else v
             for k, v in arguments.items()
             if not isinstance(v, nn.Module)
         }
-        for network in self.networks.values():
+        for network in self.networks.modules():
             if isinstance(network, LanguageModel) and not network.is_checked:
                 network.self_check()
         self.name = f"{name}_{next(_numbers)}"
@@ -54,7 +55,7 @@ class Bound(nn.Module):
     @property
     def lm(self) -> LanguageModel | None:
         """The first language model among the networks: its tokenizer reads the prompts."""
-        return next((m for m in self.networks.values() if isinstance(m, LanguageModel)), None)
+        return next((m for m in self.networks.modules() if isinstance(m, LanguageModel)), None)
 
     def __reduce__(self) -> Any:
         """Copies and unpickled modules are bound anew, under a name of their own."""
@@ -69,6 +70,26 @@ class Bound(nn.Module):
         return self.program(prompts, **{**self.networks, **self.arguments, **kwargs})
 
 
+def _as_network(value: Any) -> Any:
+    """Lists, tuples and dictionaries of networks as modules, so that their weights are seen too."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, nn.Module) for v in value):
+        return nn.ModuleList(value)
+    if type(value) is dict and value and all(isinstance(v, nn.Module) for v in value.values()):
+        return nn.ModuleDict(value)
+    return value
+
+
+def _is_reward(value: Any) -> bool:
+    """Whether this is a function in the signature of rewards; other functions are passed on as they are."""
+    if not (inspect.isroutine(value) or isinstance(value, partial)):
+        return False
+    try:
+        parameters = inspect.signature(value).parameters
+    except ValueError:  # of a built-in
+        return False
+    return "completions" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def _bind(program: Callable[..., Any], networks: dict[str, nn.Module], arguments: dict[str, Any]) -> Bound:
     return Bound(program, **networks, **arguments)
 
@@ -76,9 +97,10 @@ def _bind(program: Callable[..., Any], networks: dict[str, nn.Module], arguments
 def bind(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Bound:
     """`program(prompts, *args, **kwargs)` as an `nn.Module` to be called with the prompts alone.
 
-    Networks among the arguments become submodules; their trainable weights are registered in Pyro's parameter store
-    under a name that no other bind uses, and leave the store with the module: running a notebook cell twice trains two
-    guides. Plain functions become `Reward`s. Prompts may be given as strings, chats, a dataset or `Prompts`.
+    Networks among the arguments, also in lists and dictionaries, become submodules; their trainable weights are
+    registered in Pyro's parameter store under a name that no other bind uses, and leave the store with the module:
+    running a notebook cell twice trains two guides. Functions that take `completions` become `Reward`s. Prompts may be
+    given as strings, chats, a dataset or `Prompts`.
 
     >>> target = bind(tilted, prior, reward=ppl_lm.rewards.vader, beta=0.2)   # doctest: +SKIP
     """

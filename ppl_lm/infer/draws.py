@@ -15,7 +15,9 @@ from ppl_lm.lm.meter import Cost
 class Draws:
     """Values of the latent sites with their log-probabilities; C chains, S draws, B prompts.
 
-    :param latents: site name -> (C, S, B, ...); `draws["x"]` is one of them.
+    :param latents: site name -> (C, S, B, *inner, *event), `inner` the plates left of the prompts'; B is 1 for a site
+        outside the prompt plate. `draws["x"]` is one of them.
+    :param texts: names of those latents that are completions, int64 token ids.
     :param records: what the model recorded with `pyro.deterministic`, such as the reward, (C, S, B).
     :param log_prior: log p(z | prompt) of all latent sites, nats, float64, (C, S, B); (C, S, 1) where a latent site
         lies outside the prompt plate, so that only the prompts' joint weight exists. Likewise:
@@ -35,6 +37,7 @@ class Draws:
     cost: Cost = field(default_factory=Cost)
     exact: bool = False
     proposals: "Draws | None" = None
+    texts: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Tensor:
         return self.latents[name] if name in self.latents else self.records[name]
@@ -48,10 +51,16 @@ class Draws:
     def num_samples(self) -> int:
         return self.log_guide.shape[0] * self.log_guide.shape[1]
 
+    @property
+    def is_local(self) -> bool:
+        """Whether each prompt has a weight of its own; otherwise only their joint weight exists."""
+        return self.log_guide.shape[-1] == len(self.prompts)
+
     def text(self, name: str = "x") -> list[list[str]]:
-        """Completions as text: one list a prompt, of all its draws, chains one after the other."""
-        x = self.latents[name].flatten(0, 1).transpose(0, 1)  # (B, C·S, T)
-        return [self.prompts.decode(rows) for rows in x]
+        """Completions as text: one list a prompt, of all its draws, chains one after the other; of all the texts of
+        each draw where an inner plate holds several."""
+        x = self.latents[name].flatten(0, 1).transpose(0, 1)  # (B, C·S, *inner, T)
+        return [self.prompts.decode(rows.flatten(0, -2)) for rows in x]
 
     def reweighted(self, num_samples: int | None = None) -> Float[Tensor, "S B"]:
         """Indices (into the C·S flattened draws) of equally weighted posterior draws, by systematic resampling with
@@ -74,7 +83,7 @@ class Draws:
     def of_prompt(self, b: int) -> "Draws":
         """The draws of one prompt, still with a prompt dimension; `cost` stays everyone's. All prompts where only their
         joint weight exists."""
-        if self.log_guide.shape[-1] != len(self.prompts):
+        if not self.is_local:
             return self
         return self.map(lambda v: v[:, :, b : b + 1], self.prompts[b : b + 1])
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, concatenate
-from ppl_lm.infer.particles import as_particles, by_prompt, run, sample_sites
+from ppl_lm.infer.particles import Site, as_particles, by_prompt, is_sequence, run, sample_sites
 from ppl_lm.lm import meter
 
 ROWS = 2048  # texts drawn at a time
@@ -53,13 +54,8 @@ def score(guide: Callable[..., Any], draws: Draws, max_plate_nesting: int = 1) -
     for start in range(0, total, size):
         values = {name: value[start : start + size] for name, value in flat.items()}
         n = min(size, total - start)
-        with meter.measure() as cost:
-            given = poutine.Trace()
-            for name, value in values.items():
-                value = value if n > 1 else value[0]
-                given.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={}, fn=None)
-            program = poutine.replay(as_particles(guide, n, max_plate_nesting), trace=given)
-            sites = sample_sites(poutine.trace(program).get_trace(draws.prompts))
+        with meter.measure() as cost, _Given(values, max_plate_nesting):
+            sites = sample_sites(poutine.trace(as_particles(guide, n, max_plate_nesting)).get_trace(draws.prompts))
             sites = {name: site for name, site in sites.items() if not site["is_observed"]}
             if sites.keys() != flat.keys():
                 raise ValueError(
@@ -90,10 +86,38 @@ def _once(model: Any, guide: Any, prompts: Any, n: int, nesting: int) -> Draws:
     records = {k: record(v) for k, v in p.records.items()}
     return Draws(
         prompts=p.prompts,
-        latents={k: v.unsqueeze(0) for k, v in p.latents.items()},
+        latents={k: _prompts_first(s, nesting).unsqueeze(0) for k, s in p.guide_sites.items()},
         records={k: v for k, v in records.items() if v is not None},
         log_prior=p.log_prior().unsqueeze(0),
         log_likelihood=p.log_likelihood().unsqueeze(0),
         log_guide=p.log_guide().unsqueeze(0),
         cost=cost,
+        texts=tuple(k for k, s in p.guide_sites.items() if is_sequence(s)),
     )
+
+
+def _prompts_first(site: Site, nesting: int) -> Tensor:
+    """A site's value, (n, *plates, B, *event) as Pyro has it, as (n, B, *plates, *event)."""
+    value = site["value"].movedim(nesting, 1)
+    used = {f.dim for f in site["cond_indep_stack"]}
+    for dim in range(-nesting, -1):  # leftmost plate first
+        if dim in used:
+            break
+        value = value.squeeze(2)
+    return value
+
+
+class _Given(Messenger):
+    """Sites take the values that draws hold, in Pyro's layout: the way back from `_prompts_first`."""
+
+    def __init__(self, values: dict[str, Tensor], nesting: int):
+        super().__init__()
+        self.values, self.nesting = values, nesting
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or msg["name"] not in self.values:
+            return
+        value = self.values[msg["name"]]
+        missing = self.nesting + 1 - (value.dim() - msg["fn"].event_dim)
+        value = value.reshape(*value.shape[:2], *[1] * missing, *value.shape[2:]).movedim(1, self.nesting)
+        msg["value"], msg["done"] = (value if len(value) > 1 else value[0]), True

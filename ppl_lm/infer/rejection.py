@@ -26,6 +26,7 @@ def rejection(
     num_samples: int = 1000,
     log_bound: float | None = None,
     max_proposals: int = 1_000_000,
+    max_plate_nesting: int = 1,
 ) -> Draws:
     """`num_samples` exact, independent posterior draws for each prompt: a draw of the guide with log weight w is kept
     with probability exp(w - log_bound).
@@ -52,7 +53,11 @@ def rejection(
     size = max(1, ROWS // max(1, len(prompts)))
     while True:
         done = sum(len(m) for m in masks)
-        parts.append(importance(model, guide, prompts, num_samples=min(size, max_proposals - done)))
+        n = min(size, max_proposals - done)
+        parts.append(importance(model, guide, prompts, num_samples=n, max_plate_nesting=max_plate_nesting))
+        if from_prior and not parts[0].is_local:
+            log_bound = likelihood_bound(model, prompts, joint=True)
+            assert log_bound is not None
         if from_prior and float((parts[-1].log_prior - parts[-1].log_guide).abs().max()) > TOLERANCE:
             raise ValueError("without log_bound= the proposals must come from the prior; this guide is another law")
         masks.append(accept(parts[-1], log_bound))
@@ -96,9 +101,12 @@ def select(draws: Draws, mask: Tensor, num_samples: int) -> Draws:
 
 
 @torch.no_grad()
-def likelihood_bound(model: Callable[..., Any], prompts: Any) -> float | None:
+def likelihood_bound(model: Callable[..., Any], prompts: Any, joint: bool = False) -> float | None:
     """Upper bound of the log-likelihood in nats, or None: the sum of what each observed site declares in
-    `infer={"log_bound": ...}` or, a bounded `Optimality`, by itself."""
+    `infer={"log_bound": ...}` or, a bounded `Optimality`, by itself.
+
+    :param joint: of all prompts together, as a latent site outside the prompt plate needs it; else of each prompt.
+    """
     total = 0.0
     for site in sample_sites(poutine.trace(model).get_trace(prompts)).values():
         if not site["is_observed"] or is_record(site):
@@ -108,6 +116,6 @@ def likelihood_bound(model: Callable[..., Any], prompts: Any) -> float | None:
             bound = site["fn"].log_bound
         if bound is None:
             return None
-        copies = prod(f.size for f in site["cond_indep_stack"] if f.vectorized and f.dim != -1)  # of inner plates
+        copies = prod(f.size for f in site["cond_indep_stack"] if f.vectorized and (joint or f.dim != -1))
         total += float(bound) * copies * float(site["scale"])
     return total

@@ -17,11 +17,13 @@ from ppl_lm.run.fit import Fit
 from ppl_lm.run.fit import fit as fit_guide
 
 
-def fit_and_measure(settings: folder.Settings, path: Path, num_samples: int | None, out: Console) -> str:
+def fit_and_measure(
+    settings: folder.Settings, path: Path, num_samples: int | None, out: Console, overwrite: bool = False
+) -> str:
     """Fits, writes the run folder, measures, prints. Returns the fit's outcome.
 
     Nothing is written before the first step has succeeded."""
-    folder.require_free(path)
+    folder.require_free(path, overwrite)
     if num_samples is not None:
         require_enough(num_samples)
     programs = folder.build(settings)

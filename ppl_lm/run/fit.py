@@ -18,8 +18,9 @@ from ppl_lm.lm import DivergedError, Prompts
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.prompts import shuffled
 
-PROBE = 2e-5  # learning rate while the right one is being measured
-MOVE = 0.012  # nats of KL that one step may move the guide, at the peak of the learning rate
+PROBE = 2e-5  # learning rate of the first steps, until the right one has been measured
+MOVE = 0.004  # nats of KL that one step moves the guide, at the peak of the learning rate
+BETAS = (0.9, 0.99)  # of Adam
 WINDOW = 25  # steps over which the ELBO is averaged before a guide counts as better or worse
 
 
@@ -60,6 +61,7 @@ def fit(
     max_steps: int | None = None,
     time_limit: float | None = None,
     seed: int | None = None,
+    max_plate_nesting: int = 1,
     micro_batch: int | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
     on_fault: Callable[[], None] | None = None,
@@ -71,8 +73,8 @@ def fit(
     :param num_particles: texts drawn for each prompt and step.
     :param batch_size: prompts a step.
     :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run. None: measured
-        during the warm-up, so that one step moves the guide by `MOVE` nats of KL (networks differ by orders of magnitude
-        in how far one step of Adam moves their distribution).
+        as the fit goes on, so that one step moves the guide by `MOVE` nats of KL for each prompt (networks, and phases
+        of one fit, differ by orders of magnitude in how far one step of Adam moves their distribution).
     :param clip: largest norm of the gradient, in multiples of its median over the last `WINDOW` steps. A norm below the
         usual one would weaken just those steps that unlearn a rare bad text, and with it bias where the fit ends.
     :param max_steps: steps; `time_limit`: seconds. At least one of them; whichever comes first.
@@ -90,9 +92,10 @@ def fit(
     began = time.monotonic()
     if seed is not None:
         torch.manual_seed(seed)
-    elbo = SequenceELBO(num_particles, micro_batch=micro_batch)
+    elbo = SequenceELBO(num_particles, max_plate_nesting, micro_batch)
     weights = _weights(elbo, model, guide, batch[:1])
-    base = importance(model, None, batch, num_samples=max(64, 1024 // len(batch)))
+    measured = {"num_samples": max(64, 1024 // len(batch)), "max_plate_nesting": max_plate_nesting}
+    base = importance(model, None, batch, **measured)
     reference = base.log_weight.flatten(0, 1)  # (S, B), its mean is the ELBO of the prior
     if reference.shape[1] != len(batch):
         raise ValueError("fit needs every latent site in the prompt plate; use SequenceELBO with pyro.infer.SVI")
@@ -101,20 +104,18 @@ def fit(
             "reverse KL cannot fit a hard constraint: some texts of the prior have probability 0 under the "
             "posterior. Draw from it with importance() or rejection()"
         )
-    optimiser = torch.optim.Adam(weights, lr=learning_rate or PROBE, betas=(0.9, 0.99))
+    optimiser = torch.optim.Adam(weights, betas=BETAS)
+    schedule = _Rate(learning_rate, warmup)
     best = _Best(weights)
     metrics: list[dict[str, float]] = []
-    moved: list[float] = []
+    tokens = 0
     outcome = "finished"
     try:
         for step, rows in enumerate(shuffled(len(batch), batch_size, seed or 0)):
             done = _progress(step, time.monotonic() - began, max_steps, time_limit)
             if done >= 1:
                 break
-            if learning_rate is None and step == warmup:
-                learning_rate = _measured_rate(moved)
-            peak = PROBE if learning_rate is None else learning_rate * min(1.0, (step + 1) / max(1, warmup))
-            rate = peak * 0.5 * (1 + math.cos(math.pi * done))
+            rate = schedule(step, done)
             for group in optimiser.param_groups:
                 group["lr"] = rate
             with measure() as cost:
@@ -128,8 +129,8 @@ def fit(
                     nn.utils.clip_grads_with_norm_(weights, clip * usual, torch.tensor(norm))
             row = _metrics(particles, reference.mean(0)[rows])
             row |= {"step": step, "seconds": time.monotonic() - began, "learning_rate": rate, "grad_norm": norm}
-            row |= {"lm_tokens": cost.lm_tokens, "done": done}
-            row["tokens_per_second"] = sum(m["lm_tokens"] for m in metrics) / max(row["seconds"], 1e-9)
+            tokens += cost.lm_tokens
+            row |= {"lm_tokens": cost.lm_tokens, "done": done, "tokens_per_second": tokens / max(row["seconds"], 1e-9)}
             metrics.append(row)
             best.consider(metrics)  # before the step: these particles are of the weights as they are
             if on_step is not None:
@@ -140,8 +141,8 @@ def fit(
             if best.is_lost(metrics):
                 break
             optimiser.step()
-            if learning_rate is None and step >= warmup // 3:  # Adam's first steps are longer than its later ones
-                moved.append(_moved(particles) / rate**2)
+            if schedule.is_due(step):
+                schedule.learn(step, rate, _moved(particles))
     except KeyboardInterrupt:
         outcome = "interrupted"
     except DivergedError:
@@ -151,7 +152,31 @@ def fit(
         if metrics and on_fault is not None:
             on_fault()
         raise
-    return _keep_best(model, guide, batch, reference, best, metrics, outcome, began)
+    return _keep_best(model, guide, batch, reference, best, metrics, outcome, began, measured)
+
+
+class _Rate:
+    """Adam's learning rate at each step: of the given peak, or of one at which a step moves the guide by `MOVE` nats."""
+
+    def __init__(self, peak: float | None, warmup: int):
+        self.peak, self.warmup = peak, max(1, warmup)
+        self.moved: list[float] = []  # nats of KL that a step moved the guide, by the rate squared, with which it grows
+
+    def __call__(self, step: int, done: float) -> float:
+        peak = self.peak
+        if peak is None:
+            usual = statistics.fmean(self.moved[len(self.moved) // 2 :]) if self.moved else 0.0
+            peak = min(1.0, math.sqrt(MOVE / usual)) if usual > 0 else PROBE * self.warmup / (step + 1)
+        return peak * min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def is_due(self, step: int) -> bool:
+        """Whether to measure how far this step moved the guide: it costs a forward pass."""
+        return self.peak is None and (step % 5 == 0 if step > self.warmup else step >= 2)
+
+    def learn(self, step: int, rate: float, kl: float) -> None:
+        left = BETAS[0] ** (step + 1)
+        # The fewer gradients Adam's average holds yet, the less of their noise cancels: early steps are longer.
+        self.moved.append(kl / rate**2 * (1 - left) / (1 + left))
 
 
 class _Best:
@@ -186,27 +211,35 @@ class _Best:
 
 
 def _keep_best(
-    model: Any, guide: Any, batch: Prompts, reference: Tensor, best: _Best, metrics: Any, outcome: str, began: float
-) -> Fit:
-    """Measures the last guide and the best earlier one on fresh draws, and leaves the best of both and the start."""
+    model: Any, guide: Any, batch: Prompts, reference: Tensor, best: _Best, metrics: Any, outcome: str, began: float,
+    measured: dict[str, int],
+) -> Fit:  # fmt: skip
+    """Measures the last guide and the best earlier one on fresh draws, and leaves the best of both and the start.
+    Interrupted in this, it leaves the last guide, or the best earlier one if that was the better in training."""
     base = reference.mean(0)
     base_se = float((reference - base).mean(1).std() / math.sqrt(len(reference)))
 
     def gain(weights: list[Tensor]) -> tuple[float, float]:
         best.load(weights)
         try:
-            drawn = importance(model, guide, batch, num_samples=len(reference))
+            drawn = importance(model, guide, batch, **measured)
         except DivergedError:
             return -math.inf, 0.0
         value = (drawn.log_weight.flatten(0, 1) - base).mean(1)
         return float(value.mean()), math.hypot(float(value.std() / math.sqrt(len(value))), base_se)
 
     last = best.copy()
-    last_gain, last_se = gain(last)
-    first = gain(best.start)
-    candidates = [("last", len(metrics), last_gain, last_se, last), ("start", 0, *first, best.start)]
-    if 0 <= best.step < len(metrics) - 1:
-        candidates.append(("best", best.step + 1, *gain(best.kept), best.kept))
+    recent = [m["gain"] for m in metrics[-WINDOW:]] or [0.0]
+    last_gain, last_se = sum(recent) / len(recent), math.nan
+    try:
+        last_gain, last_se = gain(last)
+        candidates = [("last", len(metrics), last_gain, last_se, last), ("start", 0, *gain(best.start), best.start)]
+        if 0 <= best.step < len(metrics) - 1:
+            candidates.append(("best", best.step + 1, *gain(best.kept), best.kept))
+    except KeyboardInterrupt:
+        outcome = "interrupted"
+        earlier = ("start", 0, 0.0) if best.step < 0 else ("best", best.step + 1, best.gain)
+        candidates = [("last", len(metrics), last_gain, last_se, last), (*earlier, math.nan, best.kept)]
     kept, kept_step, kept_gain, kept_se, weights = max(candidates, key=lambda c: c[2])
     best.load(weights)
     if last_gain < -3 * last_se:
@@ -235,12 +268,6 @@ def _moved(particles: Particles) -> float:
             ratio = site["fn"].token_log_probs(site["value"]) - particles.token_log_q[name]
             total += float(ratio.square().sum(-1).mean()) / 2
     return total
-
-
-def _measured_rate(moved: list[float]) -> float:
-    """The learning rate at which a step moves the guide by `MOVE` nats of KL, which grows with the rate's square."""
-    kl = sum(moved) / len(moved) if moved else 0.0
-    return min(1.0, math.sqrt(MOVE / kl)) if kl > 0 else PROBE
 
 
 def _weights(elbo: SequenceELBO, model: Bound, guide: Bound, batch: Prompts) -> list[Tensor]:

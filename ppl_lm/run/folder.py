@@ -79,15 +79,19 @@ def build(settings: Settings, fitted: Path | None = None) -> Programs:
     return Programs(target, bound, prior, prompts)
 
 
-def require_free(folder: Path) -> None:
-    """:raises ValueError: if the folder holds anything but a run."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not _is_run(folder))):
+def require_free(folder: Path, overwrite: bool = False) -> None:
+    """:raises ValueError: if the folder holds anything, save a run where that may be overwritten."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not _is_run(folder):
         raise ValueError(f"output-dir={str(folder)!r} exists and is not a run of ppl-lm; give another, or remove it")
+    if not overwrite:
+        raise ValueError(f"output-dir={str(folder)!r} holds an earlier run; give another, or --overwrite it")
 
 
 def claim(folder: Path) -> None:
     """Makes a run folder, or empties an earlier run's."""
-    require_free(folder)
+    require_free(folder, overwrite=True)
     folder.mkdir(parents=True, exist_ok=True)
     names = ("guide", "draws*.nc", "diagnosis*.json", "metrics.jsonl", "fit.json", MARK)
     for path in [path for name in names for path in folder.glob(name)]:
