@@ -76,7 +76,7 @@ def fit(
                                                   "prompt, 8 with many]")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts a step.")] = 16,
     learning_rate: Annotated[float | None, typer.Option(help="Adam's, at its peak. [default: measured, so that a "
-                                                        "step moves the guide by 0.004 nats of KL]")] = None,
+                                                        "step moves the guide by 0.012 nats of KL]")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Where the run folder is written. [default: runs/, by model "
                                                     "and time]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,

@@ -42,7 +42,7 @@ def test_fit_closes_most_of_the_distance_for_every_prompt(problem):
 
 
 def test_the_measured_learning_rate_moves_the_guide_as_intended(problem):
-    """The rate makes a step's exact KL from the guide before it about MOVE."""
+    """The rate found in the warm-up makes a step's exact KL from the guide before it about MOVE."""
     from ppl_lm.run.fit import MOVE
 
     target, guide, start = problem
@@ -59,7 +59,7 @@ def test_the_measured_learning_rate_moves_the_guide_as_intended(problem):
             moves.append(float((a.exp() * (a - b)).sum()))
 
     fit(target, guide, [""], max_steps=60, on_step=watch)
-    assert max(rates) > 100 * rates[0]
+    assert rates[20] > 10 * rates[5]
     assert MOVE / 8 < sum(moves[16:30]) / 14 < MOVE * 8
 
 

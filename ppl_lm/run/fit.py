@@ -18,9 +18,8 @@ from ppl_lm.lm import DivergedError, Prompts
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.prompts import shuffled
 
-PROBE = 2e-5  # learning rate of the first steps, until the right one has been measured
-MOVE = 0.004  # nats of KL that one step moves the guide, at the peak of the learning rate
-BETAS = (0.9, 0.99)  # of Adam
+PROBE = 2e-5  # learning rate while the right one is being measured
+MOVE = 0.012  # nats of KL that one step moves the guide, at the peak of the learning rate
 WINDOW = 25  # steps over which the ELBO is averaged before a guide counts as better or worse
 
 
@@ -73,8 +72,8 @@ def fit(
     :param num_particles: texts drawn for each prompt and step.
     :param batch_size: prompts a step.
     :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run. None: measured
-        as the fit goes on, so that one step moves the guide by `MOVE` nats of KL for each prompt (networks, and phases
-        of one fit, differ by orders of magnitude in how far one step of Adam moves their distribution).
+        during the warm-up, so that one step moves the guide by `MOVE` nats of KL for each prompt (networks differ by
+        orders of magnitude in how far one step of Adam moves their distribution).
     :param clip: largest norm of the gradient, in multiples of its median over the last `WINDOW` steps. A norm below the
         usual one would weaken just those steps that unlearn a rare bad text, and with it bias where the fit ends.
     :param max_steps: steps; `time_limit`: seconds. At least one of them; whichever comes first.
@@ -104,7 +103,7 @@ def fit(
             "reverse KL cannot fit a hard constraint: some texts of the prior have probability 0 under the "
             "posterior. Draw from it with importance() or rejection()"
         )
-    optimiser = torch.optim.Adam(weights, betas=BETAS)
+    optimiser = torch.optim.Adam(weights, betas=(0.9, 0.99))
     schedule = _Rate(learning_rate, warmup)
     best = _Best(weights)
     metrics: list[dict[str, float]] = []
@@ -142,7 +141,7 @@ def fit(
                 break
             optimiser.step()
             if schedule.is_due(step):
-                schedule.learn(step, rate, _moved(particles))
+                schedule.learn(rate, _moved(particles))
     except KeyboardInterrupt:
         outcome = "interrupted"
     except DivergedError:
@@ -156,27 +155,29 @@ def fit(
 
 
 class _Rate:
-    """Adam's learning rate at each step: of the given peak, or of one at which a step moves the guide by `MOVE` nats."""
+    """Adam's learning rate at each step: of the given peak, or of one at which a step moves the guide by `MOVE` nats.
+
+    That one is measured in the warm-up, at the rate `PROBE`, and then stays: single measurements are too noisy to
+    follow."""
 
     def __init__(self, peak: float | None, warmup: int):
         self.peak, self.warmup = peak, max(1, warmup)
         self.moved: list[float] = []  # nats of KL that a step moved the guide, by the rate squared, with which it grows
 
     def __call__(self, step: int, done: float) -> float:
-        peak = self.peak
-        if peak is None:
-            usual = statistics.fmean(self.moved[len(self.moved) // 2 :]) if self.moved else 0.0
-            peak = min(1.0, math.sqrt(MOVE / usual)) if usual > 0 else PROBE * self.warmup / (step + 1)
-        return peak * min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+        if self.peak is None and self.moved and (step >= self.warmup or done >= 0.1):
+            later = self.moved[len(self.moved) // 4 :]  # Adam's first steps are longer than its later ones
+            usual = statistics.fmean(later)
+            self.peak = min(1.0, math.sqrt(MOVE / usual)) if usual > 0 else PROBE
+        peak = PROBE if self.peak is None else self.peak * min(1.0, (step + 1) / self.warmup)
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
 
     def is_due(self, step: int) -> bool:
-        """Whether to measure how far this step moved the guide: it costs a forward pass."""
-        return self.peak is None and (step % 5 == 0 if step > self.warmup else step >= 2)
+        """Whether to measure how far this step moves the guide: it costs a forward pass."""
+        return self.peak is None and step >= 2
 
-    def learn(self, step: int, rate: float, kl: float) -> None:
-        left = BETAS[0] ** (step + 1)
-        # The fewer gradients Adam's average holds yet, the less of their noise cancels: early steps are longer.
-        self.moved.append(kl / rate**2 * (1 - left) / (1 + left))
+    def learn(self, rate: float, kl: float) -> None:
+        self.moved.append(kl / rate**2)
 
 
 class _Best:

@@ -42,7 +42,7 @@ def test_real_pretrained_lm(tmp_path):
     if not STORIES.is_dir():
         pytest.skip(f"needs the pretrained LM {STORIES.name}")
     ppl_lm(
-        "fit", "tilted", "--lm", STORIES, "--max-new-tokens", 48, "--beta", 0.1, "--time-limit", 170,
+        "fit", "tilted", "--lm", STORIES, "--max-new-tokens", 48, "--beta", 0.1, "--time-limit", 175,
         "--output-dir", tmp_path / "run",
     )  # fmt: skip
     made = told(tmp_path / "run" / "diagnosis.json")
@@ -52,7 +52,7 @@ def test_real_pretrained_lm(tmp_path):
 def test_held_out_prompts(tmp_path):
     """64 prompts fitted together; on 16 others at most half of the distance is left."""
     run = tmp_path / "run"
-    ppl_lm("fit", "tilted", "--prompts", PROMPTS / "prompts.txt", "--time-limit", 240, "--output-dir", run)
+    ppl_lm("fit", "tilted", "--prompts", PROMPTS / "prompts.txt", "--time-limit", 175, "--output-dir", run)
     ppl_lm("diagnose", run, "--prompts", PROMPTS / "held_out.txt", "--num-samples", 2048)
     made = told(run / "diagnosis_held_out.json")
     assert len(made["prompts"]) == 16
