@@ -46,7 +46,7 @@ def judge(
         return Verdict(
             "unknown",
             f"The guide's own draws put it about {max(kl_q_p, 0):.2f} nats from the posterior, but they cannot show mass "
-            f"that it never visits; exact draws (a reward with r_max, enough --num-samples) would settle it.{tail}",
+            f"that it never visits; exact draws (a likelihood with a log_bound, enough --num-samples) would settle it.{tail}",
         )
     bound = kl_q_p + 2 * kl_q_p_se
     distance = f"KL(guide ‖ posterior) is {kl_q_p:.2f} ± {kl_q_p_se:.2f} nats, KL(posterior ‖ guide) {kl_p_q:.2f}; the "

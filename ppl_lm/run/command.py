@@ -42,7 +42,7 @@ def fit_and_measure(
             time_limit=settings.time_limit,
             seed=settings.seed,
             on_step=log.step,
-            on_fault=lambda: _save_fault(path, programs),
+            on_fault=lambda: _save_fault(path, programs) if log.file is not None else None,
         )
     if not fitted.metrics:
         raise KeyboardInterrupt  # before the first step: there is nothing to write

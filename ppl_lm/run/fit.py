@@ -234,9 +234,12 @@ def _keep_best(
     last_gain, last_se = sum(recent) / len(recent), math.nan
     try:
         last_gain, last_se = gain(last)
-        candidates = [("last", len(metrics), last_gain, last_se, last), ("start", 0, *gain(best.start), best.start)]
+        candidates = [("last", len(metrics), last_gain, last_se, last)]
         if 0 <= best.step < len(metrics) - 1:
             candidates.append(("best", best.step + 1, *gain(best.kept), best.kept))
+        first, first_se = gain(best.start)
+        if all(first - c[2] > 2 * math.hypot(first_se, c[3]) for c in candidates):  # noise must not discard the fit
+            candidates = [("start", 0, first, first_se, best.start)]
     except KeyboardInterrupt:
         outcome = "interrupted"
         earlier = ("start", 0, 0.0) if best.step < 0 else ("best", best.step + 1, best.gain)

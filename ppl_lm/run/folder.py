@@ -58,6 +58,8 @@ def build(settings: Settings, fitted: Path | None = None) -> Programs:
     :raises ValueError: on anything that does not exist or does not fit together, by name."""
     from ppl_lm.likelihood.rewards import parse
 
+    if not 0 < settings.beta < float("inf"):
+        raise ValueError(f"beta={settings.beta}; the reward's temperature must be above 0")
     model, guide = resolve(settings.model, "models"), resolve(settings.guide, "guides")
     reward = parse(settings.reward)
     if settings.device is not None:
