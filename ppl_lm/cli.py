@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ppl_lm.shipped import shipped
+from ppl_lm.named import is_file, shipped, user_files
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 out = Console(highlight=False, soft_wrap=False)
@@ -39,11 +39,25 @@ def _errors(traceback: bool) -> Iterator[None]:
     except Exception as error:  # whatever a user's program, reward or model raises
         if traceback:
             tracebacks.print_exc()
-        err.print(f"ppl-lm: {error}", markup=False, style="red", soft_wrap=True)
+        err.print(f"ppl-lm: {_message(error)}", markup=False, style="red", soft_wrap=True)
         raise typer.Exit(BAD_INPUT) from None
     except KeyboardInterrupt:
         err.print("ppl-lm: interrupted")
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _message(error: BaseException) -> str:
+    """What an error says, without the shapes of every site that Pyro adds below it; and where in the user's own file it
+    arose, if it did."""
+    message = str(error).partition("\nTrace Shapes:")[0].strip() or type(error).__name__
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame in reversed(tracebacks.extract_tb(cause.__traceback__)):
+            if frame.filename in user_files:
+                kind = "" if isinstance(cause, ValueError) or type(cause).__name__ in message else type(cause).__name__
+                return f"{kind}{kind and ': '}{message} ({frame.filename}, line {frame.lineno}, in {frame.name})"
+        cause = cause.__cause__ or cause.__context__
+    return message
 
 
 def _version(asked: bool) -> None:
@@ -72,11 +86,11 @@ def fit(
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Stop fitting after so many seconds. [default: 110, unless "
                                                      "--max-steps is given]")] = None,
-    particles: Annotated[int | None, typer.Option(help="Texts drawn for each prompt and step. [default: 64 with one "
+    particles: Annotated[int | None, typer.Option(help="Texts drawn for each prompt and step. [default: 128 with one "
                                                   "prompt, 8 with many]")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts a step.")] = 16,
-    learning_rate: Annotated[float | None, typer.Option(help="Adam's, at its peak. [default: measured, so that a "
-                                                        "step moves the guide by 0.012 nats of KL]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Adam's, at its peak. [default: found by how "
+                                                        "far a step moves the guide]")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Where the run folder is written. [default: runs/, by model "
                                                     "and time]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,
@@ -101,7 +115,7 @@ def fit(
             lm=str(Path(lm).resolve()) if lm is not None and Path(lm).is_dir() else lm,
             prompts=texts, columns=columns,
             max_new_tokens=max_new_tokens, device=device, seed=seed, batch_size=batch_size,
-            particles=max(8, 64 // max(1, min(batch_size, len(texts)))) if particles is None else particles,
+            particles=max(8, 128 // max(1, min(batch_size, len(texts)))) if particles is None else particles,
             learning_rate=learning_rate, max_steps=max_steps, time_limit=time_limit,
         )  # fmt: skip
         outcome = fit_and_measure(settings, output_dir, num_samples, out, overwrite)
@@ -110,34 +124,38 @@ def fit(
 
 @app.command()
 def sample(
-    run: RunFolder,
+    source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or a posterior as for fit.")],
+    sampler: Annotated[str, typer.Option(help="importance: the guide's draws, each with its log weight; rejection: exact "
+                                         "posterior draws, from prior draws and the reward's bound.")] = "importance",
     num_samples: NumSamples = 10,
+    guide: Annotated[str | None, typer.Option(help="With MODEL: what proposes. [default: prior]")] = None,
+    lm: Annotated[str | None, typer.Option(help="With MODEL, as for fit; likewise the next three.")] = None,
+    reward: Annotated[str | None, typer.Option()] = None,
+    beta: Annotated[float | None, typer.Option()] = None,
+    max_new_tokens: Annotated[int | None, typer.Option()] = None,
     prompts: OtherPrompts = None,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     traceback: Traceback = False,
-) -> None:
-    """Draw texts from a run's fitted guide, each with the log of its importance weight."""
+) -> None:  # fmt: skip
+    """Draw texts: from a run's fitted guide, each with the log of its importance weight, or exactly from a posterior."""
     import torch
 
-    from ppl_lm.diagnose.show import clean
-    from ppl_lm.infer import importance
     from ppl_lm.run import folder
+    from ppl_lm.run.command import draw
 
+    asked = {"guide": guide, "lm": lm, "reward": reward, "beta": beta, "max_new_tokens": max_new_tokens}
+    asked = {k: v for k, v in asked.items() if v is not None}
     with _errors(traceback):
-        programs = folder.build(_with_prompts(folder.read_settings(run), prompts), run / "guide")
+        if is_file(source) or source in shipped("models"):
+            settings, fitted = folder.Settings(**{"model": source, "guide": "prior", **asked}), None
+        else:
+            settings, fitted = folder.read_settings(Path(source)), Path(source) / "guide"
+            if asked:
+                raise ValueError(f"{next(iter(asked))}: the run has its own; give it together with a MODEL")
+        programs = folder.build(_with_prompts(settings, prompts), fitted)
         torch.manual_seed(seed)
-        draws = importance(programs.model, programs.guide, programs.prompts, num_samples=num_samples)
-        reward, log_weight = draws.records.get("reward"), draws.log_weight[0].expand(-1, len(draws.prompts))
-        for b, texts in enumerate(draws.text()):
-            for s, text in enumerate(texts):
-                row = {"prompt": draws.prompts.texts[b], "completion": text}
-                row |= {} if reward is None else {"reward": round(float(reward[0, s, b]), 4)}
-                row["log_weight"] = round(float(log_weight[s, b]), 4)
-                if as_json:
-                    print(json.dumps(row))
-                else:
-                    out.print(clean(f"{row.get('reward', '')} {row['prompt']} │ {text}".strip()), soft_wrap=True)
+        draw(programs, sampler, num_samples, None if as_json else out)
 
 
 @app.command()

@@ -70,6 +70,44 @@ def test_sample_prints_texts(run):
     assert call("sample", folder, "--num-samples", 2).exit_code == 0
 
 
+def test_exact_draws_without_a_fit(run):
+    """`rejection` draws from a posterior that no fit can reach, and from a run's; every text satisfies the constraint."""
+    result = call("sample", "constrained", "--reward", "contains:the", "--sampler", "rejection", "--json")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.exit_code == 0 and len(rows) == 10, result.output
+    assert all(row["holds"] == 1 and "the" in row["completion"].lower() and "log_weight" not in row for row in rows)
+    plain = call("sample", run[0], "--sampler", "rejection", "--num-samples", 3)
+    assert plain.exit_code == 0 and "exact posterior draws, from" in plain.output
+    weighted = call("sample", "tilted", "--num-samples", 3)
+    assert weighted.exit_code == 0 and "log weight" in weighted.output
+    assert call("sample", run[0], "--beta", 1).exit_code == 2
+    assert call("sample", run[0], "--sampler", "smc").exit_code == 2
+    assert call("sample", "tilted", "--reward", "length", "--sampler", "rejection").exit_code == 2  # no bound
+
+
+def test_a_program_imports_its_neighbour_and_errors_name_its_line(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("WEIGHT = 1.0\n")
+    (tmp_path / "mine.py").write_text(
+        "import pyro, torch\n"
+        "from neighbour_of_mine import WEIGHT\n"
+        "from ppl_lm.likelihood import Optimality\n"
+        "def model(prompts, prior, reward, beta):\n"
+        "    with pyro.plate('prompts', len(prompts)):\n"
+        "        x = pyro.sample('x', prior(prompts))\n"
+        "        pyro.sample('o', Optimality(WEIGHT * reward(prompts, x) / beta), obs=torch.ones(1))\n"
+        "def broken(prompts, prior, reward, beta):\n"
+        "    with pyro.plate('prompts', len(prompts)):\n"
+        "        x = pyro.sample('x', prior(prompts))\n"
+        "        pyro.sample('o', Optimality(reward(prompts, x) + torch.zeros(7, 3)), obs=torch.ones(1))\n"
+    )
+    assert call("sample", f"{tmp_path}/mine.py:model", "--num-samples", 2).exit_code == 0
+    result = call("sample", f"{tmp_path}/mine.py:broken", "--num-samples", 2)
+    text = re.sub(r"\s+", " ", result.output)
+    assert result.exit_code == 2 and "mine.py, line 11, in broken)" in text and "Trace Shapes" not in text, text
+    result = call("fit", f"{tmp_path}/mine.py", "--output-dir", tmp_path / "out")
+    assert result.exit_code == 2 and "with one of broken, model" in re.sub(r"\s+", " ", result.output)
+
+
 def test_a_second_fit_must_say_overwrite_and_the_same_seed_repeats_it(run, tmp_path):
     folder, _ = run
     first = (folder / "metrics.jsonl").read_text().splitlines()

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-ORDER = ["shipped", "embedded", "lm", "likelihood", "infer", "diagnose", "run", "cli"]
+ORDER = ["named", "embedded", "lm", "likelihood", "infer", "diagnose", "run", "cli"]
 PROGRAMS = [p for folder in ("models", "guides") for p in sorted((ROOT / folder).glob("[!_]*.py"))]
 LIBRARY = [p for layer in ORDER for p in sorted((ROOT / "ppl_lm").glob(f"{layer}/**/*.py"))] + [ROOT / "ppl_lm/cli.py"]
 

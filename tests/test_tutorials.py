@@ -7,6 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import ppl_lm
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -18,11 +20,17 @@ def test_notebook_runs_and_keeps_its_outputs(path, tmp_path):
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
-def test_the_readmes_lines_run_verbatim(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    lines = blocks[0]
-    assert "ppl_lm.SequenceELBO" in lines and "ppl_lm.log_evidence(draws)" in lines
+def test_the_readmes_code_runs_verbatim(capsys):
+    """All of its blocks in turn, in one namespace, as a reader would paste them."""
+    lines, *others = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert "ppl_lm.SequenceELBO" in lines and "ppl_lm.log_evidence(draws" in lines
     space: dict = {}
     exec(compile(lines, "README.md", "exec"), space)
     assert space["draws"].num_samples == 1000
     assert space["draws"]["reward"].mean() > 0.2, "the guide has not moved towards praise"
+    assert "EUBO" in capsys.readouterr().out
+    for block in others:
+        exec(compile(block, "README.md", "exec"), space)
+    target = ppl_lm.bind(space["tilted"], space["prior"], reward=ppl_lm.rewards.vader)
+    assert ppl_lm.rejection(target, None, ["The soup was"], num_samples=20).exact, "the listing declares no bound"
+    assert space["draws"]["strictness"].mean() > 1.0, "texts that please make a strict critic likelier"

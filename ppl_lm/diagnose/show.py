@@ -25,7 +25,7 @@ def figures(made: dict[str, Any], title: str) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
 
     def pm(key: str) -> str:
-        return f"{made[key]:.3f} ± {made[key + '_se']:.3f}"
+        return f"{round(made[key], 3) + 0.0:.3f} ± {made[key + '_se']:.3f}"  # + 0.0: no minus before a zero
 
     upper = "" if made["upper_exact"] else "  (approximate: from the guide's own draws)"
     table.add_row("evidence bracket", f"ELBO {pm('elbo')}  ≤  log Z {pm('log_z')}  ≤  EUBO {pm('upper')} nats{upper}")

@@ -166,7 +166,8 @@ def refuse_hard_constraints(particles: Particles) -> None:
         if particles.model_sites[name]["infer"].get("hard") or bool((log_p == -torch.inf).any()):
             raise ValueError(
                 f"reverse KL cannot fit a hard constraint: site {name!r} gives texts probability 0, and the KL of a "
-                "guide that ever draws one is infinite. Draw from this posterior with importance() or rejection()"
+                "guide that ever draws one is infinite. Draw from this posterior with importance() or rejection(), or on the "
+                "command line with ppl-lm sample MODEL --sampler rejection"
             )
 
 

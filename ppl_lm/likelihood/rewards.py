@@ -3,9 +3,7 @@
 One that has a bound carries it as the attribute `r_max`. On the command line a reward is named as `parse` reads it.
 """
 
-import importlib.util
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 
 from ppl_lm.likelihood.reward import preserved_rng
+from ppl_lm.named import from_file, is_file
 
 Completion = str | Sequence[Mapping[str, Any]]  # plain text, or the assistant's messages
 
@@ -141,26 +140,7 @@ def parse(name: str) -> Callable[..., Any]:
     kind, _, argument = name.partition(":")
     if kind == "contains" and argument.strip():
         return contains(argument)
-    path, _, attribute = name.rpartition(":")  # the last colon: a Windows path has one more
-    if not path.endswith(".py"):
+    if not is_file(name):
         raise ValueError(f"reward {name!r} is unknown; give vader, length, contains:WORD or path/to/file.py:function")
-    if not Path(path).is_file():
-        raise ValueError(f"reward {name!r}: there is no file {path}")
-    function = getattr(_module(Path(path)), attribute, None)
-    if not callable(function):
-        raise ValueError(f"reward {name!r}: {path} has no function {attribute!r}")
-    return function
-
-
-def _module(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickling look a module up by its name
-    try:
-        with preserved_rng():
-            spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[spec.name]
-        raise ValueError(f"reward file {path} raised {type(error).__name__}: {error}") from error
-    return module
+    with preserved_rng():
+        return from_file(name, "reward")

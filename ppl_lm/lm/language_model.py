@@ -182,7 +182,15 @@ class LanguageModel(nn.Module):
         end. float32 or wider, nats. Differentiable in the weights."""
         if not len(x):
             return torch.zeros(x.shape, device=x.device)
-        alive = self.vocabulary.alive(x)
+        log_probs = self.next_token_log_probs(prompts, x)
+        steps = log_probs.shape[1]
+        token = log_probs.gather(-1, x[:, :steps, None]).squeeze(-1)  # (N, steps)
+        token = token.masked_fill(~self.vocabulary.alive(x)[:, :steps], 0.0)
+        return nn.functional.pad(token, (0, x.shape[-1] - steps))
+
+    def next_token_log_probs(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> Float[Tensor, "N S V"]:
+        """log p(v | prompt, x_<t) of every token v, at every position up to the length S of the longest completion.
+        What stands after a completion's end means nothing. float32 or wider, nats. Differentiable in the weights."""
         steps = int(self.vocabulary.lengths(x).max())
         ids = torch.cat([prompts.ids, x[:, : steps - 1]], 1)  # (N, P + steps - 1)
         prompt_mask = prompts.mask
@@ -190,9 +198,7 @@ class LanguageModel(nn.Module):
         logits, _ = self.logits(
             ids=ids, mask=None if bool(prompt_mask.all()) else mask, positions=positions(mask), keep=steps
         )
-        token = normalise(logits).gather(-1, x[:, :steps, None]).squeeze(-1)  # (N, steps)
-        token = token.masked_fill(~alive[:, :steps], 0.0)
-        return nn.functional.pad(token, (0, x.shape[-1] - steps))
+        return normalise(logits)
 
     def rows_per_pass(self, width: int, steps: int, gradient: bool = False) -> int:
         """How many sequences one pass takes, so that its logits and activations stay within a memory budget."""

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from ppl_lm.infer import Bound, SequenceELBO, importance
 from ppl_lm.infer.elbo import refuse_hard_constraints
-from ppl_lm.infer.particles import Particles, is_sequence
+from ppl_lm.infer.particles import Particles
 from ppl_lm.lm import DivergedError, Prompts
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.prompts import shuffled
+from ppl_lm.run.rate import Rate
 
-PROBE = 2e-5  # learning rate while the right one is being measured
-MOVE = 0.012  # nats of KL that one step moves the guide, at the peak of the learning rate
 WINDOW = 25  # steps over which the ELBO is averaged before a guide counts as better or worse
 
 
@@ -52,7 +51,7 @@ def fit(
     guide: Bound,
     prompts: Any,
     *,
-    num_particles: int = 64,
+    num_particles: int = 128,
     batch_size: int = 16,
     learning_rate: float | None = None,
     warmup: int = 15,
@@ -71,9 +70,8 @@ def fit(
 
     :param num_particles: texts drawn for each prompt and step.
     :param batch_size: prompts a step.
-    :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run. None: measured
-        during the warm-up, so that one step moves the guide by `MOVE` nats of KL for each prompt (networks differ by
-        orders of magnitude in how far one step of Adam moves their distribution).
+    :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run. None: found in
+        the warm-up by how far a step moves the guide; see `ppl_lm.run.rate`.
     :param clip: largest norm of the gradient, in multiples of its median over the last `WINDOW` steps. A norm below the
         usual one would weaken just those steps that unlearn a rare bad text, and with it bias where the fit ends.
     :param max_steps: steps; `time_limit`: seconds. At least one of them; whichever comes first.
@@ -100,11 +98,11 @@ def fit(
         raise ValueError("fit needs every latent site in the prompt plate; use SequenceELBO with pyro.infer.SVI")
     if not bool(torch.isfinite(reference).all()):
         raise ValueError(
-            "reverse KL cannot fit a hard constraint: some texts of the prior have probability 0 under the "
-            "posterior. Draw from it with importance() or rejection()"
+            "reverse KL cannot fit a hard constraint: some texts of the prior have probability 0 under the posterior. Draw "
+            "from it with importance() or rejection(), or on the command line with ppl-lm sample MODEL --sampler rejection"
         )
     optimiser = torch.optim.Adam(weights, betas=(0.9, 0.99))
-    schedule = _Rate(learning_rate, warmup)
+    schedule = Rate(learning_rate, warmup)
     best = _Best(weights)
     metrics: list[dict[str, float]] = []
     tokens = 0
@@ -139,9 +137,8 @@ def fit(
                 break
             if best.is_lost(metrics):
                 break
-            optimiser.step()
-            if schedule.is_due(step):
-                schedule.learn(rate, _moved(particles))
+            with schedule.watch(step, particles):
+                optimiser.step()
     except KeyboardInterrupt:
         outcome = "interrupted"
     except DivergedError:
@@ -152,32 +149,6 @@ def fit(
             on_fault()
         raise
     return _keep_best(model, guide, batch, reference, best, metrics, outcome, began, measured)
-
-
-class _Rate:
-    """Adam's learning rate at each step: of the given peak, or of one at which a step moves the guide by `MOVE` nats.
-
-    That one is measured in the warm-up, at the rate `PROBE`, and then stays: single measurements are too noisy to
-    follow."""
-
-    def __init__(self, peak: float | None, warmup: int):
-        self.peak, self.warmup = peak, max(1, warmup)
-        self.moved: list[float] = []  # nats of KL that a step moved the guide, by the rate squared, with which it grows
-
-    def __call__(self, step: int, done: float) -> float:
-        if self.peak is None and self.moved and (step >= self.warmup or done >= 0.1):
-            later = self.moved[len(self.moved) // 4 :]  # Adam's first steps are longer than its later ones
-            usual = statistics.fmean(later)
-            self.peak = min(1.0, math.sqrt(MOVE / usual)) if usual > 0 else PROBE
-        peak = PROBE if self.peak is None else self.peak * min(1.0, (step + 1) / self.warmup)
-        return peak * 0.5 * (1 + math.cos(math.pi * done))
-
-    def is_due(self, step: int) -> bool:
-        """Whether to measure how far this step moves the guide: it costs a forward pass."""
-        return self.peak is None and step >= 2
-
-    def learn(self, rate: float, kl: float) -> None:
-        self.moved.append(kl / rate**2)
 
 
 class _Best:
@@ -262,18 +233,6 @@ def _keep_best(
     )
 
 
-@torch.no_grad()
-def _moved(particles: Particles) -> float:
-    """KL between the guides before and after a step, nats for each prompt, to second order: the texts drawn before it,
-    scored again."""
-    total = 0.0
-    for name, site in particles.guide_sites.items():
-        if is_sequence(site):
-            ratio = site["fn"].token_log_probs(site["value"]) - particles.token_log_q[name]
-            total += float(ratio.square().sum(-1).mean()) / 2
-    return total
-
-
 def _weights(elbo: SequenceELBO, model: Bound, guide: Bound, batch: Prompts) -> list[Tensor]:
     """Every trainable parameter: of the networks, and what the programs themselves make with `pyro.param`."""
     with poutine.trace(param_only=True) as capture:
@@ -282,7 +241,10 @@ def _weights(elbo: SequenceELBO, model: Bound, guide: Bound, batch: Prompts) -> 
     found = [site["value"].unconstrained() for site in sites if site["type"] == "param"]
     weights = list({id(p): p for p in found if p.requires_grad}.values())
     if not weights:
-        raise ValueError("the guide has nothing to train; choose another, or draw from it as it is with sample")
+        raise ValueError(
+            "the guide has nothing to train; choose another, or draw from it as it is with importance(), on the command "
+            "line with ppl-lm sample MODEL --guide GUIDE"
+        )
     return weights
 
 

@@ -35,7 +35,7 @@ class Settings:
     max_new_tokens: int = 40
     device: str | None = None
     seed: int = 0
-    particles: int = 64
+    particles: int = 128
     batch_size: int = 16
     learning_rate: float | None = None
     max_steps: int | None = None

@@ -1,16 +1,13 @@
 """From what a user types to programs and their arguments: `tilted`, or `path/to/file.py:name`."""
 
 import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ppl_lm.infer import Bound, bind
 from ppl_lm.lm import LanguageModel
-from ppl_lm.shipped import shipped
+from ppl_lm.named import from_file, is_file, shipped
 
 
 def resolve(spec: str, package: str) -> Callable[..., Any]:
@@ -18,26 +15,13 @@ def resolve(spec: str, package: str) -> Callable[..., Any]:
 
     :raises ValueError: if there is none; the message lists what there is."""
     kind = package.removesuffix("s")
-    if ":" in spec:
-        path, _, name = spec.rpartition(":")
-        if not Path(path).is_file():
-            raise ValueError(f"{kind} {spec!r}: there is no file {path!r}")
-        loader = importlib.util.spec_from_file_location(f"_{kind}_{Path(path).stem}", path)
-        if loader is None or loader.loader is None:
-            raise ValueError(f"{kind} {spec!r}: {path!r} is not a Python file")
-        module = importlib.util.module_from_spec(loader)
-        sys.modules[loader.name] = module  # dataclasses look their module up
-        try:
-            loader.loader.exec_module(module)
-        except Exception as error:
-            raise ValueError(f"{kind} {spec!r}: {path} raised {type(error).__name__}: {error}") from error
-    elif spec in shipped(package):
-        module, name = importlib.import_module(f"ppl_lm.{package}.{spec}"), spec
-    else:
+    if is_file(spec):
+        return from_file(spec, kind)
+    if spec not in shipped(package):
         raise ValueError(f"{kind} {spec!r} is unknown; give {', '.join(shipped(package))} or path/to/file.py:name")
-    program = getattr(module, name, None)
+    program = getattr(importlib.import_module(f"ppl_lm.{package}.{spec}"), spec, None)
     if not callable(program):
-        raise ValueError(f"{kind} {spec!r}: {module.__name__} has no function {name!r}")
+        raise ValueError(f"{kind} {spec!r}: the file has no function of its own name")
     return program
 
 
