@@ -50,13 +50,14 @@ def _message(error: BaseException) -> str:
     """What an error says, without the shapes of every site that Pyro adds below it; and where in the user's own file it
     arose, if it did."""
     message = str(error).partition("\nTrace Shapes:")[0].strip() or type(error).__name__
-    cause: BaseException | None = error
-    while cause is not None:
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for cause in reversed(chain):  # the innermost is where it arose
         for frame in reversed(tracebacks.extract_tb(cause.__traceback__)):
             if frame.filename in user_files:
                 kind = "" if isinstance(cause, ValueError) or type(cause).__name__ in message else type(cause).__name__
                 return f"{kind}{kind and ': '}{message} ({frame.filename}, line {frame.lineno}, in {frame.name})"
-        cause = cause.__cause__ or cause.__context__
     return message
 
 
@@ -147,12 +148,16 @@ def sample(
     asked = {"guide": guide, "lm": lm, "reward": reward, "beta": beta, "max_new_tokens": max_new_tokens}
     asked = {k: v for k, v in asked.items() if v is not None}
     with _errors(traceback):
-        if is_file(source) or source in shipped("models"):
+        if sampler == "rejection" and guide is not None:
+            raise ValueError(f"guide={guide!r}: rejection proposes from the prior; give --sampler importance")
+        if (is_file(source) or source in shipped("models")) and not (Path(source) / folder.MARK).is_file():
             settings, fitted = folder.Settings(**{"model": source, "guide": "prior", **asked}), None
         else:
             settings, fitted = folder.read_settings(Path(source)), Path(source) / "guide"
             if asked:
                 raise ValueError(f"{next(iter(asked))}: the run has its own; give it together with a MODEL")
+        if sampler == "rejection":
+            settings, fitted = replace(settings, guide="prior"), None
         programs = folder.build(_with_prompts(settings, prompts), fitted)
         torch.manual_seed(seed)
         draw(programs, sampler, num_samples, None if as_json else out)

@@ -1,5 +1,6 @@
 """What a name on the command line stands for: a program that ships, or `path/to/file.py:name`."""
 
+import hashlib
 import importlib.util
 import inspect
 import sys
@@ -60,12 +61,19 @@ def from_file(spec: str, what: str) -> Callable[..., Any]:
 def _module(path: str, version: int) -> ModuleType:
     """Runs a file once, whoever asks: a model and its guide in one file share what the file makes."""
     del version  # of the file: an edited one is run again
-    spec = importlib.util.spec_from_file_location(f"_ppl_lm_file_{Path(path).stem}", path)
+    name = f"_ppl_lm_{Path(path).stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
     folder = str(Path(path).parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    if folder in sys.path:
+        sys.path.remove(folder)
+    sys.path.insert(0, folder)
+    folders = {str(Path(file).parent) for file in user_files}
+    for other, loaded in list(sys.modules.items()):  # neighbours of the same name, of another file or edited since
+        where = getattr(loaded, "__file__", None)
+        if where and str(Path(where).parent) in folders and where not in user_files:
+            del sys.modules[other]
     user_files.add(path)
     sys.modules[spec.name] = module  # dataclasses and pickling look a module up by its name
     try:

@@ -80,12 +80,16 @@ def test_exact_draws_without_a_fit(run):
     assert plain.exit_code == 0 and "exact posterior draws, from" in plain.output
     weighted = call("sample", "tilted", "--num-samples", 3)
     assert weighted.exit_code == 0 and "log weight" in weighted.output
+    impossible = call("sample", "constrained", "--reward", "contains:zebra", "--json")
+    assert [json.loads(line)["log_weight"] for line in impossible.stdout.splitlines()] == [None] * 10
+    assert call("sample", "tilted", "--guide", "finetuned", "--sampler", "rejection").exit_code == 2
     assert call("sample", run[0], "--beta", 1).exit_code == 2
     assert call("sample", run[0], "--sampler", "smc").exit_code == 2
     assert call("sample", "tilted", "--reward", "length", "--sampler", "rejection").exit_code == 2  # no bound
 
 
-def test_a_program_imports_its_neighbour_and_errors_name_its_line(tmp_path):
+def test_a_program_imports_its_neighbour_and_errors_name_its_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "neighbour_of_mine.py").write_text("WEIGHT = 1.0\n")
     (tmp_path / "mine.py").write_text(
         "import pyro, torch\n"
@@ -104,6 +108,14 @@ def test_a_program_imports_its_neighbour_and_errors_name_its_line(tmp_path):
     result = call("sample", f"{tmp_path}/mine.py:broken", "--num-samples", 2)
     text = re.sub(r"\s+", " ", result.output)
     assert result.exit_code == 2 and "mine.py, line 11, in broken)" in text and "Trace Shapes" not in text, text
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "neighbour_of_mine.py").write_text("def fail():\n    return {}['no such key']\n")
+    (tmp_path / "judge" / "mine.py").write_text(
+        "from neighbour_of_mine import fail\ndef reward(completions, **_):\n    return fail()\n"
+    )
+    result = call("sample", f"{tmp_path}/mine.py:model", "--reward", f"{tmp_path}/judge/mine.py:reward")
+    text = re.sub(r"\s+", " ", result.output)
+    assert result.exit_code == 2 and "judge/mine.py, line 3, in reward)" in text, text
     result = call("fit", f"{tmp_path}/mine.py", "--output-dir", tmp_path / "out")
     assert result.exit_code == 2 and "with one of broken, model" in re.sub(r"\s+", " ", result.output)
 

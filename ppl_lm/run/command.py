@@ -118,9 +118,8 @@ def draw(programs: folder.Programs, sampler: str, num_samples: int, out: Console
         for s, text in enumerate(texts):
             prompt, figures = draws.prompts.texts[b], {k: float(v[s, b]) for k, v in columns.items()}
             if out is None:
-                print(
-                    json.dumps({"prompt": prompt, "completion": text, **{k: round(v, 4) for k, v in figures.items()}})
-                )
+                known = {k: round(v, 4) if math.isfinite(v) else None for k, v in figures.items()}  # JSON has no -inf
+                print(json.dumps({"prompt": prompt, "completion": text, **known}))
             else:
                 numbers = "  ".join(f"{v:+{len(k)}.2f}" for k, v in figures.items())
                 out.print(numbers, show.clean(f"{prompt} │ {text}"), soft_wrap=True)

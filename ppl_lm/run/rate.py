@@ -55,8 +55,10 @@ class Rate:
 
 
 def peak(c: float) -> float:
-    """The learning rate for a network that a step moves by c · rate² nats of KL."""
-    return min(1.0, SCALE / c ** (1 / 3), math.sqrt(MOST / c)) if c > 0 else PROBE
+    """The learning rate for a network that a step moves by c · rate² nats of KL; SCALE, as for a table, where it moves
+    less, or is not what is fitted."""
+    c = max(c, 1.0)
+    return min(SCALE / c ** (1 / 3), math.sqrt(MOST / c))
 
 
 @torch.no_grad()
@@ -64,7 +66,8 @@ def _draw(site: Site) -> tuple[TokenSequence, Tensor]:
     """Texts of the guide, (N, T), and their distribution. New ones: a step moves the distribution after rare tokens in the
     very texts that it is made of by orders of magnitude more."""
     fn, shape = site["fn"], site["value"].shape[:-1]
-    size = min(TEXTS, shape.numel(), fn.lm.rows_per_pass(fn.prompts.ids.shape[-1], site["value"].shape[-1]))
+    fits = fn.lm.rows_per_pass(fn.prompts.ids.shape[-1], site["value"].shape[-1]) // 6  # see the copies in `_kl`
+    size = max(1, min(TEXTS, shape.numel(), fits))
     few = fn.expand(torch.broadcast_shapes(shape, fn.batch_shape)).slice(torch.arange(size, device=fn.lm.device))
     return few, few.sample()
 
