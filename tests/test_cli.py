@@ -250,6 +250,7 @@ def test_a_reward_that_fails_later_leaves_the_best_guide(tmp_path):
     result = call("fit", "tilted", *QUICK[2:], "--max-steps", 9, "--reward", f"{tmp_path}/r.py:r", "--output-dir", out)
     assert result.exit_code == 2 and "nan" in result.output
     assert (out / "guide" / "config.json").is_file() and not (out / "diagnosis.json").exists()
+    assert json.loads((out / "fit.json").read_text()) == {"outcome": "failed", "kept": "start"}
 
 
 def test_worse_than_prior_is_said_and_fails(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ppl_lm.guides import finetuned, prior
-from ppl_lm.infer import bind, exact, importance
+from ppl_lm.infer import SequenceELBO, bind, exact, importance
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 from ppl_lm.run import fit
@@ -72,6 +72,48 @@ def test_the_learning_rate_is_found_from_the_exact_move(problem, monkeypatch):
     n = len(found)  # from the third step on; the texts of a step are drawn from the guide before it
     assert n > 5 and torch.allclose(found.mean(), c[2 : 2 + n].mean().float(), rtol=0.25), (found, c[2 : 2 + n])
     assert rates[20] > 10 * rates[5]
+
+
+def moved(problem, rows_of):
+    """KL of the guide after a step from the one before, exact and as `Rate` measures it, for 60 steps that move the rows
+    `rows_of(texts)` of the table, `texts` being those that the step is made of; each from the same guide."""
+    torch.manual_seed(0)
+    target, guide, _ = problem
+    table, batch, elbo = guide.lm.model.table, guide.lm.prompts([""]), SequenceELBO(8)
+    start, both = table.detach().clone(), []
+    for _ in range(60):
+        particles, schedule = elbo.particles(target, guide, batch), Rate(None, 15)
+        (texts,) = particles.latents.values()
+        with torch.no_grad():
+            before = exact(target, guide, [""]).log_q
+            with schedule.watch(2, particles):
+                table[rows_of(guide.lm, texts.reshape(-1, 4))] += torch.randn(4, dtype=torch.float64) * 0.2
+            after = exact(target, guide, [""]).log_q
+            table.copy_(start)
+        both.append((float((before.exp() * (before - after)).sum()), schedule.measured[0] * schedule.now**2))
+    return torch.tensor(both, dtype=torch.float64).T
+
+
+def test_a_move_is_measured_on_other_texts_than_made_the_step(problem):
+    """Steps move most what follows the rare texts that they are made of; on these alone they would seem far larger."""
+
+    def rows_of(lm, texts):
+        prefix = torch.cat([torch.full_like(texts[:, :1], lm.vocabulary.bos_id), texts[:, :3]], 1)
+        return lm.model.rows(prefix, torch.ones_like(prefix))[:, 3]
+
+    truth, found = moved(problem, rows_of)
+    error = (found - truth).std() / 60**0.5
+    assert abs(found.mean() - truth.mean()) < 4 * error and 4 * error < truth.mean(), (truth.mean(), found.mean(), error)
+
+
+def test_a_move_of_what_follows_the_end_is_no_move(problem):
+    def rows_of(lm, texts):
+        end = lm.vocabulary.bos_id
+        heads = torch.tensor([[end, end, t, u] for t in range(4) for u in range(4)])
+        return lm.model.rows(heads, torch.ones_like(heads))[:, 1:].unique()
+
+    truth, found = moved(problem, rows_of)
+    assert truth.abs().max() < 1e-12 and found.abs().max() < 1e-12
 
 
 def test_the_learning_rate_of_networks_of_all_sizes():
@@ -180,12 +222,16 @@ def test_a_late_fault_restores_the_best_and_is_raised(problem):
 
     def breaks(completions, **_):
         calls.append(1)
-        return [math.nan if len(calls) > 40 else float(len(t)) for t in completions]
+        return [math.nan if len(calls) > last else float(len(t)) for t in completions]
 
-    target, guide = bind(tilted, lm, reward=breaks), bind(finetuned, lm.copy())
-    with pytest.raises(ValueError, match="nan"):
-        fit(target, guide, [""], max_steps=100, learning_rate=0.01, on_fault=lambda: faults.append(1))
-    assert faults == [1]
+    target = bind(tilted, lm, reward=breaks)
+    for last in (10, 40):  # before and after the first guide that counts as better
+        guide = bind(finetuned, lm.copy())
+        calls.clear()
+        with pytest.raises(ValueError, match="nan"):
+            fit(target, guide, [""], max_steps=100, learning_rate=0.01, on_fault=faults.append)
+        assert torch.equal(guide.lm.model.table, lm.model.table) == (last == 10)
+    assert faults == ["start", "best"]
 
 
 def test_rewards_that_are_all_equal_leave_the_prior_alone(problem):

@@ -43,7 +43,7 @@ def fit_and_measure(
             time_limit=settings.time_limit,
             seed=settings.seed,
             on_step=log.step,
-            on_fault=lambda: _save_fault(path, programs) if log.file is not None else None,
+            on_fault=lambda kept: _save_fault(path, programs, kept) if log.file is not None else None,
         )
     if not fitted.metrics:
         raise KeyboardInterrupt  # before the first step: there is nothing to write
@@ -146,9 +146,9 @@ def _told(fitted: Fit) -> str:
     )
 
 
-def _save_fault(path: Path, programs: folder.Programs) -> None:
+def _save_fault(path: Path, programs: folder.Programs, kept: str) -> None:
     folder.save_guide(path, programs.guide, programs.prompts)
-    folder.write_json(path / "fit.json", {"outcome": "failed", "kept": "best"})
+    folder.write_json(path / "fit.json", {"outcome": "failed", "kept": kept})
 
 
 class _Log:

@@ -62,7 +62,7 @@ def fit(
     max_plate_nesting: int = 1,
     micro_batch: int | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
-    on_fault: Callable[[], None] | None = None,
+    on_fault: Callable[[str], None] | None = None,
 ) -> Fit:
     """Fits a guide by SVI with `SequenceELBO` and one Adam over all its weights; keeps the best guide seen.
 
@@ -76,8 +76,8 @@ def fit(
         usual one would weaken just those steps that unlearn a rare bad text, and with it bias where the fit ends.
     :param max_steps: steps; `time_limit`: seconds. At least one of them; whichever comes first.
     :param on_step: called with each step's metrics.
-    :param on_fault: called when a step after the first fails (a reward, say), the best guide's weights restored, before
-        the error is raised again.
+    :param on_fault: called when a step after the first fails (a reward, say), before the error is raised again, with
+        which guide's weights were restored: `best` or `start`.
     :raises ValueError: on bad arguments, before anything is drawn.
     """
     _check(learning_rate, max_steps, time_limit, clip)
@@ -146,7 +146,7 @@ def fit(
     except Exception:
         best.load(best.kept)
         if metrics and on_fault is not None:
-            on_fault()
+            on_fault("start" if best.step < 0 else "best")
         raise
     return _keep_best(model, guide, batch, reference, best, metrics, outcome, began, measured)
 
