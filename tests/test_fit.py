@@ -103,7 +103,7 @@ def test_a_move_is_measured_on_other_texts_than_made_the_step(problem):
 
     truth, found = moved(problem, rows_of)
     error = (found - truth).std() / 60**0.5
-    assert abs(found.mean() - truth.mean()) < 4 * error and 4 * error < truth.mean(), (truth.mean(), found.mean(), error)
+    assert abs(found.mean() - truth.mean()) < 4 * error < truth.mean(), (truth.mean(), found.mean(), error)
 
 
 def test_a_move_of_what_follows_the_end_is_no_move(problem):
