@@ -41,3 +41,13 @@ def log_probs(table: Tensor, prompt: tuple[int, ...], rows: list[tuple[int, ...]
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * (log_a - log_b)).sum()
+
+
+def condition(table: Tensor, prompt: tuple[int, ...], rows: list[tuple[int, ...]], log_joint: Tensor) -> None:
+    """Writes into a table of logits, in place, the law over completions that is proportional to exp(log_joint)."""
+    size = table.shape[1]
+    with torch.no_grad():
+        for head in {row[:n] for row in rows for n in range(len(row))}:
+            for token in range(size):
+                inside = [j for row, j in zip(rows, log_joint, strict=True) if row[: len(head) + 1] == (*head, token)]
+                table[table_row((*prompt, *head), size), token] = torch.stack(inside).logsumexp(0)

@@ -3,14 +3,16 @@
 import math
 
 import numpy as np
+import oracle
 import pytest
 import torch
 
 from ppl_lm.diagnose import diagnose, ess, judge, khat_threshold, log_evidence, psis_khat
 from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer import bind, exact, importance, rejection, score
+from ppl_lm.infer.rejection import accept, select
 from ppl_lm.lm.table import table_lm
-from ppl_lm.models import tilted
+from ppl_lm.models import constrained, tilted
 
 
 def capped(completions, **_):
@@ -74,6 +76,41 @@ def test_standard_errors_cover(problem):
     apart = torch.stack([se[:, 0], se[:, 1], se[:, :2].square().sum(1).sqrt()], 1)
     assert not covers(apart), "log Z and ELBO taken for independent"
     assert not covers(0.7 * se), "a standard error that is too small"
+
+
+@pytest.mark.parametrize("tilt", [2.0, 0.0], ids=["over-tilted", "the prior"])
+def test_exact_draws_and_their_proposals_are_not_independent(tilt):
+    """The standard error of KL(p ‖ q) is the spread over 200 repeats; taken for independent, EUBO and log Z would give 0.8
+    of it for a guide beyond the posterior, and more than 1.3 times for the prior."""
+    lm = table_lm(3, 4, concentration=1.0, seed=3)
+    target, guide, rows = (
+        bind(tilted, lm, reward=capped, beta=0.5),
+        bind(finetuned, lm.copy()),
+        oracle.outcomes(3, 4, 2),
+    )
+    r = torch.tensor(capped(lm.vocabulary.decode(oracle.as_tensor(rows, 4, 2))), dtype=torch.float64)
+    log_prior = oracle.log_probs(lm.model.table, (2,), rows).detach()
+    oracle.condition(guide.lm.model.table, (2,), rows, log_prior + tilt * r / 0.5)
+    torch.manual_seed(0)
+    from_prior = importance(target, None, [""], num_samples=200 * 1000)
+    draws, found, independent = importance(target, guide, [""], num_samples=100), [], []
+    for i in range(200):
+        part = from_prior.map(lambda v, i=i: v[:, i * 1000 : (i + 1) * 1000])
+        keep = accept(part, 2.0)
+        made = log_evidence(draws, score(guide, select(part, keep, int(keep.sum()))))
+        found.append((float(made.kl_p_q), float(made.kl_p_q_se)))
+        independent.append(float((made.upper_se**2 + made.log_z_se**2).sqrt()))
+    values, errors = torch.tensor(found).T
+    assert float(errors.mean() / values.std()) == pytest.approx(1, abs=0.16)
+    assert float(torch.tensor(independent).mean() / values.std()) != pytest.approx(1, abs=0.16)
+
+
+def test_an_infinite_error_is_no_nan():
+    """A guide that draws impossible texts has an ELBO of -inf, of which nothing is known."""
+    lm = table_lm(3, 2, concentration=1.0)
+    target = bind(constrained, lm, constraint=lambda completions, **_: ["a" in text for text in completions])
+    made = log_evidence(importance(target, None, [""], num_samples=200))
+    assert float(made.kl_q_p) == float(made.kl_q_p_se) == math.inf
 
 
 def test_mislabelled_draws_are_refused(problem):

@@ -208,6 +208,34 @@ def test_interruption_while_measuring_keeps_the_guide(problem, monkeypatch):
     assert float(kls(target, guide, [""])) < float(before) / 2
 
 
+def test_the_gain_is_that_of_draws_that_chose_nothing(problem, monkeypatch):
+    """The better of two guides on the same draws looks better than it is, so the one that is kept is measured once more."""
+    module, gains = importlib.import_module("ppl_lm.run.fit"), []
+
+    def remember(*args, **kwargs):
+        draws = importance(*args, **kwargs)
+        gains.append(float(draws.log_weight.mean()))
+        return draws
+
+    monkeypatch.setattr(module, "importance", remember)
+    target, guide, start = problem
+    made = fit(target, guide, [""], max_steps=60, learning_rate=0.02)
+    assert len(gains) == 5, "the prior; the last guide, the best earlier one and the start; the one kept, again"
+    assert made.kept in ("last", "best") and made.gain == pytest.approx(gains[4] - gains[0])
+
+
+def test_standard_error_of_the_elbo_with_few_particles(problem):
+    """Within prompts, of which there may be many: two particles of eight prompts have 8 degrees of freedom, not 15."""
+    module = importlib.import_module("ppl_lm.run.fit")
+    target, guide, start = problem
+    elbo, batch = SequenceELBO(2), guide.lm.prompts([""] * 8)
+    with torch.no_grad():
+        guide.lm.model.table[:, 0] += 1.0
+    rows = [module._metrics(elbo.particles(target, guide, batch), torch.zeros(8).double()) for _ in range(400)]
+    se = math.sqrt(sum(row["elbo_se"] ** 2 for row in rows) / 400)
+    assert se == pytest.approx(float(torch.tensor([row["elbo"] for row in rows]).std()), rel=0.15)
+
+
 def test_short_fits_find_their_learning_rate_too(problem):
     """Twenty steps, or a network so slow that no more fit into the time: the warm-up then is a tenth of them."""
     target, guide, start = problem

@@ -322,3 +322,76 @@ def test_a_joint_weight_is_bounded_by_all_prompts():
     z = float((oracle.log_probs(lm.model.table, tuple(lm.vocabulary.encode("")), rows).exp() * good).sum()) ** 6
     on = 0.3 * z / (0.3 * z + 0.7)
     assert abs(float(kept["switch"].double().mean()) - on) < 4 * math.sqrt(on * (1 - on) / 2000)
+
+
+def agreeing(prompts, prior, reward):
+    """The texts of all prompts should contain the letter a, or none of them: evidence that no prompt has for itself."""
+    with pyro.plate("prompts", len(prompts)):
+        has = reward(prompts, pyro.sample("x", prior(prompts)))
+    same = 3.0 * (has[..., :1] == has).all(-1, keepdim=has.dim() > 1).double()
+    pyro.sample("agree", Optimality(same), obs=torch.ones_like(same), infer={"log_bound": 3.0})
+
+
+def test_evidence_shared_by_prompts_makes_one_joint_weight():
+    """Taken for each prompt's own, the shared factor would count once a prompt, and rejection would not be exact."""
+    lm = table_lm(3, 2, max_prompt=2, concentration=1.0, seed=4)
+    has_a = lambda completions, **_: [float("a" in text) for text in completions]  # noqa: E731
+    target, texts, rows = bind(agreeing, lm, reward=has_a), ["", "b"], oracle.outcomes(3, 2, 2)
+    has = torch.tensor(has_a(lm.vocabulary.decode(oracle.as_tensor(rows, 2, 2))), dtype=torch.bool)
+    contexts = [tuple(lm.vocabulary.encode(text)) for text in texts]
+    one, two = (float(oracle.log_probs(lm.model.table, c, rows).exp()[has].sum()) for c in contexts)
+    agree = math.exp(3) * (one * two + (1 - one) * (1 - two))
+    z = agree + one * (1 - two) + (1 - one) * two
+    torch.manual_seed(0)
+    draws = importance(target, None, texts, num_samples=4000)
+    assert not draws.is_local and draws.log_weight.shape == (1, 4000, 1)
+    w = draws.log_weight.flatten().exp()
+    assert abs(float(w.mean()) - z) < 4 * float(w.std()) / 4000**0.5
+    x = rejection(target, None, texts, num_samples=2000)["x"][0]
+    both = (x == 0).any(-1)
+    share, p = float((both[:, 0] == both[:, 1]).double().mean()), agree / z
+    assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / 2000)
+    with pytest.raises(ValueError, match="'agree' lies outside the prompt plate"):
+        exact(target, None, texts)
+
+
+def test_exact_refuses_inner_plates():
+    """Their dimension is the one that enumeration uses: of the same size as the support, they would be mixed up."""
+    lm = table_lm(2, 2, concentration=1.0)  # 3 outcomes
+
+    def rated(prompts, prior, reward):
+        with pyro.plate("prompts", len(prompts)):
+            r = reward(prompts, pyro.sample("x", prior(prompts)))
+            with pyro.plate("raters", 3, dim=-2):
+                pyro.sample("y", dist.Normal(r, 1.0), obs=torch.tensor([0.3, -0.2, 1.5]).double()[:, None])
+
+    with pytest.raises(ValueError, match="'y' lies outside the prompt plate, or in one inside it"):
+        exact(bind(rated, lm, reward=letters), None, [""])
+
+
+def test_a_scaled_prior_is_weighted_by_what_drew_the_texts():
+    """p^s L: the prior draws from p whatever the scale, so its weights are p^(s - 1) L, and rejection has no bound."""
+    lm, other = (table_lm(3, 2, concentration=1.0, seed=seed) for seed in (1, 2))
+
+    def tempered(prompts, prior, reward):
+        with pyro.plate("prompts", len(prompts)):
+            with poutine.scale(scale=0.3):
+                x = pyro.sample("x", prior(prompts))
+            r = reward(prompts, x)
+            pyro.sample("o", Optimality(r), obs=torch.ones_like(r), infer={"log_bound": 2.0})
+
+    target, guide = bind(tempered, lm, reward=letters), bind(prior, other)
+    rows = oracle.outcomes(3, 2, 2)
+    r = torch.tensor(letters(lm.vocabulary.decode(oracle.as_tensor(rows, 2, 2))), dtype=torch.float64)
+    truth = (0.3 * oracle.log_probs(lm.model.table, (2,), rows) + r).logsumexp(0)
+    torch.testing.assert_close(exact(target, None, [""]).log_z, truth[None])
+    for proposal, law in ((None, lm), (guide, other), (poutine.scale(guide, scale=0.5), other)):
+        draws = importance(target, proposal, [""], num_samples=50)
+        reward = torch.tensor(letters(lm.vocabulary.decode(draws["x"].flatten(0, 2))), dtype=torch.float64).view(
+            1, 50, 1
+        )
+        want = 0.3 * lm([""]).log_prob(draws["x"]) + reward - law([""]).log_prob(draws["x"])
+        torch.testing.assert_close(draws.log_weight, want)
+        torch.testing.assert_close(score(proposal or bind(prior, lm), draws).log_guide, draws.log_guide)
+    with pytest.raises(ValueError, match="a scale or mask makes another one"):
+        rejection(target, None, [""], num_samples=5)

@@ -69,13 +69,14 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
     log_z, log_z_se = log_mean(log_w)
     relative = (log_w - log_z).exp()
     kl_q_p, kl_q_p_se = log_z - elbo, (relative - log_w).std(0) / math.sqrt(n)  # one influence function: same draws
+    kl_q_p_se = kl_q_p_se.nan_to_num(math.inf)  # an ELBO of -inf is known to be nothing
     if exact is not None and exact.proposals is not None:
         # Bounded weights cannot miss mass; a guide's own can, with a small standard error (it never sees what it lacks).
         log_z, log_z_se = log_mean(exact.proposals.log_weight.flatten(0, 1))
         kl_q_p, kl_q_p_se = log_z - elbo, (log_z_se**2 + elbo_se**2).sqrt()
     if exact is not None:
         upper, upper_se = mean(exact.log_weight.flatten(0, 1))
-        kl_p_q_se = (upper_se**2 + log_z_se**2).sqrt()
+        kl_p_q_se = (upper_se**2 + log_z_se**2 - 2 * _covariance(exact, log_z)).clamp_min(0).sqrt()
     else:
         share = log_w.softmax(0)
         terms = torch.where(share > 0, log_w, 0.0)
@@ -98,3 +99,18 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
         kl_p_q=upper - log_z,
         kl_p_q_se=kl_p_q_se,
     )
+
+
+def _covariance(exact: Draws, log_z: Tensor) -> Tensor:
+    """Of the mean log weight of exact draws and log Z from the proposals among which they were chosen, (B,): a proposal of
+    large weight raises log Z, and is the likelier to be one of the draws."""
+    if exact.proposals is None:
+        return torch.zeros_like(log_z)
+    if (
+        not exact.proposals.from_prior
+    ):  # their weights as proposals are not known any more: the largest error there can be
+        se = [mean(exact.log_weight.flatten(0, 1))[1], log_mean(exact.proposals.log_weight.flatten(0, 1))[1]]
+        return -se[0] * se[1]
+    log_w, drawn = exact.log_weight.flatten(0, 1), exact.log_likelihood.flatten(0, 1)  # the latter their own weight
+    centred = log_w - log_w.mean(0)
+    return ((drawn - log_z).exp() * centred).mean(0) / exact.proposals.num_samples

@@ -48,7 +48,7 @@ def diagnose(
     from_prior = importance(model, None, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
     from_guide = importance(model, guide, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
     bound = likelihood_bound(model, prompts, joint=not from_guide.is_local)
-    keep = None if bound is None else accept(from_prior, bound)  # (S, B)
+    keep = None if bound is None or not from_prior.from_prior else accept(from_prior, bound)  # (S, B)
     figures, verdicts, exacts = [], [], []
     for b in range(from_guide.log_guide.shape[-1]):
         p, q, exact = from_prior.of_prompt(b), from_guide.of_prompt(b), None

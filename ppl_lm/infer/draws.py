@@ -10,6 +10,8 @@ from torch import Tensor
 from ppl_lm.lm import Prompts
 from ppl_lm.lm.meter import Cost
 
+TOLERANCE = 1e-3  # nats, for the noise of float32 log-probabilities
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -19,10 +21,10 @@ class Draws:
         outside the prompt plate. `draws["x"]` is one of them.
     :param texts: names of those latents that are completions, int64 token ids.
     :param records: what the model recorded with `pyro.deterministic`, such as the reward, (C, S, B).
-    :param log_prior: log p(z | prompt) of all latent sites, nats, float64, (C, S, B); (C, S, 1) where a latent site
-        lies outside the prompt plate, so that only the prompts' joint weight exists. Likewise:
+    :param log_prior: log p(z | prompt) of all latent sites, nats, float64, (C, S, B); (C, S, 1) where a site lies
+        outside the prompt plate, so that only the prompts' joint weight exists. Likewise:
     :param log_likelihood: of all observed sites, for exp(r/β): a bounded `Optimality`'s shift is taken out again.
-    :param log_guide: log q(z | prompt).
+    :param log_guide: log q(z | prompt), the density that drew them, whatever scale or mask stands on the guide's sites.
     :param exact: whether these are equally weighted draws from the posterior itself. Otherwise they are the guide's,
         and `log_weight` makes them the posterior's.
     :param proposals: of a sampler that discards, all that it proposed (without `latents`).
@@ -46,6 +48,11 @@ class Draws:
     def log_weight(self) -> Float[Tensor, "C S B"]:
         """log of p(z, evidence) / q(z), nats; -inf means impossible under the posterior."""
         return self.log_prior + self.log_likelihood - self.log_guide
+
+    @property
+    def from_prior(self) -> bool:
+        """Whether they were drawn from the model's own prior, up to the noise of float32 log-probabilities."""
+        return float((self.log_prior - self.log_guide).abs().max()) <= TOLERANCE
 
     @property
     def num_samples(self) -> int:

@@ -66,8 +66,8 @@ class Exact:
 def exact(model: Callable[..., Any], guide: Callable[..., Any] | None, prompts: Any) -> Exact:
     """Runs the model over every value of its latent sites, and the guide at the same values.
 
-    The latent sites must have finite supports (texts over tiny vocabularies, Categorical, Bernoulli) and lie in the
-    prompt plate.
+    The latent sites must have finite supports (texts over tiny vocabularies, Categorical, Bernoulli). All sites must lie
+    in the prompt plate and in no other.
 
     :raises ValueError: if a latent site cannot be enumerated, or there are too many values.
     """
@@ -78,8 +78,12 @@ def exact(model: Callable[..., Any], guide: Callable[..., Any] | None, prompts: 
     for name, site in latents.items():
         if not site["infer"].get("_enumerate_dim"):
             raise ValueError(f"site {name!r} ({type(site['fn']).__name__}) cannot be enumerated exactly")
-        if not any(f.dim == -1 for f in site["cond_indep_stack"]):
-            raise ValueError(f"site {name!r} lies outside the prompt plate; exact() needs every latent site in it")
+    for name, site in sites.items():
+        if not is_record(site) and {f.dim for f in site["cond_indep_stack"]} != {-1}:
+            raise ValueError(
+                f"site {name!r} lies outside the prompt plate, or in one inside it; exact() needs every site in the prompt "
+                "plate alone"
+            )
     batch = len(prompts)
     log_p = [_log_prob(s) for s in sites.values() if not is_record(s)]
     shape = torch.broadcast_shapes(*(term.shape for term in log_p), (batch,))

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, concatenate
-from ppl_lm.infer.particles import Site, as_particles, by_prompt, is_sequence, run, sample_sites
+from ppl_lm.infer.particles import Site, as_particles, by_prompt, is_sequence, log_density, run, sample_sites
 from ppl_lm.lm import meter
 
 ROWS = 2048  # texts drawn at a time
@@ -61,10 +60,7 @@ def score(guide: Callable[..., Any], draws: Draws, max_plate_nesting: int = 1) -
                 raise ValueError(
                     f"the guide has the sites {sorted(sites)}, the draws {sorted(flat)}: it cannot score them"
                 )
-            log_q = [
-                scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
-                for site in sites.values()
-            ]
+            log_q = [log_density(site) for site in sites.values()]
         parts.append(by_prompt(log_q, n, draws.log_guide.shape[-1]))
         costs.append(cost)
     log_guide = torch.cat(parts).reshape(draws.log_guide.shape)
@@ -90,7 +86,7 @@ def _once(model: Any, guide: Any, prompts: Any, n: int, nesting: int) -> Draws:
         records={k: v for k, v in records.items() if v is not None},
         log_prior=p.log_prior().unsqueeze(0),
         log_likelihood=p.log_likelihood().unsqueeze(0),
-        log_guide=p.log_guide().unsqueeze(0),
+        log_guide=p.log_drawn().unsqueeze(0),
         cost=cost,
         texts=tuple(k for k, s in p.guide_sites.items() if is_sequence(s)),
     )

@@ -62,8 +62,8 @@ class Particles:
         raise ValueError("the guide has no text among its sites: use Pyro's own inference for such programs")
 
     def log_prior(self) -> Tensor:
-        """log p of all latent sites, detached, float64, nats: (K, B), or (K, 1) where a latent site lies outside the
-        prompt plate, so that only a joint value of all prompts exists. Likewise `log_likelihood`, `log_guide`."""
+        """log p of all latent sites, detached, float64, nats: (K, B), or (K, 1) where a site lies outside the prompt
+        plate, so that only a joint value of all prompts exists. Likewise `log_likelihood`, `log_guide`, `log_drawn`."""
         return self._by_prompt(self.log_p[name] for name in self.guide_sites if name in self.log_p)
 
     def log_likelihood(self) -> Tensor:
@@ -80,15 +80,26 @@ class Particles:
     def log_guide(self) -> Tensor:
         return self._by_prompt(self.log_q.values())
 
+    @torch.no_grad()
+    def log_drawn(self) -> Tensor:
+        """The density that drew the values: `log_guide` without what `poutine.scale` and `mask` make of it."""
+        return self._by_prompt(log_density(site) for site in self.guide_sites.values())
+
     def _by_prompt(self, terms: Iterable[Tensor]) -> Tensor:
         return by_prompt(terms, self.count, len(self.prompts) if self.is_local else 1)
 
     @property
     def is_local(self) -> bool:
-        """Whether every latent site lies in the prompt plate, so that each prompt has a weight of its own."""
-        plate = {f.name for f in self._first_text()["cond_indep_stack"] if f.dim == -1}
-        stacks = [site["cond_indep_stack"] for site in self.guide_sites.values()]
-        return all(plate & {f.name for f in stack if f.dim == -1} for stack in stacks)
+        """Whether every site lies in the prompt plate, so that each prompt has a weight of its own."""
+        name = self._first_text()["name"]
+
+        def local(sites: dict[str, Site]) -> bool:  # guide and model may name their plates differently
+            plates = [
+                {f.name for f in s["cond_indep_stack"] if f.dim == -1} for s in sites.values() if not is_record(s)
+            ]
+            return all(plate & {f.name for f in sites[name]["cond_indep_stack"] if f.dim == -1} for plate in plates)
+
+        return local(self.guide_sites) and local(self.model_sites)
 
     def subsampled(self) -> str | None:
         """Name of a plate that subsamples, if one does."""
@@ -193,6 +204,11 @@ def is_sequence(site: Site) -> bool:
 def _check_shape(site: Site, log_prob: Tensor, nesting: int) -> None:
     shaped: Any = {**site, "log_prob": log_prob}
     check_site_shape(shaped, nesting)
+
+
+def log_density(site: Site) -> Tensor:
+    """Log-probability of a site's value as its distribution has it, unscaled and unmasked, without autograd for texts."""
+    return _log_prob("", {**site, "scale": 1.0, "mask": None}, {})
 
 
 def _log_prob(name: str, site: Site, tokens: dict[str, Tensor]) -> Tensor:

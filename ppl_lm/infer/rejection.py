@@ -9,12 +9,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
+from ppl_lm.infer.draws import TOLERANCE, Draws, NoSupportError, concatenate
 from ppl_lm.infer.importance import ROWS, importance
 from ppl_lm.infer.particles import is_record, sample_sites
 from ppl_lm.likelihood import Optimality
-
-TOLERANCE = 1e-3  # nats, for the noise of float32 log-probabilities
 
 
 @torch.no_grad()
@@ -58,8 +56,11 @@ def rejection(
         if from_prior and not parts[0].is_local:
             log_bound = likelihood_bound(model, prompts, joint=True)
             assert log_bound is not None
-        if from_prior and float((parts[-1].log_prior - parts[-1].log_guide).abs().max()) > TOLERANCE:
-            raise ValueError("without log_bound= the proposals must come from the prior; this guide is another law")
+        if from_prior and not parts[-1].from_prior:
+            raise ValueError(
+                "without log_bound= the proposals must come from the prior: this guide is another law, or a scale or mask "
+                "makes another one of the model's prior"
+            )
         masks.append(accept(parts[-1], log_bound))
         accepted, done = torch.cat(masks).sum(0), done + len(masks[-1])  # (B,)
         if int(accepted.min()) >= num_samples:

@@ -95,7 +95,7 @@ def fit(
     base = importance(model, None, batch, **measured)
     reference = base.log_weight.flatten(0, 1)  # (S, B), its mean is the ELBO of the prior
     if reference.shape[1] != len(batch):
-        raise ValueError("fit needs every latent site in the prompt plate; use SequenceELBO with pyro.infer.SVI")
+        raise ValueError("fit needs every site in the prompt plate; use SequenceELBO with pyro.infer.SVI")
     if not bool(torch.isfinite(reference).all()):
         raise ValueError(
             "reverse KL cannot fit a hard constraint: some texts of the prior have probability 0 under the posterior. Draw "
@@ -211,6 +211,9 @@ def _keep_best(
         first, first_se = gain(best.start)
         if all(first - c[2] > 2 * math.hypot(first_se, c[3]) for c in candidates):  # noise must not discard the fit
             candidates = [("start", 0, first, first_se, best.start)]
+        elif len(candidates) > 1:  # the better of two on the same draws looks better than it is
+            name, step, _, _, weights = max(candidates, key=lambda c: c[2])
+            candidates = [(name, step, *gain(weights), weights)]
     except KeyboardInterrupt:
         outcome = "interrupted"
         earlier = ("start", 0, 0.0) if best.step < 0 else ("best", best.step + 1, best.gain)
@@ -254,7 +257,7 @@ def _metrics(particles: Particles, reference: Tensor) -> dict[str, float]:
     n = log_w.numel()
     row = {
         "elbo": float(log_w.mean()),
-        "elbo_se": float((log_w - log_w.mean(0)).std() / math.sqrt(n)),
+        "elbo_se": float(log_w.var(0).mean().sqrt() / math.sqrt(n)),
         "gain": float((log_w - reference).mean()),
         "kl_prior": float((particles.log_guide() - particles.log_prior()).mean()),
     }
