@@ -78,27 +78,27 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
 def fit(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"The posterior: {MODELS}, or FILE.py:NAME.")],
     guide: Annotated[str, typer.Option(help=f"The approximation: {GUIDES}, or FILE.py:NAME.")] = "finetuned",
-    lm: Annotated[str | None, typer.Option(help="A Hugging Face folder or hub name. [default: the LM that ships]")] = None,
+    lm: Annotated[str | None, typer.Option(help="A Hugging Face folder or hub name.", show_default="the LM that ships")] = None,
     reward: Annotated[str, typer.Option(help="vader, length, contains:WORD, or FILE.py:NAME.")] = "vader",
     beta: Annotated[float, typer.Option(help="Temperature of the reward; lower asks for more of it.")] = 0.2,
-    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line, or JSON lines with 'prompt'. "
-                                                 "[default: the model's BOS]")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line, or JSON lines with 'prompt'.",
+                                                 show_default="the model's BOS")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 40,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
-    time_limit: Annotated[float | None, typer.Option(help="Stop fitting after so many seconds. [default: 110, unless "
-                                                     "--max-steps is given]")] = None,
-    particles: Annotated[int | None, typer.Option(help="Texts drawn for each prompt and step. [default: 128 with one "
-                                                  "prompt, 8 with many]")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Stop fitting after so many seconds.",
+                                                     show_default="110, unless --max-steps is given")] = None,
+    particles: Annotated[int | None, typer.Option(help="Texts drawn for each prompt and step.",
+                                                  show_default="128 with one prompt, 8 with many")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts a step.")] = 16,
-    learning_rate: Annotated[float | None, typer.Option(help="Adam's, at its peak. [default: found by how "
-                                                        "far a step moves the guide]")] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Where the run folder is written. [default: runs/, by model "
-                                                    "and time]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Adam's, at its peak.",
+                                                        show_default="found by how far a step moves the guide")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Where the run folder is written.",
+                                                    show_default="runs/, by model and time")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: CUDA where there is one]")] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Draws for each prompt when measuring. [default: 4096, fewer "
-                                                    "with many prompts]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="CUDA where there is one")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Draws for each prompt when measuring.",
+                                                    show_default="4096, fewer with many prompts")] = None,
     traceback: Traceback = False,
 ) -> None:  # fmt: skip
     """Fit a guide to the posterior, measure how close it came, and write a run folder."""
@@ -111,6 +111,8 @@ def fit(
         output_dir = Path("runs") / f"{model.rpartition(':')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
     with _errors(traceback):
         texts, columns = read_prompts(prompts)
+        if particles is not None and particles < 2:
+            raise ValueError(f"particles={particles}; give at least 2")
         settings = folder.Settings(
             model=_absolute(model), guide=_absolute(guide), reward=_absolute(reward), beta=beta,
             lm=str(Path(lm).resolve()) if lm is not None and Path(lm).is_dir() else lm,
@@ -129,7 +131,7 @@ def sample(
     sampler: Annotated[str, typer.Option(help="importance: the guide's draws, each with its log weight; rejection: exact "
                                          "posterior draws, from prior draws and the reward's bound.")] = "importance",
     num_samples: NumSamples = 10,
-    guide: Annotated[str | None, typer.Option(help="With MODEL: what proposes. [default: prior]")] = None,
+    guide: Annotated[str | None, typer.Option(help="With MODEL: what proposes.", show_default="prior")] = None,
     lm: Annotated[str | None, typer.Option(help="With MODEL, as for fit; likewise the next three.")] = None,
     reward: Annotated[str | None, typer.Option()] = None,
     beta: Annotated[float | None, typer.Option()] = None,
@@ -166,7 +168,7 @@ def sample(
 @app.command()
 def diagnose(
     run: RunFolder,
-    num_samples: Annotated[int | None, typer.Option(help="Draws for each prompt. [default: as for fit]")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Draws for each prompt.", show_default="as for fit")] = None,
     prompts: OtherPrompts = None,
     seed: Annotated[int, typer.Option()] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print diagnosis.json instead of tables.")] = False,
@@ -222,7 +224,10 @@ def read_prompts(path: Path | None) -> tuple[list[Any], dict[str, list[Any]]]:
         except ValueError as error:
             raise ValueError(f"prompts={str(path)!r}, line {number} is not JSON: {error}") from None
         if not isinstance(rows[-1], dict) or "prompt" not in rows[-1] or rows[-1].keys() != rows[0].keys():
-            raise ValueError(f"prompts={str(path)!r}, line {number}: each line needs 'prompt' and the same keys")
+            given = ", ".join(rows[-1]) if isinstance(rows[-1], dict) else f"{type(rows[-1]).__name__}, no keys"
+            raise ValueError(
+                f"prompts={str(path)!r}, line {number} has {given}; each line needs 'prompt', and the keys of the first line"
+            )
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     return columns.pop("prompt"), columns
 

@@ -188,7 +188,7 @@ BAD = {
     "missing lm": (["fit", "tilted", "--lm", "/"], "has no config.json"),
     "beta": (["fit", "tilted", "--beta", "0"], "beta=0.0"),
     "learning rate": (["fit", "tilted", "--learning-rate", "-1"], "learning_rate=-1.0"),
-    "particles": (["fit", "tilted", "--particles", "1"], "num_particles=1"),
+    "particles": (["fit", "tilted", "--particles", "1"], "particles=1; give at least 2"),
     "max steps": (["fit", "tilted", "--max-steps", "0"], "max_steps=0"),
     "time limit": (["fit", "tilted", "--time-limit", "0"], "time_limit=0.0"),
     "batch size": (["fit", "tilted", "--batch-size", "0"], "batch_size=0"),

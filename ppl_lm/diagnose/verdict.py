@@ -52,7 +52,9 @@ def judge(
     distance = f"KL(guide ‖ posterior) is {kl_q_p:.2f} ± {kl_q_p_se:.2f} nats, KL(posterior ‖ guide) {kl_p_q:.2f}; the "
     distance += f"prior was {kl_prior_p:.2f} nats away"
     if bound <= max(GOOD_SHARE * kl_prior_p, GOOD_NATS) and kl_p_q <= max(2 * GOOD_SHARE * kl_prior_p, 2 * GOOD_NATS):
-        return Verdict("good", f"{distance}. Close: use its draws as they are, or weighted for exactness.{tail}")
+        use = "use its draws as they are, " + ("but not weighted." if tail else "or weighted for exactness.")
+        return Verdict("good", f"{distance}. Close: {use}{tail}")
     return Verdict(
-        "poor", f"{distance}. Still some way off: weight its draws, fit longer, or raise the particles.{tail}"
+        "poor",
+        f"{distance}. Still some way off: {'' if tail else 'weight its draws, '}fit longer, or raise the particles.{tail}",
     )

@@ -28,9 +28,6 @@ def fit_and_measure(
     if num_samples is not None:
         require_enough(num_samples)
     programs = folder.build(settings)
-    out.print(
-        f"posterior {settings.model}, guide {settings.guide}, {len(programs.prompts)} prompt(s); fitting", markup=False
-    )
     with _Log(path, settings, programs, out) as log:
         fitted = fit_guide(
             programs.model,
@@ -52,6 +49,7 @@ def fit_and_measure(
     folder.write_json(path / "fit.json", record)
     out.print(_told(fitted), markup=False)
     if fitted.outcome != "interrupted":
+        out.print("measuring", markup=False)
         measure(programs, path, num_samples, out)
     out.print(f"written: {path}", markup=False)
     return fitted.outcome
@@ -176,6 +174,8 @@ class _Log:
             folder.require_savable(self.programs.model, self.programs.guide)
             folder.claim(self.path)
             folder.write_settings(self.path, self.settings)
+            of = f"posterior {self.settings.model}, guide {self.settings.guide}, {len(self.programs.prompts)} prompt(s)"
+            self.out.print(f"{of}; fitting", markup=False)
             self.file = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
         known = {k: v if math.isfinite(v) else None for k, v in row.items()}
         self.file.write(json.dumps(known) + "\n")

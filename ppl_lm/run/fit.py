@@ -72,8 +72,8 @@ def fit(
     :param batch_size: prompts a step.
     :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run. None: found in
         the warm-up by how far a step moves the guide; see `ppl_lm.run.rate`.
-    :param clip: largest norm of the gradient, in multiples of its median over the last `WINDOW` steps. A norm below the
-        usual one would weaken just those steps that unlearn a rare bad text, and with it bias where the fit ends.
+    :param clip: largest norm of the gradient, in multiples of its median over the last `WINDOW` steps. A limit near the
+        usual norm would clip just the steps that unlearn a rare bad text, and bias where the fit ends.
     :param max_steps: steps; `time_limit`: seconds. At least one of them; whichever comes first.
     :param on_step: called with each step's metrics.
     :param on_fault: called when a step after the first fails (a reward, say), before the error is raised again, with

@@ -66,7 +66,9 @@ def build(settings: Settings, fitted: Path | None = None) -> Programs:
         try:
             torch.empty(0, device=settings.device)
         except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: by device and build
-            raise ValueError(f"device={settings.device!r} cannot be used here: {error}") from None
+            raise ValueError(
+                f"device={settings.device!r} cannot be used here; give cpu, or cuda where there is one: {error}"
+            ) from None
     load: Any = {} if settings.lm is None else {"name_or_folder": settings.lm}
     prior = LanguageModel.from_pretrained(**load, max_new_tokens=settings.max_new_tokens, device=settings.device)
     network = None
