@@ -271,13 +271,21 @@ def test_worse_than_prior_is_said_and_fails(tmp_path):
 def test_ctrl_c_writes_the_best_guide(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "ppl_lm", "fit", "tilted", "--time-limit", "300", "--particles", "8"]
-    process = subprocess.Popen([*command, "--output-dir", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not (out / "metrics.jsonl").exists():
-        time.sleep(0.2)
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=120)[0].decode()
+    process = subprocess.Popen(
+        [*command, "--output-dir", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    try:
+        until = time.monotonic() + 120
+        while time.monotonic() < until and not (out / "metrics.jsonl").exists():
+            time.sleep(0.2)
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=120)[0].decode()
+    finally:
+        process.kill()
     assert process.returncode == 130, output
     assert "interrupted" in output and "Traceback" not in output
     assert json.loads((out / "fit.json").read_text())["outcome"] == "interrupted"
