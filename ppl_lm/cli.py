@@ -1,6 +1,8 @@
 """`ppl-lm fit | sample | diagnose`: the command line."""
 
+import io
 import json
+import sys
 import time
 import traceback as tracebacks
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ppl_lm.named import is_file, shipped, user_files
+from ppl_lm.named import is_file, shipped, split, user_files
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 out = Console(highlight=False, soft_wrap=False)
@@ -34,7 +36,7 @@ def _errors(traceback: bool) -> Iterator[None]:
     """One clear message and exit status 2 for whatever the user can mend."""
     try:
         yield
-    except typer.Exit:
+    except (typer.Exit, BrokenPipeError):  # of `... | head`: typer ends quietly
         raise
     except Exception as error:  # whatever a user's program, reward or model raises
         if traceback:
@@ -50,13 +52,14 @@ def _message(error: BaseException) -> str:
     """What an error says, without the shapes of every site that Pyro adds below it; and where in the user's own file it
     arose, if it did."""
     message = str(error).partition("\nTrace Shapes:")[0].strip() or type(error).__name__
+    message = "; ".join([message, *getattr(error, "__notes__", [])])
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     for cause in reversed(chain):  # the innermost is where it arose
         for frame in reversed(tracebacks.extract_tb(cause.__traceback__)):
             if frame.filename in user_files:
-                kind = "" if isinstance(cause, ValueError) or type(cause).__name__ in message else type(cause).__name__
+                kind = "" if isinstance(error, ValueError) or type(error).__name__ in message else type(error).__name__
                 return f"{kind}{kind and ': '}{message} ({frame.filename}, line {frame.lineno}, in {frame.name})"
     return message
 
@@ -162,7 +165,8 @@ def sample(
             settings, fitted = replace(settings, guide="prior"), None
         programs = folder.build(_with_prompts(settings, prompts), fitted)
         torch.manual_seed(seed)
-        draw(programs, sampler, num_samples, None if as_json else out)
+        proposal = None if fitted is None and guide is None else programs.guide
+        draw(programs.model, proposal, programs.prompts, sampler, num_samples, None if as_json else out)
 
 
 @app.command()
@@ -193,8 +197,8 @@ def diagnose(
 
 def _absolute(spec: str) -> str:
     """`path/to/file.py:name` with its whole path, so that the run is read from anywhere; names as they are."""
-    path, _, name = spec.rpartition(":")
-    return f"{Path(path).resolve()}:{name}" if Path(path).is_file() else spec
+    path, name = split(spec)
+    return f"{Path(path).resolve()}:{name}" if is_file(spec) and Path(path).is_file() else spec
 
 
 def _with_prompts(settings: Any, path: Path | None) -> Any:
@@ -212,7 +216,7 @@ def read_prompts(path: Path | None) -> tuple[list[Any], dict[str, list[Any]]]:
         return [""], {}
     if not path.is_file():
         raise ValueError(f"prompts={str(path)!r}: there is no such file")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip("\r") for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"prompts={str(path)!r} is empty; give one prompt a line")
     if path.suffix not in (".jsonl", ".json"):
@@ -233,6 +237,9 @@ def read_prompts(path: Path | None) -> tuple[list[Any], dict[str, list[Any]]]:
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):  # Windows' consoles and pipes may not know every character
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app(prog_name="ppl-lm")
 
 

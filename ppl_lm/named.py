@@ -35,7 +35,7 @@ def split(spec: str) -> tuple[str, str]:
 
 
 def from_file(spec: str, what: str) -> Callable[..., Any]:
-    """The function `name` of `path/to/file.py:name`. The file may import its neighbours, as a script may.
+    """The function `name` of `path/to/file.py:name`. The file may import its neighbours as it is run, not later.
 
     :param what: "model", "guide" or "reward", for the messages.
     :raises ValueError: if the file or its function is missing, or running the file fails."""
@@ -45,7 +45,7 @@ def from_file(spec: str, what: str) -> Callable[..., Any]:
     file = Path(path).resolve()
     try:
         module = _module(str(file), file.stat().st_mtime_ns)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{what} {spec!r}: {path} raised {type(error).__name__}: {error}") from error
     function = getattr(module, name, None) if name else None
     if not callable(function):
@@ -65,15 +65,9 @@ def _module(path: str, version: int) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
-    folder = str(Path(path).parent)
-    if folder in sys.path:
-        sys.path.remove(folder)
-    sys.path.insert(0, folder)
-    folders = {str(Path(file).parent) for file in user_files}
-    for other, loaded in list(sys.modules.items()):  # neighbours of the same name, of another file or edited since
-        where = getattr(loaded, "__file__", None)
-        if where and str(Path(where).parent) in folders and where not in user_files:
-            del sys.modules[other]
+    folder = Path(path).parent
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
     user_files.add(path)
     sys.modules[spec.name] = module  # dataclasses and pickling look a module up by its name
     try:
@@ -81,4 +75,10 @@ def _module(path: str, version: int) -> ModuleType:
     except BaseException:
         del sys.modules[spec.name]
         raise
+    finally:
+        sys.path.remove(str(folder))
+        for new in set(sys.modules) - before - {spec.name}:  # another file may have neighbours of the same names
+            where = getattr(sys.modules[new], "__file__", None)
+            if where and Path(where).is_relative_to(folder):
+                del sys.modules[new]
     return module

@@ -6,13 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import arviz as az
 import pytest
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from ppl_lm.cli import app
+from ppl_lm.cli import app, read_prompts
+from ppl_lm.named import from_file
+from ppl_lm.run.command import told
+from ppl_lm.run.fit import Fit
+from ppl_lm.run.folder import claim, read_settings
 
 runner = CliRunner()
 QUICK = ["--max-steps", "3", "--particles", "8", "--num-samples", "256", "--max-new-tokens", "16"]
@@ -116,8 +121,67 @@ def test_a_program_imports_its_neighbour_and_errors_name_its_line(tmp_path, monk
     result = call("sample", f"{tmp_path}/mine.py:model", "--reward", f"{tmp_path}/judge/mine.py:reward")
     text = re.sub(r"\s+", " ", result.output)
     assert result.exit_code == 2 and "judge/mine.py, line 3, in reward)" in text, text
+    broken = tmp_path / "judge" / "broken.py"
+    broken.write_text("def reward(completions, **_):\n    raise TypeError('tired')\n")
+    text = call("sample", "tilted", "--reward", f"{broken}:reward").output
+    assert text.count("TypeError") == 1 and "line 2, in reward" in text, text
     result = call("fit", f"{tmp_path}/mine.py", "--output-dir", tmp_path / "out")
     assert result.exit_code == 2 and "with one of broken, model" in re.sub(r"\s+", " ", result.output)
+
+
+def test_files_with_neighbours_of_the_same_name(tmp_path):
+    """Modules and packages of one folder are never those of another; a file that exits is an error like any other."""
+    for name in ("one", "two"):
+        (tmp_path / name / "util").mkdir(parents=True)
+        (tmp_path / name / "util" / "__init__.py").write_text("from util.words import WORD\n")
+        (tmp_path / name / "util" / "words.py").write_text(f"WORD = {name!r}\n")
+        (tmp_path / name / "r.py").write_text("from util import WORD\ndef word():\n    return WORD\n")
+    found = [from_file(f"{tmp_path}/{name}/r.py:word", "reward")() for name in ("one", "two")]
+    assert found == ["one", "two"]
+    assert "util" not in sys.modules and not any(str(tmp_path) in path for path in sys.path)
+    (tmp_path / "quits.py").write_text("raise SystemExit(3)\n")
+    with pytest.raises(ValueError, match="quits.py raised SystemExit: 3"):
+        from_file(f"{tmp_path}/quits.py:word", "reward")
+
+
+def test_prompts_are_the_lines_that_an_editor_shows(tmp_path):
+    """A byte-order mark is no part of the first prompt; U+2028 and form feeds end no line."""
+    (tmp_path / "p.txt").write_bytes("One\u2028two\x0cthree\r\nfour\n".encode("utf-8-sig"))
+    assert read_prompts(tmp_path / "p.txt") == (["One\u2028two\x0cthree", "four"], {})
+    (tmp_path / "p.jsonl").write_bytes('{"prompt": "a\u2028b"}\n'.encode("utf-8-sig"))
+    assert read_prompts(tmp_path / "p.jsonl") == (["a\u2028b"], {})
+
+
+def test_a_run_is_read_on_another_machine_and_never_emptied_by_accident(run, tmp_path):
+    folder, _ = run
+    made = json.loads((folder / "config.json").read_text())
+    made["settings"]["device"] = "teapot"
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(made))
+    assert read_settings(tmp_path / "copy").device is None
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        claim(tmp_path / "copy", overwrite=False)  # which another process made after this one looked
+    inside = ("fit", "tilted", *QUICK, "--lm", folder / "guide", "--output-dir", folder, "--overwrite")
+    result = call(*inside)
+    assert result.exit_code == 2 and "would be emptied" in re.sub(r"\s+", " ", result.output)
+    assert (folder / "guide").is_dir()
+
+
+def test_a_text_site_may_have_any_name(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import pyro\n"
+        "def model(prompts, prior):\n"
+        "    with pyro.plate('prompts', len(prompts)):\n"
+        "        pyro.sample('story', prior(prompts))\n"
+    )
+    result = call("sample", f"{tmp_path}/mine.py:model", "--num-samples", 2, "--json")
+    assert result.exit_code == 0 and len(result.stdout.splitlines()) == 2, result.output
+
+
+def test_a_reader_that_stops_is_no_error(run):
+    command = f"{sys.executable} -m ppl_lm sample {run[0]} --num-samples 3000 --json | head -1"
+    ran = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert ran.stdout.startswith("{") and ran.stderr == ""
 
 
 def test_a_second_fit_must_say_overwrite_and_the_same_seed_repeats_it(run, tmp_path):
@@ -265,6 +329,15 @@ def test_worse_than_prior_is_said_and_fails(tmp_path):
     assert made["elbo_gain"] > -3 * made["elbo_gain_se"], "the guide that was kept is worse than the prior"
     again = call("diagnose", out, "--num-samples", 256, "--json")
     assert json.loads(again.stdout)["verdict"] == "worse_than_prior"
+
+
+def test_the_outcome_in_words():
+    """A diverged fit may have come close before: it is not called worse than the prior."""
+    made = Fit("diverged", "best", 30, 44, 9.0, 1.25, 0.05, -4.0, 0.1)
+    assert "a gradient was not finite" in told(made) and "that of step 30, ELBO +1.25" in told(made)
+    assert "further from the posterior" not in told(made)
+    assert "further from the posterior" in told(replace(made, outcome="worse_than_prior"))
+    assert told(replace(made, outcome="finished")).startswith("fitted after 44 steps")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")

@@ -262,6 +262,27 @@ def test_a_late_fault_restores_the_best_and_is_raised(problem):
     assert faults == ["start", "best"]
 
 
+def test_a_guide_that_cannot_be_saved_does_not_hide_the_fault(problem):
+    _, _, start = problem
+    calls = []
+
+    def breaks(completions, **_):
+        calls.append(1)
+        return [math.nan if len(calls) > 4 else 1.0] * len(completions)
+
+    def full(kept):
+        raise OSError("the disk is full")
+
+    with pytest.raises(ValueError, match="nan") as raised:
+        fit(bind(tilted, start.lm, reward=breaks), bind(finetuned, start.lm.copy()), [""], max_steps=9, on_fault=full)
+    assert "the disk is full" in raised.value.__notes__[0]
+
+
+def test_at_least_one_step_is_made(problem):
+    target, guide, _ = problem
+    assert fit(target, guide, [""], time_limit=1e-6, num_particles=8).steps == 1
+
+
 def test_rewards_that_are_all_equal_leave_the_prior_alone(problem):
     _, _, start = problem
     lm = start.lm

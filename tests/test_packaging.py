@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ORDER = ["named", "embedded", "lm", "likelihood", "infer", "diagnose", "run", "cli"]
 PROGRAMS = [p for folder in ("models", "guides") for p in sorted((ROOT / folder).glob("[!_]*.py"))]
-LIBRARY = [p for layer in ORDER for p in sorted((ROOT / "ppl_lm").glob(f"{layer}/**/*.py"))] + [ROOT / "ppl_lm/cli.py"]
+LIBRARY = sorted((ROOT / "ppl_lm").glob("[!_]*.py")) + sorted((ROOT / "ppl_lm").glob("*/**/*.py"))
 
 
 def own_imports(path: Path) -> set[str]:

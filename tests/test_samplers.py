@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from scipy import stats
 
-from ppl_lm.diagnose import to_arviz
+from ppl_lm.diagnose import diagnose, to_arviz
 from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer import NoSupportError, bind, exact, importance, rejection, score
 from ppl_lm.infer.rejection import accept, likelihood_bound, select
@@ -353,6 +353,80 @@ def test_evidence_shared_by_prompts_makes_one_joint_weight():
     assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / 2000)
     with pytest.raises(ValueError, match="'agree' lies outside the prompt plate"):
         exact(target, None, texts)
+
+
+def test_diagnose_bounds_a_joint_weight_by_all_prompts():
+    """Each prompt's own bound, 2 nats, would be exceeded by the joint weight's 6."""
+    lm = table_lm(3, 2, concentration=1.0)
+    target, texts = bind(answers, lm, reward=capped), ["", "", ""]
+
+    @poutine.block(hide=["good"])
+    def guide(prompts):
+        answers(prompts, lm, lambda _, x: torch.zeros(x.shape[:-1]))
+
+    made = diagnose(target, guide, texts, num_samples=4000, max_plate_nesting=2)
+    rows = oracle.outcomes(3, 2, 2)
+    good = torch.tensor(capped(lm.vocabulary.decode(oracle.as_tensor(rows, 2, 2))), dtype=torch.float64)
+    q = oracle.log_probs(lm.model.table, tuple(lm.vocabulary.encode("")), rows).exp()
+    log_z = math.log(0.3 * float((q * good.exp()).sum()) ** 6 + 0.7)
+    average = made.average
+    assert average["upper_exact"] and abs(average["log_z"] - log_z) < 4 * average["log_z_se"] < 0.2
+    kl = log_z - 0.3 * 6 * float((q * good).sum())
+    assert abs(average["kl_q_p"] - kl) < 4 * average["kl_q_p_se"] < 0.3
+
+
+def test_a_masked_site_is_bounded_by_one():
+    """Where the mask is False the factor is 1, which a bound below 0 does not hold for."""
+    lm = table_lm(3, 2, max_prompt=2, concentration=1.0)
+
+    def half(prompts, prior, reward):
+        with pyro.plate("prompts", len(prompts)), poutine.mask(mask=torch.tensor([True, False])):
+            x = pyro.sample("x", prior(prompts).mask(True))
+            pyro.sample("o", Optimality(reward(prompts, x) - 5.0), obs=torch.ones(1), infer={"log_bound": -1.0})
+
+    assert likelihood_bound(bind(half, lm, reward=letters), ["", "b"]) == 0.0
+
+
+def test_a_guides_own_plate_at_the_prompts_dim_is_refused():
+    """Its three values would be taken for three prompts."""
+    lm = table_lm(3, 2, concentration=1.0)
+
+    def model(prompts, prior, reward):
+        with pyro.plate("topics", 3):
+            pyro.sample("topic", dist.Bernoulli(torch.full((3,), 0.3).double()))
+        with pyro.plate("prompts", len(prompts)):
+            r = reward(prompts, pyro.sample("x", prior(prompts)))
+            pyro.sample("o", Optimality(r), obs=torch.ones_like(r))
+
+    target = bind(model, lm, reward=letters)
+    for texts in ([""], ["", ""], ["", "", ""]):
+        with pytest.raises(ValueError, match="'topic' lies in the plate 'topics' at dim -1, which is the prompts'"):
+            importance(target, None, texts, num_samples=5)
+
+
+def test_more_prompts_than_rows_are_drawn_once():
+    lm = table_lm(3, 2, concentration=1.0)
+    draws = importance(bind(tilted, lm, reward=letters), None, [""] * 1500, num_samples=4)
+    assert draws.cost.reward_calls == 4 * 1500 and draws.log_weight.shape == (1, 4, 1500)
+
+
+def test_rejection_holds_the_values_of_what_is_kept_only(monkeypatch):
+    """At an acceptance of one in a thousand the proposals' texts would fill the memory."""
+    lm = table_lm(V, 4, concentration=1.0, seed=3)
+    target = bind(tilted, lm, reward=capped, beta=0.5)
+    sizes = []
+    whole = sys.modules["ppl_lm.infer.rejection"].concatenate
+
+    def spy(parts):
+        sizes.extend((len(p.latents), p.num_samples) for p in parts)
+        return whole(parts)
+
+    monkeypatch.setattr(sys.modules["ppl_lm.infer.rejection"], "concatenate", spy)
+    kept = rejection(target, None, [""], num_samples=3000)
+    held = sum(n for latents, n in sizes if latents)
+    accepted = kept.proposals.log_weight.exp().mean() / math.exp(2)
+    assert held == pytest.approx(float(accepted) * kept.proposals.num_samples, rel=0.1) and kept["x"].shape[1] == 3000
+    assert kept.proposals.latents == {} and kept.proposals.log_prior.shape[1] == kept.proposals.num_samples
 
 
 def test_exact_refuses_inner_plates():

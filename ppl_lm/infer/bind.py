@@ -99,8 +99,8 @@ def bind(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Bound:
 
     Networks among the arguments, also in lists and dictionaries, become submodules; their trainable weights are
     registered in Pyro's parameter store under a name that no other bind uses, and leave the store with the module:
-    running a notebook cell twice trains two guides. Functions that take `completions` become `Reward`s. Prompts may be
-    given as strings, chats, a dataset or `Prompts`.
+    running a notebook cell twice trains two guides. Functions that take `completions`, or any keyword, become `Reward`s.
+    Prompts may be given as strings, chats, a dataset or `Prompts`.
 
     >>> target = bind(tilted, prior, reward=ppl_lm.rewards.vader, beta=0.2)   # doctest: +SKIP
     """

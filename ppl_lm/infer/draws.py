@@ -63,9 +63,10 @@ class Draws:
         """Whether each prompt has a weight of its own; otherwise only their joint weight exists."""
         return self.log_guide.shape[-1] == len(self.prompts)
 
-    def text(self, name: str = "x") -> list[list[str]]:
-        """Completions as text: one list a prompt, of all its draws, chains one after the other; of all the texts of
-        each draw where an inner plate holds several."""
+    def text(self, name: str | None = None) -> list[list[str]]:
+        """Completions of the site `name` (None: `x`, or the first that is text), as text: one list a prompt, of all its
+        draws, chains one after the other; of all the texts of each draw where an inner plate holds several."""
+        name = name or ("x" if "x" in self.texts or not self.texts else self.texts[0])
         x = self.latents[name].flatten(0, 1).transpose(0, 1)  # (B, C·S, *inner, T)
         return [self.prompts.decode(rows.flatten(0, -2)) for rows in x]
 

@@ -34,7 +34,7 @@ def importance(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; give at least 1")
-    size = max(1, ROWS // max(1, len(prompts)))
+    size = max(2, ROWS // max(1, len(prompts)))
     counts = [min(size, num_samples - done) for done in range(0, num_samples, size)]
     parts = []
     for n in counts:
@@ -74,6 +74,13 @@ def _once(model: Any, guide: Any, prompts: Any, n: int, nesting: int) -> Draws:
     if plate is not None:
         raise ValueError(f"plate {plate!r} subsamples: draws need all prompts at once; give fewer prompts instead")
     size = len(p.prompts)
+    for name, site in p.guide_sites.items():
+        here = {f.name for f in site["cond_indep_stack"] if f.dim == -1}
+        if here and not here & p.prompt_plates:
+            raise ValueError(
+                f"site {name!r} lies in the plate {next(iter(here))!r} at dim -1, which is the prompts'; draws need it at "
+                "another dim, or as one site with .to_event(1)"
+            )
 
     def record(v: Tensor) -> Tensor | None:  # (1, n, B), or None where it is not one number a text
         fits = v.dim() <= 2 and all(a in (1, b) for a, b in zip(v.shape[::-1], (size, n), strict=False))

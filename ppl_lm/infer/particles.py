@@ -89,6 +89,13 @@ class Particles:
         return by_prompt(terms, self.count, len(self.prompts) if self.is_local else 1)
 
     @property
+    def prompt_plates(self) -> set[str]:
+        """Names of the plate of the prompts, in guide and model."""
+        name = self._first_text()["name"]
+        sites = (self.guide_sites[name], self.model_sites[name])
+        return {f.name for site in sites for f in site["cond_indep_stack"] if f.dim == -1}
+
+    @property
     def is_local(self) -> bool:
         """Whether every site lies in the prompt plate, so that each prompt has a weight of its own."""
         name = self._first_text()["name"]

@@ -46,28 +46,34 @@ def rejection(
                 "rejection needs a bound of the weights: declare the reward's r_max, or pass log_bound= (nats), "
                 "or use importance(), which needs none"
             )
-    parts: list[Draws] = []
+    proposals: list[Draws] = []
+    kept: list[Draws] = []  # of the proposals, those that some prompt accepts: the values of the others need no memory
     masks: list[Tensor] = []
+    done, accepted = 0, torch.zeros(1, dtype=torch.long)
     size = max(1, ROWS // max(1, len(prompts)))
     while True:
-        done = sum(len(m) for m in masks)
         n = min(size, max_proposals - done)
-        parts.append(importance(model, guide, prompts, num_samples=n, max_plate_nesting=max_plate_nesting))
-        if from_prior and not parts[0].is_local:
+        part = importance(model, guide, prompts, num_samples=n, max_plate_nesting=max_plate_nesting)
+        if from_prior and not proposals and not part.is_local:
             log_bound = likelihood_bound(model, prompts, joint=True)
             assert log_bound is not None
-        if from_prior and not parts[-1].from_prior:
+        if from_prior and not part.from_prior:
             raise ValueError(
                 "without log_bound= the proposals must come from the prior: this guide is another law, or a scale or mask "
                 "makes another one of the model's prior"
             )
-        masks.append(accept(parts[-1], log_bound))
-        accepted, done = torch.cat(masks).sum(0), done + len(masks[-1])  # (B,)
+        mask = accept(part, log_bound)  # (n, B)
+        rows = mask.any(1)
+        proposals.append(replace(part, latents={}))
+        kept.append(part.map(lambda v, rows=rows: v[:, rows]))
+        masks.append(mask[rows])
+        done, accepted = done + n, accepted + mask.cpu().sum(0)
         if int(accepted.min()) >= num_samples:
-            return select(concatenate(parts), torch.cat(masks), num_samples)
+            made = select(concatenate(kept), torch.cat(masks), num_samples)
+            return replace(made, proposals=concatenate(proposals))
         if done >= max_proposals:
             worst = int(accepted.argmin())
-            best = max(float(part.log_weight[..., worst].max()) for part in parts)
+            best = max(float(part.log_weight[..., worst].max()) for part in proposals)
             raise NoSupportError(
                 f"prompt {worst}: {int(accepted[worst])} of {done} proposals were accepted, {num_samples} are needed "
                 f"(the best log weight seen is {best:.2f} nats, the bound {log_bound:.2f}); raise max_proposals, or use "
@@ -117,6 +123,8 @@ def likelihood_bound(model: Callable[..., Any], prompts: Any, joint: bool = Fals
             bound = site["fn"].log_bound
         if bound is None:
             return None
+        if site["mask"] is not None:  # where it is False the site's factor is 1
+            bound = max(float(bound), 0.0)
         copies = prod(f.size for f in site["cond_indep_stack"] if f.vectorized and (joint or f.dim != -1))
         total += float(bound) * copies * float(site["scale"])
     return total

@@ -12,7 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ppl_lm.diagnose import diagnose, show, to_arviz
 from ppl_lm.diagnose.summary import require_enough
-from ppl_lm.infer import importance, rejection
+from ppl_lm.infer import Bound, importance, rejection
+from ppl_lm.lm import Prompts
 from ppl_lm.run import folder
 from ppl_lm.run.fit import Fit
 from ppl_lm.run.fit import fit as fit_guide
@@ -25,10 +26,13 @@ def fit_and_measure(
 
     Nothing is written before the first step has succeeded."""
     folder.require_free(path, overwrite)
+    lm = Path(settings.lm or "")
+    if settings.lm and lm.is_dir() and lm.resolve().is_relative_to(path.resolve()):
+        raise ValueError(f"lm={settings.lm!r} lies in output-dir={str(path)!r}, which would be emptied; give another")
     if num_samples is not None:
         require_enough(num_samples)
     programs = folder.build(settings)
-    with _Log(path, settings, programs, out) as log:
+    with _Log(path, settings, programs, out, overwrite) as log:
         fitted = fit_guide(
             programs.model,
             programs.guide,
@@ -42,12 +46,14 @@ def fit_and_measure(
             on_step=log.step,
             on_fault=lambda kept: _save_fault(path, programs, kept) if log.file is not None else None,
         )
-    if not fitted.metrics:
-        raise KeyboardInterrupt  # before the first step: there is nothing to write
+    if log.file is None:  # before the first step: there is nothing to write
+        if fitted.outcome == "diverged":
+            raise ValueError("the first step's gradient is not finite; is the reward, or beta, of a sensible size?")
+        raise KeyboardInterrupt
     folder.save_guide(path, programs.guide, programs.prompts)
     record = {k: v for k, v in asdict(fitted).items() if k != "metrics"}
     folder.write_json(path / "fit.json", record)
-    out.print(_told(fitted), markup=False)
+    out.print(told(fitted), markup=False)
     if fitted.outcome != "interrupted":
         out.print("measuring", markup=False)
         measure(programs, path, num_samples, out)
@@ -66,15 +72,15 @@ def measure(
         num_samples = max(512, min(4096, 16384 // len(programs.prompts)))
     made = diagnose(programs.model, programs.guide, programs.prompts, num_samples)
     record = made.as_json()
-    told = None
+    sentence = None
     if (path / "fit.json").is_file():
         fitted = json.loads((path / "fit.json").read_text())
         record |= {"outcome": fitted["outcome"], "kept": fitted["kept"]}
-        if fitted["outcome"] in ("worse_than_prior", "diverged"):
+        if fitted["outcome"] == "worse_than_prior":
             whole: Any = {k: math.nan if v is None else v for k, v in fitted.items()}
-            told = _told(Fit(**whole))
+            sentence = told(Fit(**whole))
             record |= {"kept_verdict": record["verdict"], "verdict": "worse_than_prior"}
-            record["sentence"] = f"{told} Of the guide that was kept: {record['sentence']}"
+            record["sentence"] = f"{sentence} Of the guide that was kept: {record['sentence']}"
     folder.write_json(path / f"diagnosis{suffix}.json", record)
     folder.save_draws(path / f"draws{suffix}.nc", to_arviz(made.guide))
     first = (made.prior.of_prompt(0), made.guide.of_prompt(0), made.exact[0])
@@ -88,22 +94,25 @@ def measure(
                 markup=False,
             )
     out.print(show.figures(made.average, "average over prompts" if len(made.figures) > 1 else "how close"))
-    out.print(told or show.verdict(made))
+    out.print(sentence or show.verdict(made))
     return record
 
 
-def draw(programs: folder.Programs, sampler: str, num_samples: int, out: Console | None) -> None:
+def draw(
+    model: Bound, guide: Bound | None, prompts: Prompts, sampler: str, num_samples: int, out: Console | None
+) -> None:
     """Prints draws by `importance` from the guide, or by `rejection` exact ones of the posterior.
 
+    :param guide: None draws from the model's own prior.
     :param out: None prints one JSON object a line instead."""
     if sampler not in ("importance", "rejection"):
         raise ValueError(f"sampler={sampler!r} is unknown; give importance or rejection")
     if sampler == "rejection":
-        draws = rejection(programs.model, None, programs.prompts, num_samples=num_samples)
+        draws = rejection(model, None, prompts, num_samples=num_samples)
         assert draws.proposals is not None
         how = f"exact posterior draws, from {draws.proposals.num_samples} proposals of the prior for each prompt"
     else:
-        draws = importance(programs.model, programs.guide, programs.prompts, num_samples=num_samples)
+        draws = importance(model, guide, prompts, num_samples=num_samples)
         how = "the guide's draws, as they come; the log weight (nats) is what makes them the posterior's"
     if out is not None:
         out.print(how, markup=False)
@@ -123,13 +132,18 @@ def draw(programs: folder.Programs, sampler: str, num_samples: int, out: Console
                 out.print(numbers, show.clean(f"{prompt} │ {text}"), soft_wrap=True)
 
 
-def _told(fitted: Fit) -> str:
+def told(fitted: Fit) -> str:
     """The outcome in words."""
     kept = {"last": "the last one", "best": f"that of step {fitted.kept_step}", "start": "the prior itself"}[
         fitted.kept
     ]
     took = f"after {fitted.steps} steps in {fitted.seconds:.0f} s"
-    if fitted.outcome in ("worse_than_prior", "diverged"):
+    if fitted.outcome == "diverged":
+        return (
+            f"diverged: {took} a gradient was not finite. Kept is the best guide seen, {kept}, ELBO {fitted.gain:+.2f} ± "
+            f"{fitted.gain_se:.2f} nats a prompt against the prior. Lower --learning-rate, or raise --particles."
+        )
+    if fitted.outcome == "worse_than_prior":
         lost = (
             "is lost" if not math.isfinite(fitted.last_gain) else f"has an ELBO {fitted.last_gain:+.2f} nats against it"
         )
@@ -152,8 +166,8 @@ def _save_fault(path: Path, programs: folder.Programs, kept: str) -> None:
 class _Log:
     """Writes a line of `metrics.jsonl` and moves the bar, each step; makes the run folder at the first."""
 
-    def __init__(self, path: Path, settings: folder.Settings, programs: folder.Programs, out: Console):
-        self.path, self.settings, self.programs, self.out = path, settings, programs, out
+    def __init__(self, path: Path, settings: folder.Settings, programs: folder.Programs, out: Console, overwrite: bool):
+        self.path, self.settings, self.programs, self.out, self.overwrite = path, settings, programs, out, overwrite
         self.file: Any = None
         self.told = time.monotonic()
         columns = (BarColumn(24), TextColumn("{task.description}"), TimeRemainingColumn())
@@ -172,7 +186,7 @@ class _Log:
     def step(self, row: dict[str, float]) -> None:
         if self.file is None:
             folder.require_savable(self.programs.model, self.programs.guide)
-            folder.claim(self.path)
+            folder.claim(self.path, self.overwrite)
             folder.write_settings(self.path, self.settings)
             of = f"posterior {self.settings.model}, guide {self.settings.guide}, {len(self.programs.prompts)} prompt(s)"
             self.out.print(f"{of}; fitting", markup=False)

@@ -110,7 +110,7 @@ def fit(
     try:
         for step, rows in enumerate(shuffled(len(batch), batch_size, seed or 0)):
             done = _progress(step, time.monotonic() - began, max_steps, time_limit)
-            if done >= 1:
+            if step > 0 and done >= 1:
                 break
             rate = schedule(step, done)
             for group in optimiser.param_groups:
@@ -143,10 +143,13 @@ def fit(
         outcome = "interrupted"
     except DivergedError:
         outcome = "diverged"
-    except Exception:
+    except Exception as error:
         best.load(best.kept)
         if metrics and on_fault is not None:
-            on_fault("start" if best.step < 0 else "best")
+            try:
+                on_fault("start" if best.step < 0 else "best")
+            except Exception as fault:  # must not hide what went wrong first
+                error.add_note(f"the best guide could not be saved: {fault}")
         raise
     return _keep_best(model, guide, batch, reference, best, metrics, outcome, began, measured)
 

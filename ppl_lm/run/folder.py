@@ -93,9 +93,9 @@ def require_free(folder: Path, overwrite: bool = False) -> None:
         raise ValueError(f"output-dir={str(folder)!r} holds an earlier run; give another, or --overwrite it")
 
 
-def claim(folder: Path) -> None:
-    """Makes a run folder, or empties an earlier run's."""
-    require_free(folder, overwrite=True)
+def claim(folder: Path, overwrite: bool) -> None:
+    """Makes a run folder, or empties an earlier run's if that may be overwritten."""
+    require_free(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     names = ("guide", "draws*.nc", "diagnosis*.json", "metrics.jsonl", "fit.json", MARK)
     for path in [path for name in names for path in folder.glob(name)]:
@@ -107,7 +107,7 @@ def read_settings(folder: Path) -> Settings:
     if not _is_run(folder):
         raise ValueError(f"{str(folder)!r} is not a run folder: it has no {MARK} written by ppl-lm fit")
     made = json.loads((folder / MARK).read_text())
-    return Settings(**made["settings"])
+    return Settings(**{**made["settings"], "device": None})  # no property of the posterior: any machine may read it
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
@@ -153,11 +153,9 @@ def save_guide(folder: Path, guide: Bound, probes: Prompts) -> None:
             worst = float((lm(few).log_prob(x) - again(few).log_prob(x)).abs().max())
         if not worst < 1e-3:
             raise ValueError(f"the saved guide scores texts {worst:.2g} nats differently from the one in memory")
-        target = folder / "guide"
-        if target.exists():
-            shutil.rmtree(target)
+        del again  # its file is mapped into memory, which Windows would not rename
         temporary.chmod(0o755)
-        os.replace(temporary, target)
+        os.replace(temporary, folder / "guide")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

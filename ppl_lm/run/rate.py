@@ -18,7 +18,8 @@ TEXTS = 64  # on which a move is measured
 
 
 class Rate:
-    """The learning rate at each step: linear warm-up to a peak, then a cosine to zero over the run.
+    """The learning rate at each step: a warm-up to a peak, linear or at `PROBE` while the peak is sought, then a cosine to
+    zero over the run.
 
     Networks differ by orders of magnitude in how far one step of Adam moves their distribution: KL(before ‖ after) =
     c · rate² nats a text, with c near 1 for a table of logits, 10⁴ to 10⁶ for small language models. If no peak is
