@@ -12,7 +12,8 @@ from ppl_lm.likelihood import Optimality
 def constrained(prompts: Any, prior: Any, constraint: Any) -> Tensor:
     """p(x | prompt, C) ∝ prior(x | prompt) · 1[constraint(prompt, x)]  (pointwise GDC, Khalifa et al. 2021).
 
-    Texts that break the constraint have probability 0, so reverse KL cannot fit it: draw with importance or rejection.
+    Texts that break the constraint have probability 0, so reverse KL cannot fit it: fit with forward KL or
+    another objective that can, or draw with importance or rejection.
 
     :param constraint: a function in a reward's signature that returns yes or no (1 or 0) for each completion.
     """

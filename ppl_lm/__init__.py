@@ -6,15 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ppl_lm.diagnose import Diagnosis, Evidence, ess, log_evidence, psis_khat, to_arviz
-    from ppl_lm.infer import Draws, SequenceELBO, bind, exact, importance, rejection, score
-    from ppl_lm.likelihood import Optimality, Reward, RewardError, RewardTimeout, rewards
+    from ppl_lm.infer import (
+        Draws,
+        SequenceELBO,
+        baselines,
+        bind,
+        exact,
+        importance,
+        objectives,
+        off_policy,
+        rejection,
+        score,
+    )  # fmt: skip
+    from ppl_lm.likelihood import BestOf, Optimality, Reward, RewardError, RewardTimeout, rewards
     from ppl_lm.lm import LanguageModel, Prompts, TokenSequence, batches
     from ppl_lm.run import fit
 
 _HOME = {  # public name -> module; imported when first asked for, so that `import ppl_lm` is cheap
     **dict.fromkeys(("LanguageModel", "Prompts", "TokenSequence", "batches"), "ppl_lm.lm"),
-    **dict.fromkeys(("Optimality", "Reward", "RewardError", "RewardTimeout", "rewards"), "ppl_lm.likelihood"),
+    **dict.fromkeys(("BestOf", "Optimality", "Reward", "RewardError", "RewardTimeout", "rewards"), "ppl_lm.likelihood"),
     **dict.fromkeys(("Draws", "SequenceELBO", "bind", "exact", "importance", "rejection", "score"), "ppl_lm.infer"),
+    **dict.fromkeys(("baselines", "objectives", "off_policy"), "ppl_lm.infer"),
     **dict.fromkeys(("Diagnosis", "Evidence", "ess", "log_evidence", "psis_khat", "to_arviz"), "ppl_lm.diagnose"),
     "fit": "ppl_lm.run",
 }

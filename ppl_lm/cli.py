@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ppl_lm.named import is_file, shipped, split, user_files
+from ppl_lm.named import OBJECTIVES, is_file, shipped, split, user_files
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 out = Console(highlight=False, soft_wrap=False)
@@ -81,6 +81,7 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
 def fit(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"The posterior: {MODELS}, or FILE.py:NAME.")],
     guide: Annotated[str, typer.Option(help=f"The approximation: {GUIDES}, or FILE.py:NAME.")] = "finetuned",
+    objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(OBJECTIVES)}.")] = "reverse_kl",
     lm: Annotated[str | None, typer.Option(help="A Hugging Face folder or hub name.", show_default="the LM that ships")] = None,
     reward: Annotated[str, typer.Option(help="vader, length, contains:WORD, or FILE.py:NAME.")] = "vader",
     beta: Annotated[float, typer.Option(help="Temperature of the reward; lower asks for more of it.")] = 0.2,
@@ -117,7 +118,7 @@ def fit(
         if particles is not None and particles < 2:
             raise ValueError(f"particles={particles}; give at least 2")
         settings = folder.Settings(
-            model=_absolute(model), guide=_absolute(guide), reward=_absolute(reward), beta=beta,
+            model=_absolute(model), guide=_absolute(guide), objective=objective, reward=_absolute(reward), beta=beta,
             lm=str(Path(lm).resolve()) if lm is not None and Path(lm).is_dir() else lm,
             prompts=texts, columns=columns,
             max_new_tokens=max_new_tokens, device=device, seed=seed, batch_size=batch_size,

@@ -12,6 +12,11 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
+OBJECTIVES = (  # those of `ppl_lm.infer.objectives`, whose import is not cheap
+    "reverse_kl", "forward_kl", "jensen_shannon", "total_variation", "chi2", "reverse_chi2", "alpha", "iwae",
+    "trajectory_balance", "vargrad", "subtb", "expected_reward", "grpo",
+)  # fmt: skip
+
 user_files: set[str] = set()  # that were run here: where an error message looks for a line to point at
 
 

@@ -39,6 +39,13 @@ def log_probs(table: Tensor, prompt: tuple[int, ...], rows: list[tuple[int, ...]
     return torch.stack([log_prob(table, prompt, row) for row in rows])
 
 
+def token_log_probs(table: Tensor, prompt: tuple[int, ...], rows: list[tuple[int, ...]]) -> Tensor:
+    """(rows, longest): of each token given those before it, 0 after the last."""
+    steps = max(map(len, rows))
+    each = [[log_prob(table, (*prompt, *row[:t]), row[t : t + 1]) for t in range(steps)] for row in rows]
+    return torch.stack([torch.stack(row) for row in each])
+
+
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * (log_a - log_b)).sum()
 

@@ -261,7 +261,7 @@ BAD = {
     "no tokens": (["fit", "tilted", "--max-new-tokens", "0"], "max_new_tokens=0"),
     "nothing to train": (["fit", "tilted", "--guide", "prior"], "nothing to train"),
     "table too big": (["fit", "tilted", "--guide", "tabular"], "tiny vocabularies"),
-    "hard constraint": (["fit", "constrained", "--reward", "contains:the"], "reverse KL cannot fit a hard constraint"),
+    "hard constraint": (["fit", "constrained", "--reward", "contains:the"], "reverse_kl cannot fit a hard constraint"),
     "device": (["fit", "tilted", "--device", "teapot"], "teapot"),
     "prompts": (["fit", "tilted", "--prompts", "nowhere.txt"], "nowhere.txt"),
     "not a run": (["sample", "/"], "is not a run folder"),

@@ -341,11 +341,11 @@ def test_refuses_hard_constraints_by_name():
     lm = table_lm(3, 2, concentration=1.0)
     has_a = lambda completions, **_: ["a" in text for text in completions]  # noqa: E731
     target, guide = bind(constrained, lm, constraint=has_a), bind(finetuned, lm.copy())
-    with pytest.raises(ValueError, match="reverse KL cannot fit a hard constraint: site 'satisfied'.*importance"):
+    with pytest.raises(ValueError, match="reverse_kl cannot fit a hard constraint: .*forward_kl.*importance"):
         SequenceELBO(2).loss_and_grads(target, guide, [""])
 
     def minus_infinity(completions, **_):
         return [-float("inf")] * len(completions)
 
-    with pytest.raises(ValueError, match="reverse KL cannot fit a hard constraint: site 'optimal'"):
+    with pytest.raises(ValueError, match="reverse_kl cannot fit a hard constraint"):
         SequenceELBO(2).loss_and_grads(bind(tilted, lm, reward=minus_infinity), guide, [""])

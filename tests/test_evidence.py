@@ -205,3 +205,36 @@ def test_no_error_where_there_is_none():
     target = bind(tilted, lm, reward=lambda completions, **_: [0.0] * len(completions), beta=1.0)
     made = log_evidence(importance(target, bind(finetuned, lm.copy()), [""], num_samples=1000))
     assert float(made.kl_p_q_se) < 1e-9 and float(made.kl_q_p_se) < 1e-9
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_bounds_by_several_draws_and_the_law_of_resampling(n):
+    """By enumeration of all n-tuples: E_q[log Ẑ] ≤ log Z ≤ E_σ[log Ẑ] ≤ log Z + log(1 + CV²/n), and what is picked from n
+    draws by its weight (soft best-of-n) is no further from the posterior than these gaps; `log_evidence` finds both."""
+    lm = table_lm(3, 2, concentration=1.0, seed=3)
+    target, guide = bind(tilted, lm, reward=capped, beta=0.5), bind(finetuned, lm.copy())
+    truth = exact(target, guide, [""])
+    log_q, log_w = truth.log_q[:, 0].detach(), (truth.log_joint - truth.log_q)[:, 0].detach()
+    log_p, log_z = truth.log_posterior[:, 0], float(truth.log_z)
+    tuples = torch.cartesian_prod(*[torch.arange(len(log_q))] * n).reshape(-1, n)
+    chance = log_q[tuples].sum(1).exp()
+    log_mean = log_w[tuples].logsumexp(1) - math.log(n)
+    lower = float((chance * log_mean).sum())
+    planted = (log_p[tuples[:, 0]] + log_q[tuples[:, 1:]].sum(1)).exp()  # the posterior's draw comes first
+    upper = float((planted * log_mean).sum())
+    soft = torch.zeros_like(log_q).index_add(
+        0, tuples.flatten(), (chance[:, None] * log_w[tuples].softmax(1)).flatten()
+    )
+    spread = float((log_q.exp() * (log_w - log_z).exp().square()).sum()) - 1
+    assert lower < log_z < upper <= log_z + math.log(1 + spread / n) + 1e-12
+    assert float((soft * (soft.log() - log_p)).sum()) <= log_z - lower + 1e-12
+    assert float((log_p.exp() * (log_p - soft.log())).sum()) <= upper - log_z + 1e-12
+    torch.manual_seed(0)
+    draws = importance(target, guide, [""], num_samples=6000)
+    kept = score(guide, rejection(target, bind(prior, lm), [""], num_samples=2000))
+    for exactly in (kept, None):
+        made = log_evidence(draws, exactly, iwae_particles=n)
+        assert abs(float(made.iwae) - lower) < 4 * float(made.iwae_se) < 0.1
+        assert abs(float(made.iwae_upper) - upper) < 4 * float(made.iwae_upper_se) < 0.1
+    if n > 1:
+        assert float(made.iwae_upper) < float(made.upper) and abs(lower - upper) > 8 * float(made.iwae_upper_se)

@@ -10,16 +10,21 @@ from torch import Tensor
 from ppl_lm.diagnose.weights import log_mean, mean
 from ppl_lm.infer import Draws
 
+FEWEST = 30  # independent means of weights, below which their standard error cannot be trusted
+
 
 @dataclass(frozen=True)
 class Evidence:
     """Bounds and estimates of log Z for each of B prompts, nats, float64, each with its standard error (`_se`).
 
     :param elbo: E_q[log w] = log Z - KL(q ‖ p), w = p(x, evidence)/q(x).
-    :param iwae: E_q[log of the mean of `iwae_particles` weights]: a tighter lower bound (Burda et al. 2016).
+    :param iwae: E_q[log of the mean of `iwae_particles` weights]: a tighter lower bound (Burda et al. 2016). From few draws
+        the mean is of fewer weights, so that there are 30 such means to take an error from.
     :param upper: EUBO = E_p[log w] = log Z + KL(p ‖ q), from posterior draws.
-    :param upper_exact: whether those draws were exact. If not they are the guide's own, reweighted, and `upper` is
-        approximate: it cannot show posterior mass that the guide never visits.
+    :param iwae_upper: reverse IWAE, a tighter upper bound: E[log of the mean of `iwae_particles` weights], one of them a
+        posterior draw's, the others the guide's (Grosse et al. 2015; Brekelmans et al. 2022).
+    :param upper_exact: whether those draws were exact. If not they are the guide's own, reweighted, and both upper bounds
+        are approximate: they cannot show posterior mass that the guide never visits.
     :param log_z: estimate of log Z: from the proposals behind the exact draws, else from the guide's draws.
     """
 
@@ -30,6 +35,8 @@ class Evidence:
     iwae_particles: int
     upper: Float[Tensor, "B"]
     upper_se: Float[Tensor, "B"]
+    iwae_upper: Float[Tensor, "B"]
+    iwae_upper_se: Float[Tensor, "B"]
     upper_exact: bool
     log_z: Float[Tensor, "B"]
     log_z_se: Float[Tensor, "B"]
@@ -41,11 +48,11 @@ class Evidence:
     def __str__(self) -> str:
         label = "≤" if self.upper_exact else "≲ (approximate)"
         rows = zip(*(getattr(self, k).tolist() for k in ("elbo", "elbo_se", "iwae", "log_z", "log_z_se")), strict=True)
-        tops = zip(self.upper.tolist(), self.upper_se.tolist(), strict=True)
+        tops = zip(self.iwae_upper.tolist(), self.upper.tolist(), self.upper_se.tolist(), strict=True)
         return "\n".join(
             f"ELBO {e:.3f} ± {ese:.3f} ≤ IWAE-{self.iwae_particles} {i:.3f} ≤ log Z {z:.3f} ± {zse:.3f} "
-            f"{label} EUBO {u:.3f} ± {use:.3f} nats"
-            for (e, ese, i, z, zse), (u, use) in zip(rows, tops, strict=True)
+            f"{label} IWAE-{self.iwae_particles} upper {iu:.3f} {label} EUBO {u:.3f} ± {use:.3f} nats"
+            for (e, ese, i, z, zse), (iu, u, use) in zip(rows, tops, strict=True)
         )
 
 
@@ -63,7 +70,7 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
     log_w = draws.log_weight.flatten(0, 1)  # (S, B)
     n = len(log_w)
     elbo, elbo_se = mean(log_w)
-    groups = min(iwae_particles, max(1, n // 2))
+    groups = min(iwae_particles, max(1, n // FEWEST))
     bound = log_w[: n // groups * groups].reshape(-1, groups, log_w.shape[1])
     iwae, iwae_se = mean(bound.logsumexp(1) - math.log(groups))
     log_z, log_z_se = log_mean(log_w)
@@ -74,6 +81,7 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
         # Bounded weights cannot miss mass; a guide's own can, with a small standard error (it never sees what it lacks).
         log_z, log_z_se = log_mean(exact.proposals.log_weight.flatten(0, 1))
         kl_q_p, kl_q_p_se = log_z - elbo, (log_z_se**2 + elbo_se**2).sqrt()
+    iwae_upper, iwae_upper_se = _reverse_iwae(log_w, exact, groups)
     if exact is not None:
         upper, upper_se = mean(exact.log_weight.flatten(0, 1))
         kl_p_q_se = (upper_se**2 + log_z_se**2 - 2 * _covariance(exact, log_z)).clamp_min(0).sqrt()
@@ -91,6 +99,8 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
         iwae_particles=groups,
         upper=upper,
         upper_se=upper_se,
+        iwae_upper=iwae_upper,
+        iwae_upper_se=iwae_upper_se,
         upper_exact=exact is not None,
         log_z=log_z,
         log_z_se=log_z_se,
@@ -99,6 +109,21 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
         kl_p_q=upper - log_z,
         kl_p_q_se=kl_p_q_se,
     )
+
+
+def _reverse_iwae(log_w: Tensor, exact: Draws | None, count: int) -> tuple[Tensor, Tensor]:
+    """E[log Ẑ] with Ẑ the mean of `count` weights, one of them a posterior draw's, (B,), and its standard error.
+
+    Without exact draws from the guide's own: such tuples have the density Ẑ/Z under the guide's."""
+    if exact is None:
+        bound = log_w[: len(log_w) // count * count].reshape(-1, count, log_w.shape[1]).logsumexp(1) - math.log(count)
+        share = bound.softmax(0)
+        value = (share * torch.where(share > 0, bound, 0.0)).sum(0)
+        return value, (share.square() * torch.where(share > 0, bound - value, 0.0).square()).sum(0).sqrt()
+    planted = exact.log_weight.flatten(0, 1)  # (S, B)
+    groups = len(planted) if count == 1 else min(len(planted), len(log_w) // (count - 1))
+    others = log_w[: groups * (count - 1)].reshape(groups, count - 1, log_w.shape[1])
+    return mean(torch.cat([planted[:groups, None], others], 1).logsumexp(1) - math.log(count))
 
 
 def _covariance(exact: Draws, log_z: Tensor) -> Tensor:

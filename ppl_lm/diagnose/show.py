@@ -1,6 +1,7 @@
 """What `ppl-lm` prints: figures as a table, texts side by side. Text from models and rewards is untrusted: it is shown
 without markup and without control characters."""
 
+import math
 import unicodedata
 from typing import Any
 
@@ -25,12 +26,16 @@ def figures(made: dict[str, Any], title: str) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
 
     def pm(key: str) -> str:
+        if not math.isfinite(made[key]):
+            return str(made[key])
         return f"{round(made[key], 3) + 0.0:.3f} ± {made[key + '_se']:.3f}"  # + 0.0: no minus before a zero
 
     upper = "" if made["upper_exact"] else "  (approximate: from the guide's own draws)"
     table.add_row("evidence bracket", f"ELBO {pm('elbo')}  ≤  log Z {pm('log_z')}  ≤  EUBO {pm('upper')} nats{upper}")
     table.add_row("KL(guide ‖ posterior)", f"{pm('kl_q_p')} nats; the prior's: {pm('kl_prior_p')}")
-    table.add_row("KL(posterior ‖ guide)", f"{pm('kl_p_q')} nats")
+    table.add_row("KL(posterior ‖ guide)", f"{pm('kl_p_q')} nats; the prior's: {pm('kl_p_prior')}")
+    if made["possible"] < 1:
+        table.add_row("possible draws", f"{made['possible']:.1%} of the guide's meet the constraint")
     table.add_row("KL(guide ‖ prior)", f"{pm('kl_q_prior')} nats")
     if "reward" in made:
         table.add_row(

@@ -1,5 +1,6 @@
 """`diagnose`: how close a guide is to its posterior, prompt by prompt, as figures with errors and a verdict."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +8,9 @@ from typing import Any
 import torch
 
 from ppl_lm.diagnose.evidence import Evidence, log_evidence
-from ppl_lm.diagnose.verdict import Verdict, judge
+from ppl_lm.diagnose.verdict import Verdict, judge, judge_cover
 from ppl_lm.diagnose.weights import ess, mean, psis_khat, weighted_mean
-from ppl_lm.infer import Draws, importance, score
+from ppl_lm.infer import Draws, NoSupportError, importance, score
 from ppl_lm.infer.rejection import accept, likelihood_bound, select
 
 MIN_EXACT = 20  # exact draws for a prompt, below which the upper bound is the approximate one
@@ -49,6 +50,13 @@ def diagnose(
     from_guide = importance(model, guide, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
     bound = likelihood_bound(model, prompts, joint=not from_guide.is_local)
     keep = None if bound is None or not from_prior.from_prior else accept(from_prior, bound)  # (S, B)
+    seen = [d.log_weight.flatten(0, 1) > -torch.inf for d in (from_prior, from_guide)]
+    if not bool((seen[0].any(0) | seen[1].any(0)).all()):
+        worst = int((~(seen[0].any(0) | seen[1].any(0))).nonzero()[0])
+        raise NoSupportError(
+            f"prompt {worst}: none of {num_samples} draws of the prior and of the guide is possible under the posterior, so "
+            "nothing is known of it; draw more (--num-samples), or loosen the constraint"
+        )
     figures, verdicts, exacts = [], [], []
     for b in range(from_guide.log_guide.shape[-1]):
         p, q, exact = from_prior.of_prompt(b), from_guide.of_prompt(b), None
@@ -80,7 +88,7 @@ def _figures(
     def put(name: str, value: torch.Tensor, se: torch.Tensor) -> None:
         made[name], made[f"{name}_se"] = float(value), float(se)
 
-    for name in ("elbo", "iwae", "upper", "log_z", "kl_q_p", "kl_p_q"):
+    for name in ("elbo", "iwae", "iwae_upper", "upper", "log_z", "kl_q_p", "kl_p_q"):
         put(name, getattr(evidence, name), getattr(evidence, f"{name}_se"))
     made["upper_exact"] = evidence.upper_exact
     log_w = guide.log_weight.flatten(0, 1)
@@ -90,8 +98,14 @@ def _figures(
     else:  # log Z and base from the same draws: one influence function
         from_prior = prior.log_weight.flatten(0, 1)
         se = ((from_prior - evidence.log_z).exp() - from_prior).std(0) / from_prior.shape[0] ** 0.5
+        se = se.nan_to_num(math.inf)  # of a distance that is infinite
         put("kl_prior_p", evidence.log_z - base, se)
-    put("elbo_gain", evidence.elbo - base, (evidence.elbo_se**2 + base_se**2).sqrt())
+    made["elbo_gain"] = made["elbo_gain_se"] = None  # where both are -inf
+    if float(base) > -math.inf:
+        put("elbo_gain", evidence.elbo - base, (evidence.elbo_se**2 + base_se**2).sqrt())
+    source = exact if exact is not None else prior
+    put("kl_p_prior", *_kl_from_prior(source, evidence))
+    made["possible"] = float((log_w > -torch.inf).double().mean())
     put("kl_q_prior", *mean((guide.log_guide - guide.log_prior).flatten(0, 1)))
     if "reward" in guide.records:
         put("reward", *mean(guide["reward"].flatten(0, 1)))
@@ -107,7 +121,18 @@ def _figures(
     return made, _judged(made)
 
 
+def _kl_from_prior(draws: Draws, evidence: Evidence) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(posterior ‖ prior) = E_p[log likelihood] - log Z, (B,), from exact draws or weighted ones of the prior."""
+    log_likelihood = draws.log_likelihood.flatten(0, 1)
+    value, se = weighted_mean(torch.where(log_likelihood > -torch.inf, log_likelihood, 0.0), draws)
+    return value - evidence.log_z, (se**2 + evidence.log_z_se**2).sqrt()
+
+
 def _judged(made: dict[str, Any]) -> Verdict:
+    if made["kl_prior_p"] == math.inf:
+        return judge_cover(
+            **{k: made[k] for k in ("kl_p_q", "kl_p_q_se", "kl_p_prior", "kl_p_prior_se", "possible", "upper_exact")}
+        )
     return judge(
         kl_q_p=made["kl_q_p"],
         kl_q_p_se=made["kl_q_p_se"],
@@ -127,6 +152,9 @@ def _average(figures: list[dict[str, Any]]) -> dict[str, Any]:
     for key, value in figures[0].items():
         column = [f[key] for f in figures]
         if key in ("prompt", "verdict"):
+            continue
+        if key.startswith("elbo_gain") and None in column:
+            average[key] = None
             continue
         if key.endswith("_se"):
             average[key] = sum(v * v for v in column) ** 0.5 / n

@@ -58,3 +58,25 @@ def judge(
         "poor",
         f"{distance}. Still some way off: {'' if tail else 'weight its draws, '}fit longer, or raise the particles.{tail}",
     )
+
+
+def judge_cover(
+    *, kl_p_q: float, kl_p_q_se: float, kl_p_prior: float, kl_p_prior_se: float, possible: float, upper_exact: bool
+) -> Verdict:
+    """The verdict where the posterior rules texts out, and KL(guide ‖ posterior) is infinite for any guide that draws one.
+
+    :param possible: share of the guide's draws that the posterior allows."""
+    distance = (
+        f"{possible:.0%} of its draws meet the constraint. KL(posterior ‖ guide) is {kl_p_q:.2f} ± {kl_p_q_se:.2f} nats, the "
+        f"prior's was {kl_p_prior:.2f} ± {kl_p_prior_se:.2f}"
+    )
+    if not upper_exact:
+        return Verdict("unknown", f"{distance}, from weighted draws, which cannot show mass that they never visit.")
+    if kl_p_q - kl_p_prior > 3 * (kl_p_q_se + kl_p_prior_se):
+        return Verdict(
+            "worse_than_prior",
+            f"{distance}: the guide covers less of it. Lower the learning rate, or raise the particles.",
+        )
+    if kl_p_q + 2 * kl_p_q_se <= max(2 * GOOD_SHARE * kl_p_prior, 2 * GOOD_NATS):
+        return Verdict("good", f"{distance}. Close: drop the draws that break it, or weight them for exactness.")
+    return Verdict("poor", f"{distance}. Still some way off: weight its draws, fit longer, or raise the particles.")

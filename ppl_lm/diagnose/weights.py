@@ -69,5 +69,6 @@ def weighted_mean(values: Float[Tensor, "S B"], draws: Draws) -> tuple[Tensor, T
     if draws.exact:
         return mean(values)
     w = draws.log_weight.flatten(0, 1).softmax(0)
+    values = torch.where(w > 0, values, 0.0)  # of an impossible text it may be -inf
     centre = (w * values).sum(0)
     return centre, (w.square() * (values - centre).square()).sum(0).sqrt()

@@ -1,5 +1,6 @@
 """Inference: how a posterior is approximated, whatever it is."""
 
+from ppl_lm.infer import baselines, objectives, off_policy
 from ppl_lm.infer.bind import Bound, bind
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.elbo import SequenceELBO
@@ -13,9 +14,12 @@ __all__ = [
     "Exact",
     "NoSupportError",
     "SequenceELBO",
+    "baselines",
     "bind",
     "exact",
     "importance",
+    "objectives",
+    "off_policy",
     "rejection",
     "score",
 ]

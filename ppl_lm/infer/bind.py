@@ -4,6 +4,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -42,7 +43,7 @@ class Bound(nn.Module):
         arguments = {k: _as_network(v) for k, v in arguments.items()}
         self.networks = nn.ModuleDict({k: v for k, v in arguments.items() if isinstance(v, nn.Module)})
         self.arguments = {
-            k: Reward(v) if k in ("reward", "constraint") or _is_reward(v) else v
+            k: _as_reward(v) if k in ("reward", "constraint") or _is_reward(v) else v
             for k, v in arguments.items()
             if not isinstance(v, nn.Module)
         }
@@ -77,6 +78,10 @@ def _as_network(value: Any) -> Any:
     if type(value) is dict and value and all(isinstance(v, nn.Module) for v in value.values()):
         return nn.ModuleDict(value)
     return value
+
+
+def _as_reward(value: Any) -> Reward:
+    return value if isinstance(value, Reward) else Reward(value)
 
 
 def _is_reward(value: Any) -> bool:
@@ -123,4 +128,5 @@ def require_separate(model: Any, guide: Any) -> None:
 def _forget(name: str) -> None:
     store = pyro.get_param_store()
     for key in [k for k in store.keys() if k.startswith(name + _MODULE_NAMESPACE_DIVIDER)]:  # noqa: SIM118
-        del store[key]
+        with suppress(KeyError):  # the same weights under the name of another binding
+            del store[key]

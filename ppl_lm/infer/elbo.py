@@ -1,6 +1,8 @@
-"""`SequenceELBO`: the evidence lower bound for programs with whole texts among their latents."""
+"""`SequenceELBO`: the evidence lower bound, or another objective, for programs with whole texts among their latents."""
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,12 +11,30 @@ from pyro.infer import ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
 
+from ppl_lm.infer.as_terms import as_terms
+from ppl_lm.infer.baselines import Baseline, LogZ, MovingLogZ, leave_one_out
+from ppl_lm.infer.divergences import reverse_kl
+from ppl_lm.infer.objectives import hard_constraint
+from ppl_lm.infer.off_policy import Source
 from ppl_lm.infer.particles import Particles, Site, is_sequence, run
+from ppl_lm.infer.terms import Objective
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one step's particles give: the loss, and for each latent site of the guide what multiplies its score function.
+
+    `pathwise`: whether reparameterised sites and the model's own parameters get their gradients too (reverse KL)."""
+
+    value: float
+    coefficients: dict[str, Tensor]
+    pathwise: bool
+    end_coefficient: Tensor | None = None
 
 
 class SequenceELBO(ELBO):
     """-ELBO = Σ_prompts E_q[log q(z) - log p(z, evidence)], reverse KL to the posterior up to log Z, for the stock
-    `pyro.infer.SVI` and for Pyro's `elbo(model, guide)` module.
+    `pyro.infer.SVI` and for Pyro's `elbo(model, guide)` module; or the sum over prompts of another `objective`.
 
     KL-regularised RL is this bound: with `tilted`, β · ELBO = E_q[r] - β KL(q ‖ prior) (Korbak et al. 2022, eq. 7).
 
@@ -35,28 +55,79 @@ class SequenceELBO(ELBO):
     :param max_plate_nesting: as in Pyro, of the programs without the particles.
     :param micro_batch: texts scored with gradients at a time; None: as many as a memory budget allows. The gradient
         does not depend on it.
+    :param objective: from `Terms` to an `Estimate`. Others than `reverse_kl` are for guides whose latent sites all lie in
+        the prompt plate and models without parameters of their own; every site gets a score-function gradient.
+    :param baseline: subtracted from the costs of f-divergences and `expected_reward`; others have their own.
+    :param log_z: estimate of log Z in f-divergences other than reverse KL; None: a `MovingLogZ`. One from the same
+        particles biases them by O(1/K); `of_others` leaves forward KL its direction.
+    :param source: what draws the texts, if not the guide as it is: `Proposal`, `Reuse` or `Replay`. Objectives that take
+        importance ratios for it use them, others need none, and `iwae` refuses.
+        Objectives, estimates and sources that remember steps are for one fit each; `loss` moves them too.
+    :param max_ratio: at which those ratios are truncated.
+    :param clip_ratio: ε of PPO's clipped ratios: no gradient from a text (from a token in `grpo`) whose ratio has left
+        1 ± ε the way its cost asks for.
     """
 
-    def __init__(self, num_particles: int = 16, max_plate_nesting: int = 1, micro_batch: int | None = None):
-        if not isinstance(num_particles, int) or num_particles < 2:
-            raise ValueError(f"num_particles={num_particles!r}; the leave-one-out baseline needs at least 2")
+    def __init__(
+        self,
+        num_particles: int = 16,
+        max_plate_nesting: int = 1,
+        micro_batch: int | None = None,
+        objective: Objective = reverse_kl,
+        baseline: Baseline = leave_one_out,
+        log_z: LogZ | None = None,
+        source: Source | None = None,
+        max_ratio: float = math.inf,
+        clip_ratio: float | None = None,
+    ):
+        if not isinstance(num_particles, int) or num_particles < 1:
+            raise ValueError(f"num_particles={num_particles!r}; give a whole number, at least 2 for leave-one-out")
+        if num_particles == 1 and baseline is leave_one_out:
+            raise ValueError(
+                "num_particles=1; the leave-one-out baseline needs at least 2. With one, give baseline=MovingAverage() "
+                "or no_baseline, of ppl_lm.infer.baselines"
+            )
+        of_terms = "give a function of Terms, such as ppl_lm.objectives.forward_kl or ppl_lm.objectives.SubTB()"
+        kinds = {
+            "objective": (objective, of_terms),
+            "baseline": (baseline, "give a function of costs and ratios: see ppl_lm.baselines"),
+            "log_z": (log_z, "give a function of log weights and prompts, such as ppl_lm.baselines.MovingLogZ()"),
+            "source": (source, "give a source of texts, such as ppl_lm.off_policy.Reuse(4)"),
+        }
+        for name, (value, instead) in kinds.items():
+            if isinstance(value, type) or not (value is None or callable(value)):
+                raise ValueError(f"{name}={value!r}; {instead}")
+        if not max_ratio > 0 or (clip_ratio is not None and not clip_ratio > 0):
+            raise ValueError(f"max_ratio={max_ratio}, clip_ratio={clip_ratio}; give numbers above 0")
+        if source is None and (max_ratio < math.inf or clip_ratio is not None):
+            raise ValueError("max_ratio and clip_ratio are for texts that the guide did not just draw: give a source")
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch={micro_batch}; give at least 1 text, or None")
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.max_plate_nesting = max_plate_nesting
         self.micro_batch = micro_batch
+        self.objective, self.baseline, self.log_z = objective, baseline, log_z or MovingLogZ()
+        self.source, self.max_ratio, self.clip_ratio = source, max_ratio, clip_ratio
+        self._kept: dict[Any, Tensor] = {}  # what estimates that remember steps gave for draws that may come again
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("SequenceELBO runs all particles at once: see particles.run")
 
     def particles(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Particles:
         """One run of guide and model: the first phase."""
-        return run(model, guide, args, kwargs, self.num_particles, self.max_plate_nesting)
+        settings = self.num_particles, self.max_plate_nesting, self.source, self.pathwise
+        return run(model, guide, args, kwargs, *settings)
+
+    @property
+    def pathwise(self) -> bool:
+        """Whether reparameterised sites and parameters of the model get their own gradients: plain reverse KL."""
+        return self.objective == reverse_kl and self.baseline is leave_one_out and self.source is None
 
     @torch.no_grad()
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """Estimate of -ELBO in nats: the particles' mean, summed over prompts, as Pyro's ELBOs do."""
-        return self._value(self.particles(model, guide, *args, **kwargs))
+        """Estimate of -ELBO in nats, or of another objective: the particles' mean, summed over prompts, as Pyro's ELBOs
+        do."""
+        return self._step(self.particles(model, guide, *args, **kwargs)).value
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """`loss`, with its gradient added to the `.grad` of every trainable parameter (`pyro.infer.SVI` calls this).
@@ -71,12 +142,13 @@ class SequenceELBO(ELBO):
                 "this step has nothing to train: guide and model registered no trainable parameter. Wrap the guide "
                 "with ppl_lm.bind, around prior.copy() rather than the frozen prior"
             )
-        ordinary = self._ordinary_surrogate(particles)
+        step = self._step(particles)
+        ordinary = self._ordinary_surrogate(particles, step)
         if ordinary.requires_grad:
             ordinary.backward()
-        for part in self._sequence_surrogates(particles):
+        for part in self._sequence_surrogates(particles, step):
             part.backward()
-        return self._value(particles)
+        return step.value
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -87,10 +159,11 @@ class SequenceELBO(ELBO):
     def differentiate(self, particles: Particles) -> Tensor:
         """The second phase on its own. The micro-batches are differentiated here and now, so that memory stays bounded;
         what is returned is linear in the weights with those gradients as its slopes."""
-        surrogate = self._ordinary_surrogate(particles)
+        step = self._step(particles)
+        surrogate = self._ordinary_surrogate(particles, step)
         weights = [p for p in _sequence_weights(particles) if p.requires_grad]
         slopes = [torch.zeros_like(p) for p in weights]
-        for part in self._sequence_surrogates(particles):
+        for part in self._sequence_surrogates(particles, step):
             for slope, grad in zip(slopes, torch.autograd.grad(part, weights, allow_unused=True), strict=True):
                 if grad is not None:
                     slope += grad
@@ -101,74 +174,100 @@ class SequenceELBO(ELBO):
                 "this step has nothing to train: neither guide nor model has a trainable parameter. Build the guide "
                 "around prior.copy() rather than the frozen prior"
             )
-        return surrogate - surrogate.detach() + self._value(particles)
+        return surrogate - surrogate.detach() + step.value
 
-    def _value(self, particles: Particles) -> float:
+    def _step(self, particles: Particles) -> _Step:
+        """Loss and coefficients of these particles; moves what the estimates of log Z and the baselines remember."""
+        if particles.is_hard() and not getattr(self.objective, "mends", False):
+            raise hard_constraint(self.objective)
+        if not self.pathwise:
+            return self._objective_step(particles)
         terms = [v.sum() for v in particles.log_q.values()] + [-v.sum() for v in particles.log_p.values()]
         values: list[Any] = [torch_item(term) for term in terms]
-        return sum(values) / particles.count
+        cost: Any = particles.cost()
+        coefficients = {
+            name: self._minus_baseline(cost.sum_to(site["cond_indep_stack"]), particles)
+            for name, site in particles.guide_sites.items()
+        }
+        return _Step(sum(values) / particles.count, coefficients, pathwise=True)
 
-    def _ordinary_surrogate(self, particles: Particles) -> Tensor:
+    def _objective_step(self, particles: Particles) -> _Step:
+        log_z, baseline = (self._once(f, particles.repeated) for f in (self.log_z, self.baseline))
+        terms, scale = as_terms(particles, log_z, baseline, self.max_ratio, self.clip_ratio)
+        made = self.objective(terms)
+        if self.source is not None:
+            self.source.update(terms, particles.guide)
+        coefficient = made.coefficient * (scale if made.coefficient.dim() == 2 else scale.unsqueeze(-1))
+        if not bool(coefficient.isfinite().all()):
+            raise ValueError("an objective gave a cost that is not finite; its values: " + str(made.value.tolist()[:4]))
+        coefficients = {}
+        for name in particles.guide_sites:
+            inner = particles.log_q[name].dim() - 2  # plates between particles and prompts
+            coefficients[name] = coefficient.reshape(coefficient.shape[0], *[1] * inner, *coefficient.shape[1:])
+        ends = None if made.end_coefficient is None else made.end_coefficient * scale.unsqueeze(-1)
+        return _Step(float((made.value * scale.mean(0)).sum()), coefficients, False, ends)
+
+    def _once(self, estimate: Callable[..., Tensor], repeated: bool) -> Callable[..., Tensor]:
+        """An estimate from earlier steps must not have seen the draws that it is used for: for draws that come again it
+        stays what it was, and learns nothing more."""
+
+        def frozen(*args: Any) -> Tensor:
+            if not repeated or estimate not in self._kept:
+                self._kept[estimate] = estimate(*args)
+            return self._kept[estimate]
+
+        return frozen if self.source is not None and getattr(estimate, "moves", False) else estimate
+
+    def _ordinary_surrogate(self, particles: Particles, step: _Step) -> Tensor:
         """What ordinary sites add to the gradient: pathwise terms with their graph, score functions with theirs."""
-        refuse_hard_constraints(particles)
-        cost = particles.cost()
         surrogate = torch.zeros((), dtype=torch.float64)
         for name, site in particles.model_sites.items():
-            if name in particles.log_p and not is_sequence(site):
+            if step.pathwise and name in particles.log_p and not is_sequence(site):
                 surrogate = surrogate - particles.log_p[name].sum()
         for name, site in particles.guide_sites.items():
             if is_sequence(site):
                 continue
-            if site["fn"].has_rsample:
+            if step.pathwise and site["fn"].has_rsample:
                 surrogate = surrogate + particles.log_q[name].sum()
             elif particles.log_q[name].requires_grad:
-                coefficient: Any = cost.sum_to(site["cond_indep_stack"])
-                score = site["fn"].log_prob(site["value"])
-                surrogate = surrogate + (score * self._minus_baseline(coefficient, particles)).sum()
+                score = site["fn"].log_prob(site["value"].detach())
+                surrogate = surrogate + (score * step.coefficients[name]).sum()
         return surrogate / particles.count
 
-    def _sequence_surrogates(self, particles: Particles) -> Iterator[Tensor]:
+    def _sequence_surrogates(self, particles: Particles, step: _Step) -> Iterator[Tensor]:
         """One scalar a micro-batch; the gradients of all add up to what texts add to the gradient."""
-        cost = particles.cost()
         for name, site in particles.guide_sites.items():
             if not is_sequence(site) or not _trainable(site):
                 continue
-            shape = particles.token_log_q[name].shape  # (K, B, T)
-            coefficient: Any = cost.sum_to(site["cond_indep_stack"])
-            coefficient = self._minus_baseline(coefficient.expand(shape[:-1]), particles).unsqueeze(-1)
-            yield from self._rescore(site, coefficient.expand(shape) / particles.count)
+            shape, coefficient = particles.token_log_q[name].shape, step.coefficients[name]  # (K, B, T)
+            coefficient = coefficient if coefficient.dim() == len(shape) else coefficient.unsqueeze(-1)
+            ends = None if step.end_coefficient is None else step.end_coefficient / particles.count
+            yield from self._rescore(site, coefficient.expand(shape) / particles.count, ends)
         for name, site in particles.model_sites.items():
-            if is_sequence(site) and _trainable(site):
+            if step.pathwise and is_sequence(site) and _trainable(site):
                 ones = torch.ones_like(particles.token_log_p[name])
                 weight = scale_like(site, ones)
                 yield from self._rescore(site, -weight / particles.count)
 
-    def _rescore(self, site: Site, coefficient: Tensor) -> Iterator[Tensor]:
-        """Σ coefficient · log-probability of each token, (K, B, T) both, a micro-batch of texts at a time."""
+    def _rescore(self, site: Site, coefficient: Tensor, ends: Tensor | None = None) -> Iterator[Tensor]:
+        """Σ coefficient · log-probability of each token, (K, B, T) both, and Σ ends · that of ending there, a micro-batch of
+        texts at a time."""
         fn, x = site["fn"].expand(coefficient.shape[:-1]), site["value"]
         x = x.expand(*coefficient.shape[:-1], x.shape[-1]).reshape(-1, x.shape[-1])  # (K·B, T)
         flat = coefficient.reshape(x.shape)
         size = self.micro_batch or fn.lm.rows_per_pass(fn.prompts.ids.shape[-1], x.shape[-1], gradient=True)
         for rows in torch.arange(len(x), device=x.device).split(size):
-            by_token = fn.slice(rows).token_log_probs(x[rows])
-            yield (flat[rows] * by_token).sum()
+            if ends is None:
+                yield (flat[rows] * fn.slice(rows).token_log_probs(x[rows])).sum()
+            else:
+                by_token, ending = fn.slice(rows).token_and_end_log_probs(x[rows])
+                yield (flat[rows] * by_token + ends.reshape(x.shape)[rows] * ending).sum()
 
     def _minus_baseline(self, coefficient: Tensor, particles: Particles) -> Tensor:
         """Subtracts the mean over the *other* particles: it does not depend on this one's draw, so the gradient stays
         unbiased (Kool et al. 2019). Along the particle dimension alone, never across prompts."""
         n = particles.count
         return (coefficient - coefficient.mean(0, keepdim=True)) * (n / (n - 1))
-
-
-def refuse_hard_constraints(particles: Particles) -> None:
-    """Raises ValueError where the evidence rules a drawn text out: its reverse KL is infinite."""
-    for name, log_p in particles.log_p.items():
-        if particles.model_sites[name]["infer"].get("hard") or bool((log_p == -torch.inf).any()):
-            raise ValueError(
-                f"reverse KL cannot fit a hard constraint: site {name!r} gives texts probability 0, and the KL of a "
-                "guide that ever draws one is infinite. Draw from this posterior with importance() or rejection(), or on the "
-                "command line with ppl-lm sample MODEL --sampler rejection"
-            )
 
 
 def scale_like(site: Site, ones: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The evidence: what the text is conditioned on."""
 
 from ppl_lm.likelihood import rewards
+from ppl_lm.likelihood.best_of import BestOf
 from ppl_lm.likelihood.optimality import Optimality
 from ppl_lm.likelihood.reward import Reward, RewardError, RewardTimeout
 
-__all__ = ["Optimality", "Reward", "RewardError", "RewardTimeout", "rewards"]
+__all__ = ["BestOf", "Optimality", "Reward", "RewardError", "RewardTimeout", "rewards"]

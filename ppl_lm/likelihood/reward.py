@@ -63,6 +63,8 @@ class Reward:
 
     def __init__(self, function: Callable[..., Any], r_max: float | None = None, timeout: float | None = None) -> None:
         if isinstance(function, Reward):
+            if type(function) is not Reward:
+                raise TypeError(f"{function!r} is a reward of its own kind already: pass it as it is")
             r_max = function.r_max if r_max is None else r_max
             timeout = function.timeout if timeout is None else timeout
             function = function.function

@@ -183,10 +183,22 @@ class LanguageModel(nn.Module):
         if not len(x):
             return torch.zeros(x.shape, device=x.device)
         log_probs = self.next_token_log_probs(prompts, x)
-        steps = log_probs.shape[1]
-        token = log_probs.gather(-1, x[:, :steps, None]).squeeze(-1)  # (N, steps)
-        token = token.masked_fill(~self.vocabulary.alive(x)[:, :steps], 0.0)
-        return nn.functional.pad(token, (0, x.shape[-1] - steps))
+        return self._until_end(log_probs.gather(-1, x[:, : log_probs.shape[1], None]).squeeze(-1), x)
+
+    def score_with_ends(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> tuple[Tensor, Tensor]:
+        """`score`, and from the same pass the log-probability that the text ends there instead, with the first of the end
+        tokens; where it does end, with its own."""
+        log_probs = self.next_token_log_probs(prompts, x)
+        here = x[:, : log_probs.shape[1], None]
+        token = log_probs.gather(-1, here).squeeze(-1)
+        end = torch.where(self.vocabulary.is_end(here), here, min(self.vocabulary.end_ids))
+        ends = log_probs.gather(-1, end).squeeze(-1)
+        return self._until_end(token, x), self._until_end(ends, x)
+
+    def _until_end(self, by_token: Float[Tensor, "N S"], x: Int[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+        steps = by_token.shape[1]
+        by_token = by_token.masked_fill(~self.vocabulary.alive(x)[:, :steps], 0.0)
+        return nn.functional.pad(by_token, (0, x.shape[-1] - steps))
 
     def next_token_log_probs(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> Float[Tensor, "N S V"]:
         """log p(v | prompt, x_<t) of every token v, at every position up to the length S of the longest completion.

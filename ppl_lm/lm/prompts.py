@@ -97,6 +97,16 @@ class Prompts:
     def __len__(self) -> int:
         return self.batch_shape[0]
 
+    def unpadded(self) -> list[tuple[int, ...]]:
+        """The token ids of each prompt, flat."""
+        rows = zip(self.ids.flatten(0, -2).tolist(), self.lengths.flatten().tolist(), strict=True)
+        return [tuple(row[len(row) - n :]) for row, n in rows]
+
+    def identities(self) -> list[tuple[Any, ...]]:
+        """What tells prompts apart, flat: token ids and further columns."""
+        columns = [repr({name: c[i] for name, c in self.columns.items()}) for i in range(len(self.texts))]
+        return [(ids, columns[i] if self.columns else "") for i, ids in enumerate(self.unpadded())]
+
     @property
     def mask(self) -> Bool[Tensor, "*S P"]:
         width = self.ids.shape[-1]

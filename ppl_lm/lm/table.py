@@ -113,8 +113,12 @@ def table_lm(
     return LanguageModel(model, tokenizer, max_new_tokens)
 
 
-def table_like(lm: LanguageModel, max_prompt: int = 1) -> LanguageModel:
-    """A trainable uniform table with the vocabulary and length of `lm`."""
+def table_like(
+    lm: LanguageModel, max_prompt: int = 1, network: type[TableForCausalLM] = TableForCausalLM
+) -> LanguageModel:
+    """A trainable uniform table with the vocabulary and length of `lm`.
+
+    :param network: of another kind, say one that forgets: which row of the table is whose prefix."""
     ends = lm.vocabulary.end_ids
     config = TableConfig(
         lm.vocabulary.size,
@@ -123,6 +127,6 @@ def table_like(lm: LanguageModel, max_prompt: int = 1) -> LanguageModel:
         eos_token_id=list(ends),
         pad_token_id=lm.vocabulary.pad_id,
     )
-    table = LanguageModel(TableForCausalLM(config), lm.vocabulary.tokenizer, lm.max_new_tokens, end_ids=ends)
+    table = LanguageModel(network(config), lm.vocabulary.tokenizer, lm.max_new_tokens, end_ids=ends)
     table.vocabulary = lm.vocabulary
     return table.to(lm.device).requires_grad_(True)

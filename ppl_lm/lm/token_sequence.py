@@ -1,5 +1,6 @@
 """`TokenSequence`: whole completions of a language model as a Pyro distribution."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -85,6 +86,15 @@ class TokenSequence(TorchDistribution):
 
         :raises ValueError: if `value` has another length or dtype than this distribution's outcomes.
         :raises DivergedError: if the model answers NaN."""
+        return self._scored(value, lambda prompts, x: (self.lm.score(prompts, x),))[0]
+
+    def token_and_end_log_probs(self, value: Int[Tensor, "*S T"]) -> tuple[Tensor, Tensor]:
+        """`token_log_probs`, and log p(the text ends here | prompt, x_<t), both (*S, T); see there. It ends with the
+        first of the vocabulary's end tokens, or with its own where it does end."""
+        token, end = self._scored(value, self.lm.score_with_ends)
+        return token, end
+
+    def _scored(self, value: Tensor, score: Callable[[Prompts, Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
         if value.shape[-1:] != self.event_shape or value.dtype != torch.int64:
             raise ValueError(
                 f"got a value of shape {tuple(value.shape)} and {value.dtype}; completions here are int64 of shape "
@@ -96,14 +106,14 @@ class TokenSequence(TorchDistribution):
         x = x.clamp(0, self.lm.vocabulary.size - 1)  # out-of-range ids are -inf in log_prob
         rows = self._prompt_rows(shape)
         size = self.lm.rows_per_pass(self.prompts.ids.shape[-1], self.event_shape[0], torch.is_grad_enabled())
-        parts = [
-            self.lm.score(self.prompts.take(r), c).double()
-            for r, c in zip(_chunks(rows, size), _chunks(x, size), strict=True)
-        ]
-        by_token = torch.cat(parts).reshape(*shape, *self.event_shape)
-        if bool(by_token.detach().isnan().any()):
-            raise DivergedError
-        return track_provenance(by_token, provenance)
+        parts = [score(self.prompts.take(r), c) for r, c in zip(_chunks(rows, size), _chunks(x, size), strict=True)]
+        made = []
+        for column in zip(*parts, strict=True):
+            by_token = torch.cat(column).double().reshape(*shape, *self.event_shape)
+            if bool(by_token.detach().isnan().any()):
+                raise DivergedError
+            made.append(track_provenance(by_token, provenance))
+        return made
 
     def drawn_log_probs(self, value: Tensor) -> Tensor | None:
         """`token_log_probs` of the last draw as found while drawing it; None for any other value or after a change of

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ppl_lm.diagnose import diagnose, show, to_arviz
 from ppl_lm.diagnose.summary import require_enough
 from ppl_lm.infer import Bound, importance, rejection
+from ppl_lm.infer.objectives import objective as objective_named
 from ppl_lm.lm import Prompts
 from ppl_lm.run import folder
 from ppl_lm.run.fit import Fit
@@ -31,12 +32,14 @@ def fit_and_measure(
         raise ValueError(f"lm={settings.lm!r} lies in output-dir={str(path)!r}, which would be emptied; give another")
     if num_samples is not None:
         require_enough(num_samples)
+    objective = objective_named(settings.objective, settings.beta)
     programs = folder.build(settings)
     with _Log(path, settings, programs, out, overwrite) as log:
         fitted = fit_guide(
             programs.model,
             programs.guide,
             programs.prompts,
+            objective=objective,
             num_particles=settings.particles,
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
@@ -88,9 +91,12 @@ def measure(
     if len(made.figures) > 1:
         for figures in made.figures[:8]:
             name = show.clean(str(figures["prompt"]), 40).plain
+            what, key, of = "KL(guide ‖ posterior)", "kl_q_p", "kl_prior_p"
+            if math.isinf(figures[of]):  # a hard constraint
+                what, key, of = "KL(posterior ‖ guide)", "kl_p_q", "kl_p_prior"
             out.print(
-                f"{name!r:42} KL(guide ‖ posterior) {figures['kl_q_p']:.3f} ± {figures['kl_q_p_se']:.3f} of the prior's "
-                f"{figures['kl_prior_p']:.3f}; bracket {figures['elbo']:.2f} to {figures['upper']:.2f}; {figures['verdict']}",
+                f"{name!r:42} {what} {figures[key]:.3f} ± {figures[f'{key}_se']:.3f} of the prior's {figures[of]:.3f}; "
+                f"bracket {figures['elbo']:.2f} to {figures['upper']:.2f}; {figures['verdict']}",
                 markup=False,
             )
     out.print(show.figures(made.average, "average over prompts" if len(made.figures) > 1 else "how close"))
@@ -138,24 +144,22 @@ def told(fitted: Fit) -> str:
         fitted.kept
     ]
     took = f"after {fitted.steps} steps in {fitted.seconds:.0f} s"
+    sign, what_fell = (-1, "KL(posterior ‖ guide)") if fitted.covers else (1, "ELBO")
+    against = f"{what_fell} {sign * fitted.gain:+.2f} ± {fitted.gain_se:.2f} nats a prompt against the prior's"
     if fitted.outcome == "diverged":
         return (
-            f"diverged: {took} a gradient was not finite. Kept is the best guide seen, {kept}, ELBO {fitted.gain:+.2f} ± "
-            f"{fitted.gain_se:.2f} nats a prompt against the prior. Lower --learning-rate, or raise --particles."
+            f"diverged: {took} a gradient was not finite. Kept is the best guide seen, {kept}, {against}. "
+            "Lower --learning-rate, or raise --particles."
         )
     if fitted.outcome == "worse_than_prior":
-        lost = (
-            "is lost" if not math.isfinite(fitted.last_gain) else f"has an ELBO {fitted.last_gain:+.2f} nats against it"
-        )
+        worse = f"{what_fell} {sign * fitted.last_gain:+.2f} nats against the prior's"
+        lost = f"has {worse}" if math.isfinite(fitted.last_gain) else "is lost"
         return (
             f"worse_than_prior: {took} the last guide is further from the posterior than the prior: it {lost}. Kept is "
             f"the best guide seen, {kept}. Lower --learning-rate, or raise --particles."
         )
     what = "interrupted" if fitted.outcome == "interrupted" else "fitted"
-    return (
-        f"{what} {took}; the guide kept is {kept}, ELBO {fitted.gain:+.2f} ± {fitted.gain_se:.2f} nats a prompt against "
-        "the prior"
-    )
+    return f"{what} {took}; the guide kept is {kept}, {against}"
 
 
 def _save_fault(path: Path, programs: folder.Programs, kept: str) -> None:

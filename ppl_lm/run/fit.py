@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,16 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppl_lm.infer import Bound, SequenceELBO, importance
-from ppl_lm.infer.elbo import refuse_hard_constraints
-from ppl_lm.infer.particles import Particles
+from ppl_lm.infer import Bound, SequenceELBO
+from ppl_lm.infer.baselines import Baseline, LogZ, leave_one_out
+from ppl_lm.infer.divergences import reverse_kl
+from ppl_lm.infer.off_policy import Source
+from ppl_lm.infer.particles import Particles, run
+from ppl_lm.infer.terms import Objective
 from ppl_lm.lm import DivergedError, Prompts
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.prompts import shuffled
+from ppl_lm.run.gain import Gain
 from ppl_lm.run.rate import Rate
 
 WINDOW = 25  # steps over which the ELBO is averaged before a guide counts as better or worse
@@ -31,6 +35,7 @@ class Fit:
     :param kept: which guide was kept: `last`, `best` (an earlier one) or `start` (the one that fitting began with,
         a copy of the prior for `finetuned`).
     :param gain: ELBO(kept guide) - ELBO(prior) in nats per prompt, on fresh draws; `last_gain` that of the last guide.
+    :param covers: whether instead both are KL(posterior ‖ prior) - KL(posterior ‖ guide), see `fit`.
     :param metrics: one dictionary a step, as in `metrics.jsonl`.
     """
 
@@ -43,6 +48,7 @@ class Fit:
     gain_se: float
     last_gain: float
     last_gain_se: float
+    covers: bool = False
     metrics: list[dict[str, float]] = field(default_factory=list, repr=False)
 
 
@@ -51,6 +57,12 @@ def fit(
     guide: Bound,
     prompts: Any,
     *,
+    objective: Objective = reverse_kl,
+    baseline: Baseline = leave_one_out,
+    log_z: LogZ | None = None,
+    source: Source | None = None,
+    max_ratio: float = math.inf,
+    clip_ratio: float | None = None,
     num_particles: int = 128,
     batch_size: int = 16,
     learning_rate: float | None = None,
@@ -66,8 +78,12 @@ def fit(
 ) -> Fit:
     """Fits a guide by SVI with `SequenceELBO` and one Adam over all its weights; keeps the best guide seen.
 
-    Watches ELBO(q) - ELBO(prior): it needs no log Z, and unlike the reward it rises only as q nears the posterior.
+    Watches the gain, ELBO(q) - ELBO(prior): it needs no log Z, and unlike the reward it rises only as q nears the posterior.
+    Where the objective asks for cover (`forward_kl`, `chi2`), or a hard constraint makes every ELBO -inf, the gain is
+    KL(p ‖ prior) - KL(p ‖ q) instead.
 
+    :param objective: what is minimised; `baseline`, `log_z`, `source`, `max_ratio` and `clip_ratio` likewise as for
+        `SequenceELBO`. Standard RL and GRPO are fitted too, but kept only if they come closer to the posterior.
     :param num_particles: texts drawn for each prompt and step.
     :param batch_size: prompts a step.
     :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run. None: found in
@@ -89,18 +105,10 @@ def fit(
     began = time.monotonic()
     if seed is not None:
         torch.manual_seed(seed)
-    elbo = SequenceELBO(num_particles, max_plate_nesting, micro_batch)
+    ratios: Any = {"source": source, "max_ratio": max_ratio, "clip_ratio": clip_ratio}
+    elbo = SequenceELBO(num_particles, max_plate_nesting, micro_batch, objective, baseline, log_z, **ratios)
     weights = _weights(elbo, model, guide, batch[:1])
-    measured = {"num_samples": max(64, 1024 // len(batch)), "max_plate_nesting": max_plate_nesting}
-    base = importance(model, None, batch, **measured)
-    reference = base.log_weight.flatten(0, 1)  # (S, B), its mean is the ELBO of the prior
-    if reference.shape[1] != len(batch):
-        raise ValueError("fit needs every site in the prompt plate; use SequenceELBO with pyro.infer.SVI")
-    if not bool(torch.isfinite(reference).all()):
-        raise ValueError(
-            "reverse KL cannot fit a hard constraint: some texts of the prior have probability 0 under the posterior. Draw "
-            "from it with importance() or rejection(), or on the command line with ppl-lm sample MODEL --sampler rejection"
-        )
+    gain = Gain(model, guide, batch, objective, max_plate_nesting)
     optimiser = torch.optim.Adam(weights, betas=(0.9, 0.99))
     schedule = Rate(learning_rate, warmup)
     best = _Best(weights)
@@ -108,7 +116,7 @@ def fit(
     tokens = 0
     outcome = "finished"
     try:
-        for step, rows in enumerate(shuffled(len(batch), batch_size, seed or 0)):
+        for step, rows in enumerate(_again(shuffled(len(batch), batch_size, seed or 0), getattr(source, "updates", 1))):
             done = _progress(step, time.monotonic() - began, max_steps, time_limit)
             if step > 0 and done >= 1:
                 break
@@ -124,7 +132,7 @@ def fit(
                 usual = statistics.median(m["grad_norm"] for m in metrics[-WINDOW:])
                 if usual > 0:
                     nn.utils.clip_grads_with_norm_(weights, clip * usual, torch.tensor(norm))
-            row = _metrics(particles, reference.mean(0)[rows])
+            row = _metrics(particles, gain, rows)
             row |= {"step": step, "seconds": time.monotonic() - began, "learning_rate": rate, "grad_norm": norm}
             tokens += cost.lm_tokens
             row |= {"lm_tokens": cost.lm_tokens, "done": done, "tokens_per_second": tokens / max(row["seconds"], 1e-9)}
@@ -151,7 +159,7 @@ def fit(
             except Exception as fault:  # must not hide what went wrong first
                 error.add_note(f"the best guide could not be saved: {fault}")
         raise
-    return _keep_best(model, guide, batch, reference, best, metrics, outcome, began, measured)
+    return _keep_best(gain, best, metrics, outcome, began)
 
 
 class _Best:
@@ -185,38 +193,35 @@ class _Best:
         return float(gains.mean() + 5 * gains.std() / WINDOW**0.5) < -1.0
 
 
-def _keep_best(
-    model: Any, guide: Any, batch: Prompts, reference: Tensor, best: _Best, metrics: Any, outcome: str, began: float,
-    measured: dict[str, int],
-) -> Fit:  # fmt: skip
+def _keep_best(gain: Gain, best: _Best, metrics: Any, outcome: str, began: float) -> Fit:
     """Measures the last guide and the best earlier one on fresh draws, and leaves the best of both and the start.
     Interrupted in this, it leaves the last guide, or the best earlier one if that was the better in training."""
-    base = reference.mean(0)
-    base_se = float((reference - base).mean(1).std() / math.sqrt(len(reference)))
 
-    def gain(weights: list[Tensor]) -> tuple[float, float]:
+    def of(weights: list[Tensor]) -> tuple[float, float]:
         best.load(weights)
         try:
-            drawn = importance(model, guide, batch, **measured)
+            return gain.measure()
         except DivergedError:
             return -math.inf, 0.0
-        value = (drawn.log_weight.flatten(0, 1) - base).mean(1)
-        return float(value.mean()), math.hypot(float(value.std() / math.sqrt(len(value))), base_se)
 
     last = best.copy()
     recent = [m["gain"] for m in metrics[-WINDOW:]] or [0.0]
     last_gain, last_se = sum(recent) / len(recent), math.nan
     try:
-        last_gain, last_se = gain(last)
-        candidates = [("last", len(metrics), last_gain, last_se, last)]
-        if 0 <= best.step < len(metrics) - 1:
-            candidates.append(("best", best.step + 1, *gain(best.kept), best.kept))
-        first, first_se = gain(best.start)
+        for _ in range(2):
+            covers = gain.covers
+            last_gain, last_se = of(last)
+            candidates = [("last", len(metrics), last_gain, last_se, last)]
+            if 0 <= best.step < len(metrics) - 1:
+                candidates.append(("best", best.step + 1, *of(best.kept), best.kept))
+            first, first_se = of(best.start)
+            if gain.covers == covers:  # else an impossible text made another measure of all: once more
+                break
         if all(first - c[2] > 2 * math.hypot(first_se, c[3]) for c in candidates):  # noise must not discard the fit
             candidates = [("start", 0, first, first_se, best.start)]
         elif len(candidates) > 1:  # the better of two on the same draws looks better than it is
             name, step, _, _, weights = max(candidates, key=lambda c: c[2])
-            candidates = [(name, step, *gain(weights), weights)]
+            candidates = [(name, step, *of(weights), weights)]
     except KeyboardInterrupt:
         outcome = "interrupted"
         earlier = ("start", 0, 0.0) if best.step < 0 else ("best", best.step + 1, best.gain)
@@ -235,14 +240,15 @@ def _keep_best(
         gain_se=kept_se,
         last_gain=last_gain,
         last_gain_se=last_se,
+        covers=gain.covers,
         metrics=metrics,
     )
 
 
 def _weights(elbo: SequenceELBO, model: Bound, guide: Bound, batch: Prompts) -> list[Tensor]:
     """Every trainable parameter: of the networks, and what the programs themselves make with `pyro.param`."""
-    with poutine.trace(param_only=True) as capture:
-        refuse_hard_constraints(elbo.particles(model, guide, batch))
+    with poutine.trace(param_only=True) as capture, torch.no_grad():
+        run(model, guide, (batch,), {}, 1, elbo.max_plate_nesting)  # not through the objective, which may remember it
     sites: Any = capture.trace.nodes.values()
     found = [site["value"].unconstrained() for site in sites if site["type"] == "param"]
     weights = list({id(p): p for p in found if p.requires_grad}.values())
@@ -254,19 +260,30 @@ def _weights(elbo: SequenceELBO, model: Bound, guide: Bound, batch: Prompts) -> 
     return weights
 
 
-def _metrics(particles: Particles, reference: Tensor) -> dict[str, float]:
-    """Means over particles and prompts, nats for each prompt."""
+def _metrics(particles: Particles, gain: Gain, rows: Tensor) -> dict[str, float]:
+    """Means under the guide over particles and prompts, nats for each prompt; by importance ratios where something else drew
+    the texts."""
     log_w = particles.log_prior() + particles.log_likelihood() - particles.log_guide()  # (K, B)
-    n = log_w.numel()
+    moved, share = particles.log_guide() - particles.log_prior(), particles.share()
     row = {
-        "elbo": float(log_w.mean()),
-        "elbo_se": float(log_w.var(0).mean().sqrt() / math.sqrt(n)),
-        "gain": float((log_w - reference).mean()),
-        "kl_prior": float((particles.log_guide() - particles.log_prior()).mean()),
+        "elbo": _mean(log_w, share),
+        "elbo_se": float((log_w.var(0).mean().sqrt() / math.sqrt(log_w.numel())).nan_to_num(math.inf)),
+        "gain": gain.of_step(log_w, moved, rows, share),
+        "kl_prior": _mean(moved, share),
     }
     if "reward" in particles.records:
-        row["reward"] = float(particles.records["reward"].mean())
+        reward = particles.records["reward"]
+        row["reward"] = _mean(reward.reshape(log_w.shape), share) if particles.drawn else float(reward.mean())
     return row
+
+
+def _mean(values: Tensor, share: Tensor) -> float:
+    return float(torch.where(share > 0, share * values, 0.0).sum(0).mean())
+
+
+def _again(batches: Iterator[Tensor], times: int) -> Iterator[Tensor]:
+    """Each batch so many times in a row, for a source that reuses its texts."""
+    return (rows for rows in batches for _ in range(times))
 
 
 def _progress(step: int, seconds: float, max_steps: int | None, time_limit: float | None) -> float:

@@ -27,6 +27,7 @@ class Settings:
 
     model: str
     guide: str = "finetuned"
+    objective: str = "reverse_kl"
     lm: str | None = None
     reward: str = "vader"
     beta: float = 0.2

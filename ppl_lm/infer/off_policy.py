@@ -1,0 +1,184 @@
+"""Where a step's texts come from if not from the guide as it is: another program, the step before, or a memory."""
+
+import copy
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from pyro.poutine import Trace
+from torch import Tensor, nn
+
+from ppl_lm.infer.terms import Terms
+from ppl_lm.lm import TokenSequence
+
+Site = dict[str, Any]
+
+
+class Drawn:
+    """A trace that holds the latent sites' values, and the densities that drew them, found when they were drawn.
+
+    :param fresh: which particles the guide drew just now, (K, B), where others come from a memory and no density is known;
+        None: the sites' own distributions drew all.
+    :param repeated: whether an earlier step has seen these very draws."""
+
+    def __init__(self, trace: Trace, fresh: Tensor | None = None):
+        self.trace, self.fresh, self.repeated = trace, fresh, False
+        sites: Any = trace.nodes
+        latent = {n: s for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
+        self.densities = {n: _density(s) if fresh is None else None for n, s in latent.items()}
+
+    def log_density(self, name: str) -> Tensor:
+        """(K, B, T) of a text, (K, B) of another site; NaN where it is not known."""
+        found = self.densities.get(name)
+        if found is None:
+            nodes: Any = self.trace.nodes
+            value = nodes[name]["value"]
+            return torch.full(value.shape, math.nan, dtype=torch.float64, device=value.device)
+        return found
+
+
+class Source(Protocol):
+    """What draws a step's texts."""
+
+    def __call__(self, draw: Callable[..., Trace], prompts: Any) -> Drawn:
+        """:param draw: traces a program with all particles; the guide, if none is given."""
+        ...
+
+    def update(self, terms: Terms, guide: Any) -> None:
+        """Told of the particles that it drew, and the guide that is being fitted."""
+        ...
+
+
+class Proposal:
+    """Texts from a program of their own, q in DPG's papers, with importance ratios.
+
+    :param program: with the guide's latent sites: `bind(ppl_lm.guides.prior, lm)`, or a copy of the guide.
+    :param every: steps after which a copy of the program takes over the guide's weights if in these steps KL(p ‖ guide) was
+        below KL(p ‖ program) by more than two standard errors: the rule of KL-adaptive DPG (Khalifa et al. 2021), made to
+        wait for evidence. The program must be made like the guide then: see `like`. None: never.
+    """
+
+    def __init__(self, program: nn.Module, every: int | None = None):
+        if not isinstance(program, nn.Module):
+            raise ValueError(f"program={program!r}; give a bound program, ppl_lm.bind(...)")
+        if every is not None and every < 2:
+            raise ValueError(f"every={every}; give at least 2 steps, or None")
+        self.program, self.every = program if every is None else copy.deepcopy(program), every
+        self.taken_over = 0
+        self.gaps: list[float] = []
+
+    @classmethod
+    def like(cls, guide: nn.Module, every: int | None = 10) -> "Proposal":
+        """Starts as a copy of the guide as it is."""
+        return cls(copy.deepcopy(guide), every)
+
+    @torch.no_grad()
+    def __call__(self, draw: Callable[..., Trace], prompts: Any) -> Drawn:
+        return Drawn(draw(self.program))
+
+    def update(self, terms: Terms, guide: Any) -> None:
+        """The mean of w/Ẑ (log q - log b) estimates KL(p ‖ program) - KL(p ‖ guide), w = p(x, evidence)/b(x). Ẑ is the
+        step's estimate of Z, not its own particles' mean, which with few particles hides what they miss."""
+        assert terms.log_proposal is not None
+        if self.every is None:
+            return
+        mine, theirs = guide.state_dict(), self.program.state_dict()
+        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in theirs.items()}:
+            raise ValueError(
+                "every= needs a program made like the guide, whose weights it can take: Proposal.like(guide)"
+            )
+        log_share = terms.log_joint - terms.log_proposal - terms.log_z
+        gap = log_share.exp() * (terms.log_guide - terms.log_proposal)
+        self.gaps.append(float(torch.where(log_share.isfinite(), gap, 0.0).mean()))  # 0: impossible, or Z unknown
+        if len(self.gaps) < self.every:
+            return
+        gaps, self.gaps = torch.tensor(self.gaps), []
+        if float(gaps.mean()) > 2 * float(gaps.std()) / math.sqrt(len(gaps)):
+            self.program.load_state_dict(mine)
+            self.taken_over += 1
+
+
+class Reuse:
+    """Each batch of texts serves several updates, by importance ratios after the first.
+
+    :param updates: of one batch; new texts are drawn before that where the prompts change."""
+
+    def __init__(self, updates: int):
+        if not isinstance(updates, int) or updates < 1:
+            raise ValueError(f"updates={updates}; give a whole number, at least 1")
+        self.updates, self.left = updates, 0
+        self.drawn: tuple[Any, Drawn] | None = None
+
+    def __call__(self, draw: Callable[..., Trace], prompts: Any) -> Drawn:
+        of = prompts.identities() if hasattr(prompts, "identities") else prompts
+        if self.drawn is None or self.left < 1 or self.drawn[0] != of:
+            self.drawn, self.left = (of, Drawn(draw())), self.updates
+        else:
+            self.drawn[1].repeated = True
+        self.left -= 1
+        return self.drawn[1]
+
+    def update(self, terms: Terms, guide: Any) -> None:
+        pass
+
+
+@dataclass
+class Replay:
+    """Some texts are the most probable ones that were ever drawn for the prompt, the others new: for objectives that need no
+    importance ratios (trajectory_balance, vargrad, subtb), and programs with one text.
+
+    :param capacity: texts kept for each prompt, those of the largest p(x, evidence).
+    :param share: of the particles that are replayed once there are enough, between 0 and 1."""
+
+    capacity: int = 256
+    share: float = 0.25
+    kept: dict[tuple[Any, ...], dict[tuple[int, ...], float]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.capacity, int) or self.capacity < 1:
+            raise ValueError(f"capacity={self.capacity}; give at least 1 text")
+        if not 0 < self.share < 1:
+            raise ValueError(f"share={self.share}; give a number between 0 and 1")
+
+    def __call__(self, draw: Callable[..., Trace], prompts: Any) -> Drawn:
+        trace = draw()
+        nodes: Any = trace.nodes
+        texts = [s for s in nodes.values() if s["type"] == "sample" and isinstance(s["fn"], TokenSequence)]
+        if len(texts) != 1:
+            raise ValueError(f"Replay remembers one text for each prompt; this guide draws {len(texts)}")
+        self.x = texts[0]["value"].clone()  # (K, B, T)
+        count = min(self.capacity, round(self.share * len(self.x)), len(self.x) - 1)
+        if count < 1:
+            raise ValueError(
+                f"share={self.share} of {len(self.x)} particles is none: give more particles or a larger share"
+            )
+        fresh = torch.ones(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
+        for b, key in enumerate(self._keys(texts[0]["fn"].prompts)):
+            known = list(self.kept.get(key, ()))
+            if len(known) >= count:
+                picks = torch.randperm(len(known))[:count].tolist()
+                self.x[:count, b] = self.x.new_tensor([known[i] for i in picks])
+                fresh[:count, b] = False
+        texts[0]["value"] = self.x
+        return Drawn(trace, fresh)
+
+    def _keys(self, prompts: Any) -> list[tuple[Any, ...]]:
+        return [(*key, self.x.shape[-1]) for key in prompts.identities()]  # noqa: SIM118
+
+    def update(self, terms: Terms, guide: Any) -> None:
+        for b, key in enumerate(self._keys(terms.prompts)):
+            new = dict(zip(map(tuple, self.x[:, b].tolist()), terms.log_joint[:, b].tolist(), strict=True))
+            known = {**self.kept.get(key, {}), **new}
+            self.kept[key] = dict(heapq.nlargest(self.capacity, known.items(), key=lambda item: item[1]))
+
+
+@torch.no_grad()
+def _density(site: Site) -> Tensor:
+    fn, value = site["fn"], site["value"]
+    if not isinstance(fn, TokenSequence):
+        return fn.log_prob(value).detach()
+    found = fn.drawn_log_probs(value)
+    return fn.token_log_probs(value) if found is None else found

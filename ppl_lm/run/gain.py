@@ -1,0 +1,94 @@
+"""How much closer to its posterior a guide is than the prior: what `fit` watches, in nats a prompt, without log Z."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_lm.infer import Draws, NoSupportError, importance, score
+from ppl_lm.infer.objectives import hard_constraint
+from ppl_lm.infer.terms import Objective
+from ppl_lm.lm import Prompts
+
+MOST = 8192  # draws of the prior in search of a possible text, for a prompt that lacks one
+FEWEST = 5.0  # effective draws for each prompt, below which they give no standard error
+
+
+class Gain:
+    """ELBO(q) - ELBO(prior) = KL(prior ‖ p) - KL(q ‖ p). For objectives that ask for cover, and for posteriors that rule texts
+    out, where both ELBOs are -inf: KL(p ‖ prior) - KL(p ‖ q) = E_p[log q - log prior].
+
+    :raises ValueError: if the posterior rules texts out and the objective cannot serve it, or some site lies outside the
+        prompt plate.
+    :raises NoSupportError: if no draw of the prior was possible for some prompt.
+    """
+
+    def __init__(self, model: Any, guide: Any, batch: Prompts, objective: Objective, max_plate_nesting: int):
+        self.model, self.guide, self.batch = model, guide, batch
+        self.settings = {"num_samples": max(64, 1024 // len(batch)), "max_plate_nesting": max_plate_nesting}
+        self.mends = getattr(objective, "mends", False)
+        log_w = self._of_prior().log_weight.flatten(0, 1)  # (S, B)
+        if log_w.shape[1] != len(batch):
+            raise ValueError("fit needs every site in the prompt plate; use SequenceELBO with pyro.infer.SVI")
+        hard = not bool((log_w > -torch.inf).all())
+        if hard and not self.mends:
+            raise hard_constraint(objective)
+        self.covers = getattr(objective, "covers", False) or hard
+        self.before, self.se = log_w.mean(0), _se((log_w - log_w.mean(0)).mean(1))
+        if hard:
+            self._require_possible(log_w)
+
+    def _of_prior(self) -> Draws:
+        return importance(self.model, None, self.batch, **self.settings)
+
+    def _require_possible(self, log_w: Tensor) -> None:
+        lacking = (log_w == -torch.inf).all(0).nonzero()[:, 0].cpu()
+        drawn = log_w.shape[0]
+        while len(lacking) and drawn < MOST:
+            more = importance(self.model, None, self.batch.take(lacking), **self.settings).log_weight.flatten(0, 1)
+            lacking, drawn = lacking[(more == -torch.inf).all(0).cpu()], drawn + log_w.shape[0]
+        if len(lacking):
+            raise NoSupportError(
+                f"prompt {int(lacking[0])}: none of {drawn} draws of the prior is possible under the posterior, so there is "
+                "nothing to learn from; loosen the constraint, or start from a prior that meets it more often"
+            )
+
+    def of_step(self, log_w: Tensor, moved: Tensor, rows: Tensor, share: Tensor) -> float:
+        """From a step's particles, (K, B): their log weights, log q - log prior, and what each counts in a mean under q.
+
+        Where the prior's draws did not show that some texts are impossible, those are left out."""
+        if self.covers:
+            weight = (log_w + share.log()).softmax(0).nan_to_num(0.0)
+            return float(torch.where(weight > 0, weight * moved, 0.0).sum(0).mean())
+        share = torch.where(log_w > -torch.inf, share, 0.0)
+        terms = torch.where(share > 0, share * (log_w - self.before[rows]), 0.0)
+        return float((terms.sum(0) / share.sum(0)).mean())
+
+    def measure(self) -> tuple[float, float]:
+        """Of the guide as it is, with a standard error, on fresh draws of it; where cover is asked for, on the prior's.
+
+        Later calls may be of KL(p ‖ q) although earlier ones were of the ELBO: compare what was measured under one `covers`."""
+        if not self.covers:
+            log_w = importance(self.model, self.guide, self.batch, **self.settings).log_weight.flatten(0, 1)
+            value = (log_w - self.before).mean(1)
+            if bool(value.isfinite().all()) or not self.mends:
+                return float(value.mean()), math.hypot(_se(value), self.se)
+            self.covers = True  # an impossible text has shown itself only now: every ELBO is -inf
+        draws = self._of_prior()
+        scored = score(self.guide, draws, self.settings["max_plate_nesting"])
+        log_w, moved = draws.log_weight.flatten(0, 1), (scored.log_guide - draws.log_prior).flatten(0, 1)
+        known = (log_w > -torch.inf).any(0)  # prompts of which these draws hold a possible text
+        if not bool(known.any()):
+            return 0.0, math.inf
+        share, moved = log_w[:, known].softmax(0), moved[:, known]
+        value = torch.where(share > 0, share * moved, 0.0).sum(0)
+        errors = (share.square() * torch.where(share > 0, moved - value, 0.0).square()).sum(0)
+        if float(1 / share.square().sum(0).mean()) >= FEWEST:
+            return float(value.mean()), float(errors.sum().sqrt()) / len(value)
+        # One weight's own spread says nothing of its error; that of many prompts' values does.
+        return float(value.mean()), _se(value) if len(value) >= FEWEST else math.inf
+
+
+def _se(values: Tensor) -> float:
+    return float(values.std() / math.sqrt(len(values)))
