@@ -1,0 +1,45 @@
+"""Each experiment comes out with a table, claims and a figure; that the claims hold is shown by `make experiments`."""
+
+import json
+from importlib import import_module
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import ppl_lm.experiments.__main__ as command
+from ppl_lm.experiments import lab
+
+ENUMERATED = [name for name in command.NAMES if name != command.REAL]
+APP = typer.Typer()
+APP.command()(command.main)
+
+
+@pytest.mark.parametrize("name", ENUMERATED)
+def test_comes_out(name, tmp_path, monkeypatch):
+    """With two steps a fit, so the claims need not hold, and the exit status tells whether they do."""
+    module = import_module(f"ppl_lm.experiments.{name}")
+
+    def short(*args, **settings):
+        return lab.train(*args, **{**settings, "steps": 2, "every": 2, "num_particles": 8})
+
+    monkeypatch.setattr(module, "train", short)
+    if hasattr(module, "GRADIENTS"):
+        monkeypatch.setattr(module, "GRADIENTS", 3)
+    result = CliRunner().invoke(APP, [name, "--seed", "1", "--output-dir", str(tmp_path)])
+    made = json.loads((tmp_path / f"{name}.json").read_text())
+    assert result.exit_code == (0 if all(made["claims"].values()) else 1), result.output
+    assert made["claims"] and made["rows"] and all(claim[:40] in result.output for claim in made["claims"])
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["collaps"], "'collaps' is unknown; give one of collapse"),
+        (["grpo", "--lm", "x"], "--lm and --time-limit"),
+    ],
+)
+def test_refusals(args, message):
+    result = CliRunner().invoke(APP, args)
+    assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
