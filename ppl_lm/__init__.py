@@ -10,11 +10,14 @@ if TYPE_CHECKING:
         Draws,
         SequenceELBO,
         baselines,
+        best_of_n,
         bind,
         exact,
         importance,
+        mcmc,
         objectives,
         off_policy,
+        quasi_rejection,
         rejection,
         score,
     )  # fmt: skip
@@ -25,7 +28,10 @@ if TYPE_CHECKING:
 _HOME = {  # public name -> module; imported when first asked for, so that `import ppl_lm` is cheap
     **dict.fromkeys(("LanguageModel", "Prompts", "TokenSequence", "batches"), "ppl_lm.lm"),
     **dict.fromkeys(("BestOf", "Optimality", "Reward", "RewardError", "RewardTimeout", "rewards"), "ppl_lm.likelihood"),
-    **dict.fromkeys(("Draws", "SequenceELBO", "bind", "exact", "importance", "rejection", "score"), "ppl_lm.infer"),
+    **dict.fromkeys(
+        ("Draws", "SequenceELBO", "bind", "exact", "importance", "mcmc", "rejection", "score"), "ppl_lm.infer"
+    ),
+    **dict.fromkeys(("best_of_n", "quasi_rejection"), "ppl_lm.infer"),
     **dict.fromkeys(("baselines", "objectives", "off_policy"), "ppl_lm.infer"),
     **dict.fromkeys(("Diagnosis", "Evidence", "ess", "log_evidence", "psis_khat", "to_arviz"), "ppl_lm.diagnose"),
     "fit": "ppl_lm.run",

@@ -133,7 +133,8 @@ def fit(
 def sample(
     source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or a posterior as for fit.")],
     sampler: Annotated[str, typer.Option(help="importance: the guide's draws, each with its log weight; rejection: exact "
-                                         "posterior draws, from prior draws and the reward's bound.")] = "importance",
+                                         "posterior draws, from prior draws and the reward's bound; quasi_rejection, "
+                                         "best_of_n; independence_mh, suffix_mh: Markov chains.")] = "importance",
     num_samples: NumSamples = 10,
     guide: Annotated[str | None, typer.Option(help="With MODEL: what proposes.", show_default="prior")] = None,
     lm: Annotated[str | None, typer.Option(help="With MODEL, as for fit; likewise the next three.")] = None,
@@ -149,7 +150,7 @@ def sample(
     import torch
 
     from ppl_lm.run import folder
-    from ppl_lm.run.command import draw
+    from ppl_lm.run.samplers import draw
 
     asked = {"guide": guide, "lm": lm, "reward": reward, "beta": beta, "max_new_tokens": max_new_tokens}
     asked = {k: v for k, v in asked.items() if v is not None}

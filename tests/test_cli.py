@@ -89,8 +89,27 @@ def test_exact_draws_without_a_fit(run):
     assert [json.loads(line)["log_weight"] for line in impossible.stdout.splitlines()] == [None] * 10
     assert call("sample", "tilted", "--guide", "finetuned", "--sampler", "rejection").exit_code == 2
     assert call("sample", run[0], "--beta", 1).exit_code == 2
-    assert call("sample", run[0], "--sampler", "smc").exit_code == 2
+    assert call("sample", run[0], "--sampler", "nope").exit_code == 2
     assert call("sample", "tilted", "--reward", "length", "--sampler", "rejection").exit_code == 2  # no bound
+
+
+@pytest.mark.parametrize(
+    ("sampler", "told", "weighted"),
+    [
+        ("quasi_rejection", "proposals accepted", True),
+        ("best_of_n", "not the posterior", True),
+        ("independence_mh", "largest R-hat", False),
+        ("suffix_mh", "largest R-hat", False),
+    ],
+)
+def test_every_sampler_says_what_its_draws_are(sampler, told, weighted):
+    short = ("--sampler", sampler, "--max-new-tokens", 4, "--num-samples", 5)
+    plain = call("sample", "tilted", *short)
+    assert plain.exit_code == 0 and told in " ".join(plain.output.split()), plain.output
+    rows = [json.loads(line) for line in call("sample", "tilted", *short, "--json").stdout.splitlines()]
+    assert len(rows) == 5 and all(("log_weight" in row) == weighted for row in rows)
+    chains = call("sample", "constrained", "--reward", "contains:zebra", *short)
+    assert chains.exit_code == (0 if sampler == "best_of_n" else 2) and "NaN" not in chains.output
 
 
 def test_a_program_imports_its_neighbour_and_errors_name_its_line(tmp_path, monkeypatch):

@@ -16,14 +16,14 @@ def groups(draws: Draws, num_samples: int | None = None) -> tuple[dict[str, dict
 
     `posterior`: equally weighted numbers, dimensions (chain, draw, prompt, ...): weighted draws are resampled, since
     ArviZ's summaries know no weights. `completions`: the tokens and text of the same draws. `guide`: the raw draws with
-    their log-probabilities and weights.
+    their log-probabilities and weights. `sample_stats`: of Markov chains, their acceptance rates.
     """
     chains, count, batch = draws.log_guide.shape
     n = num_samples or draws.num_samples
     picks = draws.reweighted(n)  # (S, B or 1)
     picks = picks.cpu().expand(-1, len(draws.prompts))
     column = torch.arange(len(draws.prompts))
-    keep_chains = draws.exact and n == draws.num_samples
+    keep_chains = (draws.exact or draws.markov) and n == draws.num_samples
 
     def posterior(value: Tensor) -> np.ndarray:
         flat = value.flatten(0, 1).cpu()
@@ -65,15 +65,17 @@ def groups(draws: Draws, num_samples: int | None = None) -> tuple[dict[str, dict
         "exact": int(draws.exact),
         "num_samples": n,
         "unique_fraction": float(np.mean(unique)),
-        "weighted_ess": float(draws.num_samples if draws.exact else ess(log_w).mean()),
         "lm_tokens": draws.cost.lm_tokens,
         "reward_calls": draws.cost.reward_calls,
     }
+    if not draws.markov:  # ArviZ finds what chains are worth: az.ess
+        attributes["weighted_ess"] = float(draws.num_samples if draws.exact else ess(log_w).mean())
     prompts = np.array([t if isinstance(t, str) else repr(t) for t in draws.prompts.texts], dtype=str)
     made = {
         "posterior": scalars,
         "completions": completions,
         "guide": guide,
+        "sample_stats": {k: v.expand(chains, count, len(draws.prompts)).cpu().numpy() for k, v in draws.stats.items()},
         "constant_data": {"prompt_text": prompts},
     }
     return made, attributes

@@ -61,9 +61,9 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
 
     :param draws: the guide's (`importance`).
     :param exact: exact posterior draws whose `log_guide` is that of the same guide: `score(guide, rejection(...))`.
-    :raises ValueError: if `exact` holds draws that are not exact, or `draws` holds exact ones.
+    :raises ValueError: if `exact` holds draws that are not exact, or `draws` holds exact ones or Markov chains.
     """
-    if draws.exact:
+    if draws.exact or draws.markov:
         raise ValueError("draws= must be the guide's own draws; pass exact posterior draws as exact=")
     if exact is not None and not exact.exact:
         raise ValueError("exact= must hold exact posterior draws (rejection); these are weighted ones")

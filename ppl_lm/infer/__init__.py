@@ -1,11 +1,14 @@
 """Inference: how a posterior is approximated, whatever it is."""
 
 from ppl_lm.infer import baselines, objectives, off_policy
+from ppl_lm.infer.best_of_n import best_of_n
 from ppl_lm.infer.bind import Bound, bind
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.exact import Exact, exact
 from ppl_lm.infer.importance import importance, score
+from ppl_lm.infer.mcmc import mcmc
+from ppl_lm.infer.quasi_rejection import quality, quasi_rejection
 from ppl_lm.infer.rejection import rejection
 
 __all__ = [
@@ -15,11 +18,15 @@ __all__ = [
     "NoSupportError",
     "SequenceELBO",
     "baselines",
+    "best_of_n",
     "bind",
     "exact",
     "importance",
+    "mcmc",
     "objectives",
     "off_policy",
+    "quality",
+    "quasi_rejection",
     "rejection",
     "score",
 ]

@@ -27,6 +27,8 @@ class Draws:
     :param log_guide: log q(z | prompt), the density that drew them, whatever scale or mask stands on the guide's sites.
     :param exact: whether these are equally weighted draws from the posterior itself. Otherwise they are the guide's,
         and `log_weight` makes them the posterior's.
+    :param markov: whether these are Markov chains: equally weighted and correlated, and the posterior's in the limit.
+    :param stats: of a sampler that moves, how each draw came about, (C, S, B), such as `acceptance_rate`.
     :param proposals: of a sampler that discards, all that it proposed (without `latents`).
     """
 
@@ -38,6 +40,8 @@ class Draws:
     log_guide: Float[Tensor, "C S B"]
     cost: Cost = field(default_factory=Cost)
     exact: bool = False
+    markov: bool = False
+    stats: dict[str, Tensor] = field(default_factory=dict)
     proposals: "Draws | None" = None
     texts: tuple[str, ...] = ()
 
@@ -72,12 +76,12 @@ class Draws:
 
     def reweighted(self, num_samples: int | None = None) -> Float[Tensor, "S B"]:
         """Indices (into the C·S flattened draws) of equally weighted posterior draws, by systematic resampling with
-        the normalised weights, in random order; every index once where the draws are exact. The same at every call:
-        torch's random state is neither used nor changed."""
+        the normalised weights, in random order; every index once where the draws are exact or Markov chains. The same at
+        every call: torch's random state is neither used nor changed."""
         n = num_samples or self.num_samples
-        if self.exact:
+        if self.exact or self.markov:
             if n > self.num_samples:
-                raise ValueError(f"num_samples={n}, but there are {self.num_samples} exact draws")
+                raise ValueError(f"num_samples={n}, but there are {self.num_samples} draws, equally weighted")
             return torch.arange(self.num_samples).unsqueeze(-1).expand(-1, self.log_guide.shape[-1])[:n]
         log_w = self.log_weight.flatten(0, 1)  # (S, B)
         if bool((log_w == -torch.inf).all(0).any()):
@@ -102,6 +106,7 @@ class Draws:
             prompts=prompts or self.prompts,
             latents={k: pick(v) for k, v in self.latents.items()},
             records={k: pick(v) for k, v in self.records.items()},
+            stats={k: pick(v) for k, v in self.stats.items()},
             log_prior=pick(self.log_prior),
             log_likelihood=pick(self.log_likelihood),
             log_guide=pick(self.log_guide),
@@ -120,6 +125,7 @@ def concatenate(parts: Sequence[Draws]) -> Draws:
         first,
         latents={k: join(p.latents[k] for p in parts) for k in first.latents},
         records={k: join(p.records[k] for p in parts) for k in first.records},
+        stats={k: join(p.stats[k] for p in parts) for k in first.stats},
         log_prior=join(p.log_prior for p in parts),
         log_likelihood=join(p.log_likelihood for p in parts),
         log_guide=join(p.log_guide for p in parts),

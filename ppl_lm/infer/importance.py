@@ -38,7 +38,7 @@ def importance(
     counts = [min(size, num_samples - done) for done in range(0, num_samples, size)]
     parts = []
     for n in counts:
-        part = _once(model, guide, prompts, max(2, n), max_plate_nesting)  # a single particle would have no plate
+        part = draw(model, guide, prompts, max(2, n), max_plate_nesting)  # a single particle would have no plate
         parts.append(part if n > 1 else part.map(lambda v: v[:, :1]))
     return concatenate(parts)
 
@@ -67,7 +67,8 @@ def score(guide: Callable[..., Any], draws: Draws, max_plate_nesting: int = 1) -
     return replace(draws, log_guide=log_guide, cost=sum(costs, draws.cost))
 
 
-def _once(model: Any, guide: Any, prompts: Any, n: int, nesting: int) -> Draws:
+def draw(model: Any, guide: Any, prompts: Any, n: int, nesting: int = 1) -> Draws:
+    """n draws of the guide with their weights, in one run of guide and model; n is at least 2."""
     with meter.measure() as cost:
         p = run(model, guide, (prompts,), {}, n, nesting)
     plate = p.subsampled()

@@ -46,37 +46,63 @@ def rejection(
                 "rejection needs a bound of the weights: declare the reward's r_max, or pass log_bound= (nats), "
                 "or use importance(), which needs none"
             )
-    proposals: list[Draws] = []
-    kept: list[Draws] = []  # of the proposals, those that some prompt accepts: the values of the others need no memory
-    masks: list[Tensor] = []
-    done, accepted = 0, torch.zeros(1, dtype=torch.long)
-    size = max(1, ROWS // max(1, len(prompts)))
-    while True:
-        n = min(size, max_proposals - done)
-        part = importance(model, guide, prompts, num_samples=n, max_plate_nesting=max_plate_nesting)
-        if from_prior and not proposals and not part.is_local:
-            log_bound = likelihood_bound(model, prompts, joint=True)
-            assert log_bound is not None
+    nats: float | None = None
+
+    def keep(part: Draws) -> tuple[Tensor, float]:
+        nonlocal nats
         if from_prior and not part.from_prior:
             raise ValueError(
                 "without log_bound= the proposals must come from the prior: this guide is another law, or a scale or mask "
                 "makes another one of the model's prior"
             )
-        mask = accept(part, log_bound)  # (n, B)
+        if nats is None:
+            nats = likelihood_bound(model, prompts, joint=True) if from_prior and not part.is_local else log_bound
+        assert nats is not None
+        return accept(part, nats), nats
+
+    def propose(n: int) -> Draws:
+        return importance(model, guide, prompts, num_samples=n, max_plate_nesting=max_plate_nesting)
+
+    kept, mask, proposals = propose_until(
+        propose, keep, num_samples, max_proposals, max(1, ROWS // max(1, len(prompts)))
+    )
+    return replace(select(kept, mask, num_samples), cost=proposals.cost, proposals=proposals)
+
+
+def propose_until(
+    propose: Callable[[int], Draws],
+    keep: Callable[[Draws], tuple[Tensor, Any]],
+    num_samples: int,
+    max_proposals: int,
+    size: int,
+) -> tuple[Draws, Tensor, Draws]:
+    """Proposes `size` draws at a time until each prompt has kept `num_samples`.
+
+    :param keep: which draws each prompt keeps, (S, B) bool, and the bound in nats by which it does.
+    :returns: the draws that some prompt keeps, which of them each does, and all proposals without their values.
+    :raises NoSupportError: if a prompt has too few after `max_proposals`."""
+    proposals: list[Draws] = []
+    kept: list[Draws] = []  # of the proposals, those that some prompt accepts: the values of the others need no memory
+    masks: list[Tensor] = []
+    done, accepted = 0, torch.zeros(1, dtype=torch.long)
+    while True:
+        n = min(size, max_proposals - done)
+        part = propose(n)
+        mask, bound = keep(part)  # (n, B)
         rows = mask.any(1)
         proposals.append(replace(part, latents={}))
         kept.append(part.map(lambda v, rows=rows: v[:, rows]))
         masks.append(mask[rows])
         done, accepted = done + n, accepted + mask.cpu().sum(0)
         if int(accepted.min()) >= num_samples:
-            made = select(concatenate(kept), torch.cat(masks), num_samples)
-            return replace(made, proposals=concatenate(proposals))
+            return concatenate(kept), torch.cat(masks), concatenate(proposals)
         if done >= max_proposals:
             worst = int(accepted.argmin())
             best = max(float(part.log_weight[..., worst].max()) for part in proposals)
+            bound = torch.as_tensor(bound).expand(len(accepted))[worst]
             raise NoSupportError(
                 f"prompt {worst}: {int(accepted[worst])} of {done} proposals were accepted, {num_samples} are needed "
-                f"(the best log weight seen is {best:.2f} nats, the bound {log_bound:.2f}); raise max_proposals, or use "
+                f"(the best log weight seen is {best:.2f} nats, the bound {float(bound):.2f}); raise max_proposals, or use "
                 "a guide closer to the posterior"
             )
 

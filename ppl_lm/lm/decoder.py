@@ -68,12 +68,19 @@ def invert(log_probs: Float[Tensor, "N V"], u: Float[Tensor, "N"]) -> Int[Tensor
 
 @torch.no_grad()
 def sample(
-    lm: LanguageModel, prompts: Prompts, rows: Int[Tensor, "N"], u: Float[Tensor, "N T"]
+    lm: LanguageModel,
+    prompts: Prompts,
+    rows: Int[Tensor, "N"],
+    u: Float[Tensor, "N T"],
+    begun: Int[Tensor, "N T"] | None = None,
+    start: Int[Tensor, "N"] | None = None,
 ) -> tuple[Int[Tensor, "N T"], Float[Tensor, "N T"]]:
     """One completion for each entry of `rows`, of prompt `rows[i]`, with the log-probability of each drawn token.
 
     :param u: independent uniforms in [0, 1), float64, one for each token. The draw is a function of its own row alone,
-        so how rows are batched and when finished ones are dropped changes nothing."""
+        so how rows are batched and when finished ones are dropped changes nothing.
+    :param begun: texts whose tokens before `start` are taken over, end tokens not among them; forced one by one, so that
+        a prompt is still forwarded once, and no row is longer than another."""
     vocabulary, steps = lm.vocabulary, u.shape[-1]
     x = torch.full((len(rows), steps), vocabulary.pad_id, dtype=torch.int64, device=rows.device)
     log_q = torch.zeros_like(u)
@@ -87,6 +94,8 @@ def sample(
     for t in range(steps):
         log_probs = decoder.logits()
         tokens = invert(log_probs, u[live, t])  # (decoder rows,)
+        if begun is not None and start is not None:
+            tokens = torch.where(t < start[live], begun[live, t], tokens)
         drawn = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         x[live[open_], t] = tokens[open_]
         log_q[live[open_], t] = drawn[open_].double()

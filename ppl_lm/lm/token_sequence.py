@@ -62,15 +62,21 @@ class TokenSequence(TorchDistribution):
 
     def sample(self, sample_shape: Any = torch.Size()) -> Int[Tensor, "*S T"]:
         """Draws from torch's global generator, so that `pyro.set_rng_seed` alone makes a run repeatable."""
-        shape = torch.Size(sample_shape) + self.batch_shape
+        return self._draw(torch.Size(sample_shape) + self.batch_shape)
+
+    def resume(self, value: Int[Tensor, "*S T"], start: Int[Tensor, "*S"]) -> Int[Tensor, "*S T"]:
+        """`value` with its tokens from position `start` on drawn anew, from p(· | prompt, x_<start).
+
+        :param start: 0 (a new draw) to the text's length in tokens less 1: no end token stands before it."""
+        return self._draw(value.shape[:-1], value.reshape(-1, *self.event_shape), start.reshape(-1))
+
+    def _draw(self, shape: torch.Size, *begun: Tensor) -> Tensor:
         rows = self._prompt_rows(shape)
         size = self.lm.rows_per_pass(self.prompts.ids.shape[-1] + self.event_shape[0], 1)
         u = torch.rand(len(rows), *self.event_shape, dtype=torch.float64, device=rows.device)
-        parts = [
-            sample(self.lm, self.prompts, r, noise)
-            for r, noise in zip(_chunks(rows, size), _chunks(u, size), strict=True)
-        ]
-        x, log_q = (torch.cat(p).reshape(*shape, *self.event_shape) for p in zip(*parts, strict=True))
+        parts = zip(*(_chunks(v, size) for v in (rows, u, *begun)), strict=True)
+        drawn = [sample(self.lm, self.prompts, *part) for part in parts]
+        x, log_q = (torch.cat(p).reshape(*shape, *self.event_shape) for p in zip(*drawn, strict=True))
         x = track_provenance(x, self._provenance)
         self._drawn = (x, log_q, self._state_of_weights())
         return x

@@ -12,9 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ppl_lm.diagnose import diagnose, show, to_arviz
 from ppl_lm.diagnose.summary import require_enough
-from ppl_lm.infer import Bound, importance, rejection
 from ppl_lm.infer.objectives import objective as objective_named
-from ppl_lm.lm import Prompts
 from ppl_lm.run import folder
 from ppl_lm.run.fit import Fit
 from ppl_lm.run.fit import fit as fit_guide
@@ -102,40 +100,6 @@ def measure(
     out.print(show.figures(made.average, "average over prompts" if len(made.figures) > 1 else "how close"))
     out.print(sentence or show.verdict(made))
     return record
-
-
-def draw(
-    model: Bound, guide: Bound | None, prompts: Prompts, sampler: str, num_samples: int, out: Console | None
-) -> None:
-    """Prints draws by `importance` from the guide, or by `rejection` exact ones of the posterior.
-
-    :param guide: None draws from the model's own prior.
-    :param out: None prints one JSON object a line instead."""
-    if sampler not in ("importance", "rejection"):
-        raise ValueError(f"sampler={sampler!r} is unknown; give importance or rejection")
-    if sampler == "rejection":
-        draws = rejection(model, None, prompts, num_samples=num_samples)
-        assert draws.proposals is not None
-        how = f"exact posterior draws, from {draws.proposals.num_samples} proposals of the prior for each prompt"
-    else:
-        draws = importance(model, guide, prompts, num_samples=num_samples)
-        how = "the guide's draws, as they come; the log weight (nats) is what makes them the posterior's"
-    if out is not None:
-        out.print(how, markup=False)
-    columns = {name: value[0] for name, value in draws.records.items()}  # (S, B)
-    if not draws.exact:
-        columns["log_weight"] = draws.log_weight[0].expand(-1, len(draws.prompts))
-    if out is not None:
-        out.print("  ".join([*columns, "prompt │ completion"]), markup=False, style="bold")
-    for b, texts in enumerate(draws.text()):
-        for s, text in enumerate(texts):
-            prompt, figures = draws.prompts.texts[b], {k: float(v[s, b]) for k, v in columns.items()}
-            if out is None:
-                known = {k: round(v, 4) if math.isfinite(v) else None for k, v in figures.items()}  # JSON has no -inf
-                print(json.dumps({"prompt": prompt, "completion": text, **known}))
-            else:
-                numbers = "  ".join(f"{v:+{len(k)}.2f}" for k, v in figures.items())
-                out.print(numbers, show.clean(f"{prompt} │ {text}"), soft_wrap=True)
 
 
 def told(fitted: Fit) -> str:
