@@ -56,8 +56,8 @@ def test_every_step_of_the_cache_equals_a_pass_without_it(kind):
     decoder, same = Decoder(lm, prompts), Decoder(lm, nested)
     for step in range(7):
         expected = torch.stack([full_log_probs(lm, ids) for ids in texts])
-        torch.testing.assert_close(decoder.logits(), expected, atol=1e-10, rtol=0)
-        torch.testing.assert_close(same.logits(), expected, atol=1e-10, rtol=0)
+        torch.testing.assert_close(decoder.log_probs(), expected, atol=1e-10, rtol=0)
+        torch.testing.assert_close(same.log_probs(), expected, atol=1e-10, rtol=0)
         tokens = torch.tensor([7 + step, 290 - step, 50])
         for ids, token in zip(texts, tokens.tolist(), strict=True):
             ids.append(token)
@@ -79,7 +79,7 @@ def test_reordered_rows_carry_their_own_past(kind):
             ids.append(token)
         decoder.advance(tokens)
         expected = torch.stack([full_log_probs(lm, ids) for ids in texts])
-        torch.testing.assert_close(decoder.logits(), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(decoder.log_probs(), expected, atol=1e-5, rtol=0)
 
 
 def test_without_position_ids_left_padding_would_show(monkeypatch):
@@ -124,7 +124,7 @@ def test_dropping_finished_rows_changes_no_draw(kind):
     x = torch.full((30, 12), lm.vocabulary.pad_id)
     ended = [False] * 30
     for t in range(12):
-        tokens = invert(decoder.logits(), u[:, t])
+        tokens = invert(decoder.log_probs(), u[:, t])
         for i, token in enumerate(tokens.tolist()):
             if not ended[i]:
                 x[i, t] = token
@@ -240,7 +240,7 @@ def test_logits_are_float32_or_wider(dtype):
     d = lm(TEXTS)
     x = d.sample()
     assert d.log_prob(x).dtype == torch.float64
-    law = lm.log_probs_next(ids=ids, mask=None, positions=torch.arange(3)[None], cache=None)[0]
+    law = lm.logits_next(ids=ids, mask=None, positions=torch.arange(3)[None], cache=None)[0].log_softmax(-1)
     assert abs(float(law.double().exp().sum()) - 1) < 1e-5
 
 

@@ -37,7 +37,7 @@ def test_reference_figures(stories):
 def test_a_wrong_sampler_misses_the_reference(stories, fault):
     """The figures above do tell: a sharpened law, or a prompt of one more token, is many standard errors away."""
     prior = LanguageModel.from_pretrained(stories, max_new_tokens=48)
-    plain = prior.log_probs_next
+    plain = prior.logits_next
 
     def faulty(**inputs):
         log_probs, cache = plain(**inputs)
@@ -46,7 +46,7 @@ def test_a_wrong_sampler_misses_the_reference(stories, fault):
         first = inputs["positions"].max() == 0
         return log_probs.where(log_probs == log_probs.max(), -torch.inf) if first else log_probs, cache
 
-    prior.log_probs_next = faulty
+    prior.logits_next = faulty
     assert far(figures(prior)) != []
 
 

@@ -149,7 +149,7 @@ def test_draws_follow_the_exact_law(case):
 @pytest.mark.parametrize("mutant", ["temperature 0.9", "top-k", "forgets the prompt"])
 def test_the_law_of_mutants_is_rejected(case, monkeypatch, mutant):
     d, exact = case
-    right = LanguageModel.log_probs_next
+    right = LanguageModel.logits_next
 
     def wrong(self, **inputs):
         log_probs, cache = right(self, **inputs)
@@ -161,7 +161,7 @@ def test_the_law_of_mutants_is_rejected(case, monkeypatch, mutant):
             log_probs = log_probs.roll(1, 0) if len(log_probs) > 1 else log_probs.flip(-1)
         return log_probs, cache
 
-    monkeypatch.setattr(LanguageModel, "log_probs_next", wrong)
+    monkeypatch.setattr(LanguageModel, "logits_next", wrong)
     x = d.sample((20_000,))
     assert min(g_test(x[:, b], exact[:, b]) for b in range(d.batch_shape[0])) < 1e-5
     drawn = d.drawn_log_probs(x)

@@ -1,12 +1,10 @@
-"""`Decoder`: the one stepping interface. Sampling, and later SMC and constrained decoding, are loops over it."""
-
-from typing import Any
+"""`Decoder`: the one stepping interface. Sampling, Markov chains and SMC are loops over it."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ppl_lm.lm.language_model import DivergedError, LanguageModel, positions
+from ppl_lm.lm.language_model import DivergedError, LanguageModel, normalise, positions
 from ppl_lm.lm.prompts import Prompts
 
 
@@ -20,27 +18,37 @@ class Decoder:
     """
 
     def __init__(self, lm: LanguageModel, prompts: Prompts):
-        from transformers import DynamicCache
-
         self.lm, prompts = lm, prompts.flatten()
-        config: Any = lm.model.config
         self.mask = prompts.mask  # (N, tokens so far)
         self.padded = not bool(self.mask.all())
-        self.log_probs, self.cache = lm.log_probs_next(
+        self._logits, self.cache = lm.logits_next(
             ids=prompts.ids,
             mask=self.mask if self.padded else None,
             positions=positions(self.mask),
-            cache=DynamicCache(config=config),
+            cache=lm.new_cache(),
         )
 
+    @classmethod
+    def of(cls, lm: LanguageModel, prompts: Prompts, rows: Int[Tensor, "N"]) -> "Decoder":
+        """A row for each entry of `rows`, of prompt `rows[i]`; each prompt that occurs is forwarded once."""
+        needed, copies = rows.unique(return_inverse=True)
+        made = cls(lm, prompts.take(needed))
+        made.reorder(copies)
+        return made
+
     def logits(self) -> Float[Tensor, "N V"]:
+        """What the network answers for each row's next token, float32 or wider: log-probabilities up to a constant of
+        each row where it is a language model's, and as they are where it is a twist's."""
+        return self._logits
+
+    def log_probs(self) -> Float[Tensor, "N V"]:
         """Log-probabilities of each row's next token, float32 or wider, nats."""
-        return self.log_probs
+        return normalise(self._logits)
 
     def advance(self, tokens: Int[Tensor, "N"]) -> None:
         """Appends one token to every row."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
-        self.log_probs, self.cache = self.lm.log_probs_next(
+        self._logits, self.cache = self.lm.logits_next(
             ids=tokens.unsqueeze(-1),
             mask=self.mask if self.padded else None,
             positions=self.mask.sum(-1, keepdim=True) - 1,
@@ -51,7 +59,7 @@ class Decoder:
         """Row i becomes a copy of what was row `rows[i]`."""
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
-        self.log_probs = self.log_probs[rows]
+        self._logits = self._logits[rows]
 
 
 def invert(log_probs: Float[Tensor, "N V"], u: Float[Tensor, "N"]) -> Int[Tensor, "N"]:
@@ -86,13 +94,11 @@ def sample(
     log_q = torch.zeros_like(u)
     if not len(rows):
         return x, log_q
-    needed, copies = rows.unique(return_inverse=True)
-    decoder = Decoder(lm, prompts.take(needed))
-    decoder.reorder(copies)
+    decoder = Decoder.of(lm, prompts, rows)
     live = torch.arange(len(rows), device=rows.device)  # output row of each decoder row
     open_ = torch.ones(len(rows), dtype=torch.bool, device=rows.device)  # decoder rows that have not ended
     for t in range(steps):
-        log_probs = decoder.logits()
+        log_probs = decoder.log_probs()
         tokens = invert(log_probs, u[live, t])  # (decoder rows,)
         if begun is not None and start is not None:
             tokens = torch.where(t < start[live], begun[live, t], tokens)

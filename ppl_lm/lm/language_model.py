@@ -58,6 +58,7 @@ class LanguageModel(nn.Module):
         self.max_new_tokens = max_new_tokens
         self.is_checked = False  # set by self_check
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.networks: int = getattr(model, "networks", 1)  # that one forward pass is counted as
         self.width: int = getattr(config, "hidden_size", 0) * getattr(
             config, "num_hidden_layers", 1
         )  # activations a token
@@ -145,10 +146,18 @@ class LanguageModel(nn.Module):
         return self_check(self, prompts, tolerance)
 
     @torch.no_grad()
-    def log_probs_next(self, **inputs: Any) -> tuple[Float[Tensor, "N V"], Any]:
-        """One step: log-probabilities of the next token and the cache after it; see `logits`."""
+    def logits_next(self, **inputs: Any) -> tuple[Float[Tensor, "N V"], Any]:
+        """One step: logits of the next token and the cache after it; see `logits`."""
         logits, cache = self.logits(keep=1, use_cache=True, **inputs)
-        return normalise(logits[:, -1]), cache
+        return logits[:, -1], cache
+
+    def new_cache(self) -> Any:
+        """An empty cache of keys and values, for `logits_next`."""
+        from transformers import DynamicCache
+
+        own = getattr(self.model, "new_cache", None)  # of networks made of several
+        config: Any = self.model.config
+        return DynamicCache(config=config) if own is None else own()
 
     def logits(
         self,
@@ -164,7 +173,7 @@ class LanguageModel(nn.Module):
 
         :param mask: (N, cached + L) True at real tokens; None where nothing is padded.
         """
-        meter.add(lm_tokens=ids.numel())
+        meter.add(lm_tokens=ids.numel() * self.networks)
         with evaluating(self.model):
             out = self.model(
                 input_ids=ids,
@@ -203,6 +212,10 @@ class LanguageModel(nn.Module):
     def next_token_log_probs(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> Float[Tensor, "N S V"]:
         """log p(v | prompt, x_<t) of every token v, at every position up to the length S of the longest completion.
         What stands after a completion's end means nothing. float32 or wider, nats. Differentiable in the weights."""
+        return normalise(self.next_token_logits(prompts, x))
+
+    def next_token_logits(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> Float[Tensor, "N S V"]:
+        """What the network answers at the same places; see `next_token_log_probs` and `Decoder.logits`."""
         steps = int(self.vocabulary.lengths(x).max())
         ids = torch.cat([prompts.ids, x[:, : steps - 1]], 1)  # (N, P + steps - 1)
         prompt_mask = prompts.mask
@@ -210,7 +223,7 @@ class LanguageModel(nn.Module):
         logits, _ = self.logits(
             ids=ids, mask=None if bool(prompt_mask.all()) else mask, positions=positions(mask), keep=steps
         )
-        return normalise(logits)
+        return logits
 
     def rows_per_pass(self, width: int, steps: int, gradient: bool = False) -> int:
         """How many sequences one pass takes, so that its logits and activations stay within a memory budget."""

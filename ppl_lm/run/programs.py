@@ -44,11 +44,16 @@ def model_and_guide(
     model: Callable[..., Any], guide: Callable[..., Any], prior: LanguageModel, fitted: Any, reward: Any, beta: float
 ) -> tuple[Bound, Bound]:
     """Binds both by argument names: `prior` is the frozen LM, `lm` a trainable copy, `table` a trainable table,
-    `reward` (or `constraint`) the reward, `beta` its temperature.
+    `twist` a trainable twist, `reward` (or `constraint`) the reward, `beta` its temperature.
 
     :param fitted: the guide's network where it has been fitted before, else None."""
+    from ppl_lm.lm.product import twist_like
     from ppl_lm.lm.table import table_like
 
     shared = {"prior": lambda: prior, "reward": lambda: reward, "constraint": lambda: reward, "beta": lambda: beta}
-    free = {"lm": lambda: fitted or prior.copy(), "table": lambda: fitted or table_like(prior)}
+    free = {
+        "lm": lambda: fitted or prior.copy(),
+        "table": lambda: fitted or table_like(prior),
+        "twist": lambda: fitted or twist_like(prior),
+    }
     return bind_named(model, shared, "model"), bind_named(guide, shared | free, "guide")

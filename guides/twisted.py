@@ -1,0 +1,16 @@
+"""A prior steered token by token by a learned twist."""
+
+from typing import Any
+
+import pyro
+from torch import Tensor
+
+from ppl_lm.lm.product import product
+
+
+def twisted(prompts: Any, prior: Any, twist: Any) -> Tensor:
+    """q(x_t | prompt, x_<t) ∝ prior(x_t | prompt, x_<t) ψ_t(x_≤t): the proposal that a twist induces (Zhao et al. 2024).
+
+    :param twist: from `ppl_lm.lm.product.twist_like(prior)`; its logits are log ψ_t."""
+    with pyro.plate("prompts", len(prompts)):
+        return pyro.sample("x", product([prior, twist])(prompts))

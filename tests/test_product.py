@@ -1,0 +1,101 @@
+"""Products of language models token by token, and the networks that twists are.
+
+| what | property | tolerance |
+|---|---|---|
+| `product` | its law against one made from tables by hand, for a left-padded batch | 1e-10 |
+| `product` | sampled = scored, cached = uncached, on networks of other kinds | 1e-10, float64 |
+| `twist_like` | ψ = 1 at first: the twisted guide is the prior; gradients reach the twist alone | 1e-10 |
+"""
+
+import oracle
+import pyro
+import pytest
+import tiny
+import torch
+
+from ppl_lm.guides import twisted
+from ppl_lm.infer import bind
+from ppl_lm.lm import Decoder, LanguageModel, product, twist_like
+from ppl_lm.lm.meter import measure
+from ppl_lm.lm.table import table_lm
+
+V, T, END = 3, 3, 2
+ROWS = oracle.outcomes(V, T, END)
+X = oracle.as_tensor(ROWS, T, END)
+TEXTS = ["the soup", "she said that it was", ""]
+
+
+@pytest.mark.parametrize("powers", [(1.0, 1.0), (0.5, -0.3), (2.0, 0.0)])
+def test_each_token_is_normalised_by_itself(powers):
+    lms = [table_lm(V, T, max_prompt=2, concentration=1.0, seed=seed) for seed in (1, 2)]
+    tables = [lm.model.table for lm in lms]
+    made = product(lms, powers)
+    logits = sum(p * t.log_softmax(-1) for p, t in zip(powers, tables, strict=True))
+    for text in ("", "a"):
+        context = tuple(lms[0].vocabulary.encode(text))
+        expected = oracle.log_probs(logits, context, ROWS)
+        torch.testing.assert_close(made([text]).log_prob(X[:, None])[:, 0], expected, atol=1e-10, rtol=0)
+    batch = made(["", "a"])
+    x = batch.sample((50,))
+    torch.testing.assert_close(batch.drawn_log_probs(x), batch.token_log_probs(x), atol=1e-10, rtol=0)
+
+
+def test_it_is_not_the_product_of_whole_texts():
+    lm = table_lm(V, T, max_prompt=2, concentration=1.0, seed=1)
+    whole = 2 * lm([""]).log_prob(X[:, None])[:, 0]
+    assert (product([lm], [2.0])([""]).log_prob(X[:, None])[:, 0] - whole.log_softmax(0)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_the_caches_move_together(kind):
+    lms = [tiny.language_model(kind, seed=seed).double() for seed in (0, 1)]
+    made = product(lms, (1.0, 0.5))
+    assert made.self_check() < 1e-10
+    decoder = Decoder.of(made, made.prompts(TEXTS), torch.tensor([2, 0, 0, 1]))
+    singles = [Decoder.of(lm, lm.prompts(TEXTS), torch.tensor([2, 0, 0, 1])) for lm in lms]
+    for rows in ([3, 3, 0, 1], [1, 0], [1, 1, 0]):
+        tokens = torch.arange(len(decoder.logits())) + 7
+        for one in (decoder, *singles):
+            one.advance(tokens)
+            one.reorder(torch.tensor(rows))
+        expected = (singles[0].log_probs() + 0.5 * singles[1].log_probs()).log_softmax(-1)
+        torch.testing.assert_close(decoder.log_probs(), expected, atol=1e-10, rtol=0)
+
+
+def test_every_expert_is_counted():
+    lms = [tiny.language_model("llama", seed=seed) for seed in (0, 1)]
+    with measure() as alone:
+        Decoder(lms[0], lms[0].prompts(TEXTS))
+    with measure() as both:
+        Decoder(product(lms), lms[0].prompts(TEXTS))
+    assert both.lm_tokens == 2 * alone.lm_tokens
+
+
+@pytest.mark.parametrize("head_only", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_a_twist_begins_as_none_and_alone_is_trained(kind, head_only):
+    prior = tiny.language_model(kind).double()
+    twist = twist_like(prior, head_only)
+    guide = bind(twisted, prior, twist)
+    x = prior(TEXTS).sample((4,))
+    log_q = product([prior, twist])(TEXTS).log_prob(x)
+    torch.testing.assert_close(log_q, prior(TEXTS).log_prob(x), atol=1e-10, rtol=0)
+    with pyro.poutine.trace(param_only=True) as trace:
+        guide(TEXTS)
+    names = [name for name in trace.trace.nodes if "$$$" in name]
+    assert names and all("twist" in name for name in names)
+    assert not head_only or len(names) == 1
+    log_q.sum().backward()
+    moved = [p for p in twist.parameters() if p.grad is not None and bool((p.grad != 0).any())]
+    assert moved and all(p.grad is None for p in prior.parameters())
+
+
+def test_refusals():
+    one, other = table_lm(3, 2), table_lm(4, 2)
+    with pytest.raises(ValueError, match="experts of a product"):
+        product([one, other])
+    with pytest.raises(ValueError, match="1 language models and 2 powers"):
+        product([one], [1.0, 2.0])
+    with pytest.raises(ValueError, match="no output embeddings"):
+        twist_like(one)
+    assert isinstance(product([one]), LanguageModel)
