@@ -71,4 +71,7 @@ def weighted_mean(values: Float[Tensor, "S B"], draws: Draws) -> tuple[Tensor, T
     w = draws.log_weight.flatten(0, 1).softmax(0)
     values = torch.where(w > 0, values, 0.0)  # of an impossible text it may be -inf
     centre = (w * values).sum(0)
-    return centre, (w.square() * (values - centre).square()).sum(0).sqrt()
+    influence = w * (values - centre)
+    if draws.interacting:  # only the runs are independent
+        influence = influence.unflatten(0, draws.log_guide.shape[:2]).sum(1)
+    return centre, influence.square().sum(0).sqrt()

@@ -1,5 +1,6 @@
 """`Draws`: the one result of every sampler."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -28,7 +29,11 @@ class Draws:
     :param exact: whether these are equally weighted draws from the posterior itself. Otherwise they are the guide's,
         and `log_weight` makes them the posterior's.
     :param markov: whether these are Markov chains: equally weighted and correlated, and the posterior's in the limit.
-    :param stats: of a sampler that moves, how each draw came about, (C, S, B), such as `acceptance_rate`.
+    :param interacting: whether the draws of a chain came about together, by resampling, so that they depend on each other:
+        the mean weight of each chain, and that alone, is an independent unbiased estimate of Z.
+    :param planted: whether each of these chains grew around an exact posterior draw (conditional SMC): then it is 1/Z that
+        the mean weights' inverses are unbiased for.
+    :param stats: how each draw came about, (C, S, B), such as `acceptance_rate`.
     :param proposals: of a sampler that discards, all that it proposed (without `latents`).
     """
 
@@ -41,6 +46,8 @@ class Draws:
     cost: Cost = field(default_factory=Cost)
     exact: bool = False
     markov: bool = False
+    interacting: bool = False
+    planted: bool = False
     stats: dict[str, Tensor] = field(default_factory=dict)
     proposals: "Draws | None" = None
     texts: tuple[str, ...] = ()
@@ -92,6 +99,25 @@ class Draws:
         picks = torch.searchsorted((mass / mass[-1]).T.contiguous(), grid.expand(mass.shape[1], n).contiguous())
         return picks.clamp_max(len(mass) - 1)[:, torch.randperm(n, generator=generator)].T
 
+    def by_run(self) -> "Draws":
+        """Each chain of interacting draws as one draw of the extended space of all that it chose at random, whose weight is
+        the chain's estimate of Z (Andrieu et al. 2010); exact where a posterior draw was planted. No latents."""
+        log_z = self.log_weight.logsumexp(1) - math.log(self.log_weight.shape[1])  # (C, B)
+        nothing = torch.zeros_like(log_z).unsqueeze(0)
+        return replace(
+            self,
+            latents={},
+            records={},
+            stats={},
+            log_prior=nothing,
+            log_likelihood=log_z.unsqueeze(0),
+            log_guide=nothing,
+            exact=self.planted,
+            interacting=False,
+            planted=False,
+            proposals=None,
+        )
+
     def of_prompt(self, b: int) -> "Draws":
         """The draws of one prompt, still with a prompt dimension; `cost` stays everyone's. All prompts where only their
         joint weight exists."""
@@ -117,10 +143,10 @@ class NoSupportError(ValueError):
     """No draw was possible under the posterior: its evidence rules out all that was proposed."""
 
 
-def concatenate(parts: Sequence[Draws]) -> Draws:
-    """Draws of several runs, one after the other along the draw dimension."""
+def concatenate(parts: Sequence[Draws], dim: int = 1) -> Draws:
+    """Draws of several runs, one after the other along the draw dimension, or with dim=0 side by side as chains."""
     first = parts[0]
-    join = lambda values: torch.cat(list(values), 1)  # noqa: E731
+    join = lambda values: torch.cat(list(values), dim)  # noqa: E731
     return replace(
         first,
         latents={k: join(p.latents[k] for p in parts) for k in first.latents},

@@ -10,7 +10,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, concatenate
-from ppl_lm.infer.particles import Site, as_particles, by_prompt, is_sequence, log_density, run, sample_sites
+from ppl_lm.infer.particles import Particles, Site, as_particles, by_prompt, is_sequence, log_density, run, sample_sites
 from ppl_lm.lm import meter
 
 ROWS = 2048  # texts drawn at a time
@@ -71,6 +71,14 @@ def draw(model: Any, guide: Any, prompts: Any, n: int, nesting: int = 1) -> Draw
     """n draws of the guide with their weights, in one run of guide and model; n is at least 2."""
     with meter.measure() as cost:
         p = run(model, guide, (prompts,), {}, n, nesting)
+    return replace(as_draws(p, nesting), cost=cost)
+
+
+def as_draws(p: Particles, nesting: int = 1) -> Draws:
+    """Particles as one chain of draws.
+
+    :raises ValueError: if a plate subsamples, or lies where the prompts' does."""
+    n = p.count
     plate = p.subsampled()
     if plate is not None:
         raise ValueError(f"plate {plate!r} subsamples: draws need all prompts at once; give fewer prompts instead")
@@ -95,7 +103,6 @@ def draw(model: Any, guide: Any, prompts: Any, n: int, nesting: int = 1) -> Draw
         log_prior=p.log_prior().unsqueeze(0),
         log_likelihood=p.log_likelihood().unsqueeze(0),
         log_guide=p.log_drawn().unsqueeze(0),
-        cost=cost,
         texts=tuple(k for k, s in p.guide_sites.items() if is_sequence(s)),
     )
 

@@ -54,7 +54,7 @@ def suffix(model: Callable[..., Any], guide: Any, prompts: Any, max_plate_nestin
     Serves models and guides with one text a prompt and no other latent site."""
 
     def propose(state: Draws) -> tuple[Draws, Tensor]:
-        vocabulary, (name,) = state.prompts.vocabulary, _only_text(state)
+        vocabulary, (name,) = state.prompts.vocabulary, only_text(state)
         x = state.latents[name][0]  # (N, B, T)
         before = vocabulary.lengths(x)
         place = (torch.rand(before.shape, dtype=torch.float64, device=x.device) * before).long()
@@ -101,7 +101,7 @@ def mcmc(
 
     :param guide: proposes; None proposes from the model's own prior.
     :param num_samples: of each chain, after `warmup` further steps.
-    :param kernel: `suffix` or `independence`, or any function of that signature.
+    :param kernel: `suffix`, `independence` or `particle_gibbs()`, or any function of that signature.
     :raises NoSupportError: if a chain has met no possible text by the end of its warm-up.
     """
     for what, value, least in (
@@ -138,10 +138,10 @@ class _Resumed(Messenger):
             msg["value"], msg["done"] = msg["fn"].resume(self.value, self.start), True
 
 
-def _only_text(state: Draws) -> tuple[str, ...]:
+def only_text(state: Draws) -> tuple[str, ...]:
     if len(state.texts) != 1 or len(state.latents) != 1 or state[state.texts[0]].dim() != 4:
         raise ValueError(
-            f"suffix moves one text a prompt; this program has the latent sites {sorted(state.latents)}: use "
+            f"this kernel moves one text a prompt; the program has the latent sites {sorted(state.latents)}: use "
             "kernel=independence, which moves them all"
         )
     return state.texts
