@@ -50,8 +50,13 @@ def conditional_smc(
         prior, proposal = laws(model, guide, prompts)
         size = max(1, ROWS // (num_samples * expand * len(prompts)))
         parts = []
-        for part in x.split(size):
+        possible = (planted.log_weight.flatten(0, 1) > -torch.inf).split(size)
+        for part, known in zip(x.split(size), possible, strict=True):
             grown = grow(prior, proposal, settings, num_samples, len(part), part.flatten(0, 1))
+            assert grown.slot is not None
+            lost = grown.log_w.gather(0, grown.slot.unsqueeze(0))[0] == -torch.inf
+            if bool((lost & known.expand(len(part), len(prompts)).flatten()).any()):
+                raise ValueError("the twist finds a text impossible that was planted as the posterior's")
             parts.append(finish(model, prompts, grown, len(prompts)))
     return replace(concatenate(parts, dim=0), cost=cost, planted=planted.exact)
 

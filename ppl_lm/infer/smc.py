@@ -106,7 +106,9 @@ def check(settings: Settings, num_samples: int, num_runs: int) -> None:
         if value < (2 if what == "num_samples" else 1):
             raise ValueError(f"{what}={value}; give at least {2 if what == 'num_samples' else 1}")
     if not settings.threshold >= 0:
-        raise ValueError(f"threshold={settings.threshold}; give a share of num_samples: 0 never resamples, above 1 always")
+        raise ValueError(
+            f"threshold={settings.threshold}; give a share of num_samples: 0 never resamples, above 1 always"
+        )
     if settings.candidates is not None and (settings.candidates < 1 or settings.twist is None):
         raise ValueError(f"candidates={settings.candidates}; give at least 1, and a twist to ask")
 
@@ -204,20 +206,29 @@ def _by_child(grown: Tensor, live: Tensor, many: int) -> Tensor:
     return made.transpose(1, 2)[live.unsqueeze(1).expand(-1, many, -1)]
 
 
-def _select(log_w: Tensor, now: Population, settings: Settings, count: int, last: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _select(
+    log_w: Tensor, now: Population, settings: Settings, count: int, last: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(count, C): which of the continuations go on, and their weights; the population as it is where they are even, and at
     the end, since weights need no resampling."""
     many = settings.expand
-    ess = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp().nan_to_num(float(count))
-    needed = (ess < settings.threshold * count) if many == 1 else torch.ones_like(ess, dtype=torch.bool)
+    needed = _uneven(log_w, settings.threshold * count) if many == 1 else torch.ones_like(log_w[0], dtype=torch.bool)
     still = torch.arange(count, device=log_w.device).unsqueeze(-1).expand(count, log_w.shape[1]) * many
-    through = None if now.slot is None else now.slot * many  # the planted text is the first of its continuations
+    index, kept, slot = still.clone(), log_w.gather(0, still), now.slot
     if (last and many == 1) or not bool(needed.any()):
-        return still, log_w.gather(0, still), now.slot
-    found = settings.resample(log_w, count, through=through)
-    index, log_w = torch.where(needed, found.index, still), torch.where(needed, found.log_w, log_w.gather(0, still))
-    slot = None if now.slot is None or found.slot is None else torch.where(needed, found.slot, now.slot)
-    return index, log_w, slot
+        return index, kept, slot
+    through = None if slot is None else slot[needed] * many  # the planted text is the first of its continuations
+    found = settings.resample(log_w[:, needed], count, through=through)
+    index[:, needed], kept[:, needed] = found.index, found.log_w
+    if slot is not None and found.slot is not None:
+        slot = slot.masked_scatter(needed, found.slot)
+    return index, kept, slot
+
+
+def _uneven(log_w: Tensor, least: float) -> Bool[Tensor, "C"]:
+    """Which populations are worth fewer than `least` draws; not those without any weight."""
+    ess = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
+    return ess.nan_to_num(torch.inf) < least
 
 
 def _first_slot(count: int, columns: int, device: torch.device) -> Tensor:
@@ -242,11 +253,17 @@ def finish(model: Any, prompts: Any, grown: Population, batch: int) -> Draws:
             "mcmc(kernel=independence), which move them all"
         )
     log_joint = made.log_prior[0] + made.log_likelihood[0]
-    log_w = by_particle(grown.log_w) + log_joint - by_particle(grown.log_target)
-    log_w = torch.where((by_particle(grown.log_w) == -torch.inf) | (log_joint == -torch.inf), -torch.inf, log_w)
+    begun = by_particle(grown.log_w)
+    log_w = begun + log_joint - by_particle(grown.log_target)
+    log_w = torch.where((begun == -torch.inf) | (log_joint == -torch.inf), -torch.inf, log_w)
     if bool(log_w.isnan().any()):
         raise ValueError("a weight is NaN; check the program, its reward and the twist")
-    made = replace(made, log_guide=torch.where(log_w == -torch.inf, 0.0, log_joint - log_w).unsqueeze(0), interacting=True)
+    log_guide = torch.where(log_w == -torch.inf, torch.inf, log_joint - log_w).unsqueeze(
+        0
+    )  # such that log_w is the weight
+    made = replace(
+        made, log_guide=log_guide, interacting=True, stats={"log_weight_before_evidence": begun.unsqueeze(0)}
+    )
     return made.map(lambda v: v[0].unflatten(0, (count, runs)).transpose(0, 1))
 
 
@@ -256,6 +273,7 @@ def require_support(draws: Draws) -> None:
     if bool((log_w == -torch.inf).all(0).any()):
         worst = int((log_w == -torch.inf).all(0).nonzero()[0])
         raise NoSupportError(
-            f"prompt {worst}: all {len(log_w)} texts are impossible under the posterior: their weights are zero; give more "
-            "num_samples or num_runs, or a twist that knows what is impossible"
+            f"prompt {worst}: all {len(log_w)} texts are impossible under the posterior: their weights are zero (the best log "
+            f"weight before the evidence was {float(draws.stats['log_weight_before_evidence'][..., worst].max()):.2f} nats); "
+            "give more num_samples or num_runs, or a twist that knows what is impossible"
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxtyping import Float, Int
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppl_lm.infer.particles import is_record, is_sequence
@@ -49,7 +50,7 @@ class _Stop(Messenger):
     """Leaves a program where it would draw its text."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or is_record(msg) or msg["infer"].get("_do_not_trace") or type(msg["fn"]).__name__ == "_Subsample":
+        if msg["is_observed"] or is_record(msg) or site_is_subsample(msg):
             return
         if not is_sequence(msg):
             raise ValueError(

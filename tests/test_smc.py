@@ -1,0 +1,421 @@
+"""SMC over text, held against every outcome of its random choices; no seed where that is possible.
+
+| what | property | tolerance |
+|---|---|---|
+| resampling rules | E[Σ w' 1(n)] = w_n; with a survivor, the law of SMC given it | 1e-10 |
+| `smc` | E[weight of each text] = p(x, evidence), so E[Ẑ] = Z: twists, proposals, rules, thresholds, expansion | 1e-10 |
+| `conditional_smc` | E[1/Ẑ] = 1/Z, and a particle by weight is the posterior's | 1e-10 |
+| exact twist | every weight is Z | variance < 1e-20 |
+| networks | log p0 of the texts from the cache = scored again; tokens forwarded = prompts + open texts | 1e-10; exact |
+
+Mutants that are rejected: weights not reset, weights lost where nothing is resampled, ended texts left out, no division by
+`expand`, twist taken for the evidence, a planted text that stays where it was.
+"""
+
+import itertools
+from dataclasses import replace
+
+import oracle
+import pyro
+import pyro.distributions as dist
+import pytest
+import tiny
+import torch
+import walk
+
+import ppl_lm.infer.grow
+import ppl_lm.infer.smc
+from ppl_lm.diagnose import log_evidence
+from ppl_lm.guides import finetuned
+from ppl_lm.infer import NoSupportError, bind, exact, importance, mcmc, rejection
+from ppl_lm.infer.conditional_smc import conditional_smc, particle_gibbs
+from ppl_lm.infer.resampling import Resampled, multinomial, stratified, systematic, without_replacement
+from ppl_lm.infer.smc import smc
+from ppl_lm.infer.twist import exact_twist, prefix_likelihood, tempered
+from ppl_lm.lm import meter
+from ppl_lm.lm.table import table_lm
+from ppl_lm.models import constrained, tilted
+
+BETA = 0.7
+TEXTS = ["", "a"]
+RULES = [multinomial, stratified, systematic, without_replacement]
+
+
+def letters(completions, **_):
+    return [text.count("a") - 0.5 * text.count("b") for text in completions]
+
+
+class World:
+    """A posterior over few texts, known by enumeration, with a guide and twists good and bad."""
+
+    def __init__(self, size, steps):
+        self.lm = table_lm(size, steps, max_prompt=2, concentration=1.0, seed=1)
+        rows = oracle.outcomes(size, steps, size - 1)
+        self.x, self.steps, self.size = oracle.as_tensor(rows, steps, size - 1), steps, size
+        self.model = bind(tilted, self.lm, reward=letters, beta=BETA)
+        self.guide = bind(finetuned, table_lm(size, steps, max_prompt=2, concentration=2.0, seed=2).copy())
+        contexts = [tuple(self.lm.vocabulary.encode(text)) for text in TEXTS]
+        self.reward = torch.tensor(letters(self.lm.vocabulary.decode(self.x)), dtype=torch.float64)
+        log_prior = torch.stack([oracle.log_probs(self.lm.model.table.detach(), c, rows) for c in contexts], 1)
+        self.joint = log_prior + self.reward[:, None] / BETA  # (N, B)
+        self.z = self.joint.logsumexp(0).exp()
+        self.twists = {
+            "none": None,
+            "likelihood": prefix_likelihood(self.model),
+            "tempered": tempered(prefix_likelihood(self.model), 3),
+            "network": table_lm(size, steps, max_prompt=2, concentration=1.0, seed=3),
+            "exact": exact_twist(self.model, TEXTS),
+            "hopeless": lambda prompts, x, n: torch.where(n == steps, 0.0, 3.0 * (x[:, 0] == 1)),
+            "half blind": lambda prompts, x, n: torch.where((n == 1) & (x[:, 0] == 0), -8.0, 0.0),
+        }
+
+    def which(self, x):
+        """Row of each text in `x`."""
+        return (x.unsqueeze(-2) == self.x).all(-1).long().argmax(-1)
+
+    def by_text(self, log_w, x):
+        """Mean weight that falls on each text, (C, B, N), of particles along dim 1 of (C, K, B)."""
+        hit = torch.nn.functional.one_hot(self.which(x), len(self.x)).double()  # (C, K, B, N)
+        return (hit * log_w.exp().unsqueeze(-1)).sum(1) / log_w.shape[1]
+
+
+SMALL, LONG, TINY = World(3, 2), World(2, 4), World(2, 2)
+LM, MODEL, GUIDE, JOINT, REWARD, Z, TWISTS, V, T = (
+    SMALL.lm, SMALL.model, SMALL.guide, SMALL.joint, SMALL.reward, SMALL.z, SMALL.twists, SMALL.size, SMALL.steps,
+)  # fmt: skip
+
+
+def expected_weights(monkeypatch, world=SMALL, guide=None, resample=systematic, count=2, **settings):
+    """E[(1/K) Σ_k w_k 1(x_k = x)] of each text and prompt, (N, B), over all that SMC can choose."""
+
+    def program(w, runs):
+        with monkeypatch.context() as patch:
+            patch.setattr(ppl_lm.infer.grow, "choose", w.choose)
+            patch.setattr(ppl_lm.infer.smc, "ROWS", 10**9)
+            patch.setattr(ppl_lm.infer.smc, "_uneven", w.uneven(ppl_lm.infer.smc._uneven))
+            made = smc(
+                world.model, guide, TEXTS, num_samples=count, num_runs=runs, resample=w.rule(resample), **settings
+            )
+        return world.by_text(made.log_weight, made["x"])
+
+    found = walk.explore(program, len(TEXTS))
+    return torch.stack([sum(chance * value for chance, value in each) for each in found], 1)
+
+
+def conditional_expectations(monkeypatch, world=SMALL, guide=None, resample=systematic, count=2, **settings):
+    """E[1/Ẑ] and the law of a particle by weight, over all posterior texts to plant and all choices."""
+    inverse, law = torch.zeros(len(TEXTS), dtype=torch.float64), torch.zeros_like(world.joint)
+    some = importance(world.model, None, TEXTS, num_samples=2)
+    for i, x in enumerate(world.x):
+
+        def program(w, runs, x=x):
+            planted = replace(some, latents={"x": x.expand(1, runs, len(TEXTS), world.steps)}, exact=True)
+            with monkeypatch.context() as patch:
+                patch.setattr(ppl_lm.infer.grow, "choose", w.choose)
+                patch.setattr(ppl_lm.infer.smc, "_first_slot", w.first_slot)
+                patch.setattr(ppl_lm.infer.smc, "_uneven", w.uneven(ppl_lm.infer.smc._uneven))
+                patch.setattr(ppl_lm.infer.conditional_smc, "ROWS", 10**9)
+                made = conditional_smc(
+                    world.model, guide, planted, num_samples=count, resample=w.rule(resample), **settings
+                )
+            assert made.planted and bool((made["x"] == x).all(-1).any(1).all())  # it is still there
+            return world.by_text(made.log_weight, made["x"])
+
+        for b, each in enumerate(walk.explore(program, len(TEXTS))):
+            posterior = world.joint[i, b].exp() / world.z[b]
+            for chance, value in each:
+                inverse[b] += posterior * chance / value.sum()
+                law[:, b] += posterior * chance * value / value.sum()
+    return inverse, law
+
+
+CASES = [
+    dict(twist=twist, threshold=threshold, resample=rule)
+    for twist, threshold, rule in [
+        ("none", 0.0, systematic),
+        *itertools.product(["likelihood", "network", "exact"], [2.0], RULES[:3]),
+        *itertools.product(["likelihood", "tempered", "network", "hopeless", "half blind"], [0.0, 0.75], [systematic]),
+    ]
+] + [
+    dict(world=LONG, twist="likelihood", threshold=2.0, resample=systematic),
+    dict(world=LONG, twist="likelihood", threshold=0.9, resample=stratified),
+    dict(world=LONG, twist="network", threshold=2.0, resample=multinomial),
+    dict(twist="likelihood", candidates=1, threshold=2.0),
+    dict(twist="likelihood", candidates=2, threshold=0.75, resample=multinomial),
+    dict(twist="half blind", candidates=1, threshold=2.0),
+    dict(twist="network", candidates=2, threshold=2.0, resample=stratified),
+    dict(twist="exact", candidates=3, threshold=2.0),
+    dict(twist="none", guide=True, threshold=2.0),
+    dict(twist="likelihood", guide=True, threshold=2.0, resample=stratified),
+    dict(twist="network", guide=True, threshold=0.75),
+    dict(world=TINY, twist="likelihood", expand=2, resample=without_replacement),
+    dict(world=TINY, twist="network", expand=2, resample=without_replacement),
+    dict(world=TINY, twist="likelihood", expand=2, resample=systematic, guide=True),
+    dict(world=TINY, twist="likelihood", expand=2, resample=without_replacement, candidates=2),
+]  # fmt: skip
+
+
+def name_of(case):
+    parts = [case["twist"], case.get("threshold", 0.5), case.get("resample", systematic).__name__]
+    parts += [f"{k}={case[k]}" for k in ("candidates", "expand") if k in case]
+    return "-".join(map(str, parts + ["guide"] * ("guide" in case) + ["long"] * (case.get("world") is LONG)))
+
+
+def settings_of(case):
+    world = case.get("world", SMALL)
+    return {**case, "twist": world.twists[case["twist"]], "guide": world.guide if "guide" in case else None}
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_the_weight_of_every_text_is_unbiased(case, monkeypatch):
+    found = expected_weights(monkeypatch, **settings_of(case))
+    torch.testing.assert_close(found, case.get("world", SMALL).joint.exp(), atol=1e-10, rtol=1e-10)
+
+
+AROUND = [case for case in CASES if "expand" not in case] + [CASES[-4]]
+
+
+@pytest.mark.parametrize("case", AROUND, ids=name_of)
+def test_around_posterior_texts_the_inverse_is_unbiased_and_the_posterior_kept(case, monkeypatch):
+    inverse, law = conditional_expectations(monkeypatch, **settings_of(case))
+    world = case.get("world", SMALL)
+    torch.testing.assert_close(inverse, 1 / world.z, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(law, world.joint.softmax(0), atol=1e-10, rtol=1e-10)
+
+
+def reset_forgotten(log_w, count, u=None, through=None):
+    made = systematic(log_w, count, u, through)
+    return Resampled(made.index, log_w.gather(0, made.index), made.slot)
+
+
+reset_forgotten.__name__ = "systematic"
+
+
+def weights_lost(log_w, count, u=None, through=None):
+    made = systematic(log_w, count, u, through)
+    return Resampled(made.index, torch.zeros_like(made.log_w), made.slot)
+
+
+weights_lost.__name__ = "systematic"
+
+
+@pytest.mark.parametrize("mutant", [reset_forgotten, weights_lost])
+def test_a_rule_that_mistakes_its_weights_is_rejected(mutant, monkeypatch):
+    found = expected_weights(monkeypatch, twist=TWISTS["likelihood"], threshold=2.0, resample=mutant)
+    assert (found / JOINT.exp() - 1).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("mutant", ["ended texts are left out", "no division by expand", "twist for the evidence"])
+def test_a_wrong_weight_is_rejected(mutant, monkeypatch):
+    settings = dict(twist=TINY.twists["network"] if "expand" in mutant else TWISTS["network"], threshold=2.0)
+    right = ppl_lm.infer.smc._select
+    if mutant == "ended texts are left out":
+
+        def select(log_w, now, *rest, **also):
+            return right(log_w.masked_fill(~now.live, -torch.inf), now, *rest, **also)
+
+        monkeypatch.setattr(ppl_lm.infer.smc, "_select", select)
+    if mutant == "no division by expand":
+        settings |= dict(world=TINY, expand=2, resample=without_replacement)
+        monkeypatch.setattr(ppl_lm.infer.smc.math, "log", lambda v: 0.0)
+    if mutant == "twist for the evidence":
+        finish = ppl_lm.infer.smc.finish
+
+        def wrong(model, prompts, grown, batch):
+            return finish(model, prompts, replace(grown, log_target=grown.token_log_p.sum(-1)), batch)
+
+        monkeypatch.setattr(ppl_lm.infer.smc, "finish", wrong)
+    found = expected_weights(monkeypatch, **settings)
+    assert (found / settings.get("world", SMALL).joint.exp() - 1).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("mutant", ["stays where it was", "always first"])
+def test_a_planted_text_in_the_wrong_place_is_rejected(mutant, monkeypatch):
+    def stays(log_w, count, u=None, through=None):
+        made = stratified(log_w, count, u)
+        index = made.index.scatter(0, through.unsqueeze(0), through.unsqueeze(0))
+        return Resampled(index, made.log_w, through)
+
+    stays.__name__ = "multinomial"  # all its uniform numbers are looked at
+    if mutant == "always first":
+        monkeypatch.setattr(walk.Walk, "first_slot", lambda self, count, columns, device: torch.zeros(columns).long())
+    rule = stays if mutant == "stays where it was" else stratified
+    inverse, law = conditional_expectations(monkeypatch, twist=TWISTS["likelihood"], threshold=2.0, resample=rule)
+    far = max(float((inverse * Z - 1).abs().max()), float((law - JOINT.softmax(0)).abs().max()))
+    assert far > (1e-3 if mutant == "stays where it was" else -1)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("w", [[0.1, 3.0, 0.4], [0.0, 1.0, 2.0], [1.0, 0.0, 0.0], [2.0, 0.5, 0.5, 0.7]])
+def test_what_a_rule_does(rule, w, monkeypatch):
+    """E[w'] = w, and for each survivor n: P(index, slot | n) w_n = P(index) w'_slot 1(index[slot] = n)."""
+    log_w, count = torch.tensor(w, dtype=torch.float64).log(), 2
+
+    def outcomes(through=None):
+        def program(walker, runs):
+            columns = log_w[:, None].expand(-1, runs).contiguous()
+            planted = None if through is None else torch.full((runs,), through)
+            made = walker.rule(rule)(columns, count, through=planted)
+            slot = [-1] * runs if made.slot is None else made.slot.tolist()
+            return [[(tuple(made.index[:, r].tolist()), slot[r], made.log_w[:, r].exp())] for r in range(runs)]
+
+        return walk.explore(program)[0]
+
+    joint, weights = {}, torch.zeros(len(w), dtype=torch.float64)
+    for chance, (index, _, made) in outcomes():
+        for slot, n in enumerate(index):
+            weights[n] += chance * made[slot]
+            joint[n, index, slot] = joint.get((n, index, slot), 0.0) + chance * float(made[slot])
+    torch.testing.assert_close(weights, log_w.exp(), atol=1e-12, rtol=1e-12)
+    for n in range(len(w)):
+        if w[n] == 0:
+            continue
+        given = {}
+        for chance, (index, slot, _) in outcomes(n):
+            assert index[slot] == n
+            given[index, slot] = given.get((index, slot), 0.0) + chance
+        expected = {(i, s): v / w[n] for (m, i, s), v in joint.items() if m == n and v > 0}
+        for key in given.keys() | expected.keys():
+            assert abs(given.get(key, 0.0) - expected.get(key, 0.0)) < 1e-10, key
+
+
+def test_the_exact_twist_leaves_nothing_to_chance():
+    made = smc(MODEL, None, TEXTS, num_samples=8, num_runs=5, twist=TWISTS["exact"], candidates=V)
+    torch.testing.assert_close(made.log_weight, JOINT.logsumexp(0).expand(5, 8, -1), atol=1e-10, rtol=0)
+    assert float(made.log_weight.exp().var()) >= 0 and float(made.by_run().log_weight.exp().var(1).max()) < 1e-20
+
+
+def test_bounds_meet_around_log_z():
+    """E[log Ẑ] ≤ log Z ≤ E[log Ẑ given a planted posterior draw], each within 4 standard errors, and log Z between."""
+    settings = dict(num_samples=4, twist=TWISTS["likelihood"])
+    made = smc(MODEL, None, TEXTS, num_runs=400, **settings)
+    planted = rejection(MODEL, None, TEXTS, num_samples=400, log_bound=T / BETA)
+    found = log_evidence(made, conditional_smc(MODEL, None, planted, **settings))
+    log_z = Z.log()
+    assert bool((found.elbo - 4 * found.elbo_se < log_z).all() and (log_z < found.upper + 4 * found.upper_se).all())
+    assert bool(((found.log_z - log_z).abs() < 4 * found.log_z_se).all()) and found.upper_exact
+    assert bool((found.elbo + 4 * found.elbo_se < found.upper).all())  # and they are not equal: four texts are few
+    with pytest.raises(ValueError, match="with no others"):
+        log_evidence(made, planted)
+    alone = log_evidence(made)
+    assert not alone.upper_exact
+
+
+def test_particle_gibbs_reaches_the_posterior():
+    chains = mcmc(
+        MODEL, GUIDE, TEXTS, num_samples=30, warmup=5, num_chains=300,
+        kernel=particle_gibbs(3, twist=TWISTS["likelihood"], resample=stratified),
+    )  # fmt: skip
+    means = chains["reward"].mean(1)  # (N, B): independent chains
+    truth = (JOINT.softmax(0) * REWARD[:, None]).sum(0)
+    assert bool(((means.mean(0) - truth).abs() < 4 * means.std(0) / 300**0.5).all())
+    assert float(chains.stats["acceptance_rate"].min()) == 1.0 and chains.markov and not chains.interacting
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_the_caches_follow_the_resampling(kind):
+    """log p0 of every text as found on the way is what one pass finds, for several prompts, a guide and a network twist."""
+    lm, other = (tiny.language_model(kind, seed=seed).double() for seed in (0, 1))
+    guide = bind(finetuned, other.copy())
+    twist = tiny.language_model(kind, seed=2).double()
+    prompts = ["the soup", "she said that it was", ""]
+    model = bind(tilted, lm, reward=lambda completions: [len(set(text)) for text in completions], beta=2.0)
+    for settings in (
+        dict(twist=twist),
+        dict(twist=prefix_likelihood(model), candidates=3),
+        dict(twist=twist, expand=2),
+    ):
+        for proposal in (None, guide):
+            made = smc(model, proposal, prompts, num_samples=16, num_runs=2, threshold=2.0, **settings)
+            again = lm(prompts).log_prob(made["x"])
+            torch.testing.assert_close(made.log_prior, again, atol=1e-10, rtol=0)
+            assert len(made["x"].flatten(0, 2).unique(dim=0)) > 6
+
+
+def test_it_forwards_each_prompt_once_and_each_open_text_a_token(monkeypatch):
+    lm = tiny.language_model("llama", max_new_tokens=12)
+    prompts, forwards = ["the soup", "she said that it was", ""], []
+    model = bind(tilted, lm, reward=lambda completions: [len(text) for text in completions], beta=20.0)
+    plain = lm.logits_next
+
+    def counted(**inputs):
+        forwards.append(tuple(inputs["ids"].shape))
+        return plain(**inputs)
+
+    monkeypatch.setattr(lm, "logits_next", counted)
+    lm.model.lm_head.weight.data[2] += lm.model.lm_head.weight.data.std()  # texts end at various lengths
+    open_texts = []
+    right = ppl_lm.infer.smc._step
+
+    def step(*args):
+        made = right(*args)
+        open_texts.append(int(made[0].live.sum()))
+        return made
+
+    monkeypatch.setattr(ppl_lm.infer.smc, "_step", step)
+    with meter.measure() as cost:
+        made = smc(model, None, prompts, num_samples=32, twist=prefix_likelihood(model), threshold=2.0)
+    assert forwards[0] == (3, max(len(lm.vocabulary.encode(p)) for p in prompts))
+    assert forwards[1:] == [(n, 1) for n in open_texts[: len(forwards) - 1]] and min(open_texts) < 96
+    assert made.cost == cost and cost.lm_tokens == sum(a * b for a, b in forwards)
+
+
+def test_what_is_impossible_is_told():
+    never = bind(constrained, LM, constraint=lambda completions: [False] * len(completions))
+    with pytest.raises(NoSupportError, match=r"prompt 0: all 16 texts are impossible.*best"):
+        smc(never, None, TEXTS, num_samples=8, num_runs=2)
+    rare = bind(constrained, LM, constraint=lambda completions: [text == "a b" for text in completions])
+    made = smc(rare, None, TEXTS, num_samples=4, num_runs=40)  # runs without any possible text count as Ẑ = 0
+    log_z = made.by_run().log_weight[0]
+    assert bool((log_z == -torch.inf).any()) and not bool(made.log_weight.isnan().any())
+    truth = exact(rare, None, TEXTS).log_z.exp()
+    assert bool(((log_z.exp().mean(0) - truth).abs() < 4 * log_z.exp().std(0) / 40**0.5).all())
+    blind = smc(
+        MODEL, None, TEXTS, num_samples=4, twist=lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf)
+    )
+    assert bool((blind["x"][..., 0] == 0)[blind.log_weight > -torch.inf].all())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(num_samples=1), "num_samples=1; give at least 2"),
+        (dict(num_runs=0), "num_runs=0"),
+        (dict(expand=0), "expand=0"),
+        (dict(threshold=float("nan")), "threshold=nan"),
+        (dict(candidates=2), "candidates=2; give at least 1, and a twist"),
+        (dict(twist=lambda prompts, x, n: torch.full((len(x),), torch.nan)), "NaN"),
+        (dict(twist=lambda prompts, x, n: torch.zeros(len(x), 1)), "one log ψ for each"),
+        (dict(twist=table_lm(4, 2)), "twist and target"),
+        (dict(guide=bind(finetuned, table_lm(V, T + 1, max_prompt=2).copy())), "same max_new_tokens"),
+    ],
+)
+def test_refusals(settings, message):
+    guide = settings.pop("guide", None)
+    with pytest.raises(ValueError, match=message):
+        smc(MODEL, guide, TEXTS, **settings)
+
+
+def test_other_latent_sites_are_refused():
+    def before(prompts, prior):
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("mood", dist.Normal(0.0, 1.0))
+            pyro.sample("x", prior(prompts))
+
+    def after(prompts, prior):
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("x", prior(prompts))
+            pyro.sample("mood", dist.Normal(0.0, 1.0))
+
+    for program in (before, after):
+        with pytest.raises(ValueError, match="mood.*importance"):
+            smc(bind(program, LM), None, TEXTS)
+
+
+def test_a_planted_text_that_cannot_be_proposed_is_told():
+    planted = rejection(MODEL, None, TEXTS, num_samples=20, log_bound=T / BETA)
+    with pytest.raises(ValueError, match="cannot draw a text that was planted"):
+        conditional_smc(
+            MODEL, None, planted, num_samples=4, candidates=V,
+            twist=lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf),
+        )  # fmt: skip
