@@ -12,27 +12,35 @@ if TYPE_CHECKING:
         baselines,
         best_of_n,
         bind,
+        conditional_smc,
         exact,
+        exact_twist,
         importance,
         mcmc,
         objectives,
         off_policy,
+        particle_gibbs,
+        prefix_likelihood,
         quasi_rejection,
         rejection,
+        resampling,
         score,
+        smc,
+        tempered,
     )  # fmt: skip
     from ppl_lm.likelihood import BestOf, Optimality, Reward, RewardError, RewardTimeout, rewards
-    from ppl_lm.lm import LanguageModel, Prompts, TokenSequence, batches
+    from ppl_lm.lm import LanguageModel, Prompts, TokenSequence, batches, product, twist_like
     from ppl_lm.run import fit
 
 _HOME = {  # public name -> module; imported when first asked for, so that `import ppl_lm` is cheap
-    **dict.fromkeys(("LanguageModel", "Prompts", "TokenSequence", "batches"), "ppl_lm.lm"),
+    **dict.fromkeys(("LanguageModel", "Prompts", "TokenSequence", "batches", "product", "twist_like"), "ppl_lm.lm"),
     **dict.fromkeys(("BestOf", "Optimality", "Reward", "RewardError", "RewardTimeout", "rewards"), "ppl_lm.likelihood"),
     **dict.fromkeys(
         ("Draws", "SequenceELBO", "bind", "exact", "importance", "mcmc", "rejection", "score"), "ppl_lm.infer"
     ),
-    **dict.fromkeys(("best_of_n", "quasi_rejection"), "ppl_lm.infer"),
-    **dict.fromkeys(("baselines", "objectives", "off_policy"), "ppl_lm.infer"),
+    **dict.fromkeys(("best_of_n", "conditional_smc", "particle_gibbs", "quasi_rejection", "smc"), "ppl_lm.infer"),
+    **dict.fromkeys(("exact_twist", "prefix_likelihood", "tempered"), "ppl_lm.infer"),
+    **dict.fromkeys(("baselines", "objectives", "off_policy", "resampling"), "ppl_lm.infer"),
     **dict.fromkeys(("Diagnosis", "Evidence", "ess", "log_evidence", "psis_khat", "to_arviz"), "ppl_lm.diagnose"),
     "fit": "ppl_lm.run",
 }

@@ -45,11 +45,11 @@ class Walk:
         """In the place of `smc._first_slot`."""
         return torch.tensor([self.pick(c, [1 / count] * count) for c in range(columns)])
 
-    def uneven(self, right):
-        """Around `smc._uneven`: which columns the rule is about to be asked for."""
+    def needed(self, right):
+        """Around `smc._needed`: which columns the rule is about to be asked for."""
 
-        def seen(log_w, least):
-            found = right(log_w, least)
+        def seen(*args):
+            found = right(*args)
             self.asked = found.nonzero()[:, 0].tolist()
             return found
 
@@ -78,16 +78,17 @@ class Walk:
 def breakpoints(rule: str, w: list[float], count: int, through: int | None) -> dict[int, list[float]]:
     """Where a rule's outcome changes along each of the uniform numbers that it looks at."""
     total = sum(w)
-    if rule == "without_replacement":
-        shares = inclusion(w, count)
-    else:
-        shares = [count * v / total for v in w]
+    shares = inclusion(w, count) if rule == "without_replacement" else [count * v / total for v in w]
     line = list(itertools.accumulate(shares))  # of length `count`
     begin, end = (0.0, 1.0) if through is None else (line[through] - shares[through], line[through])
 
     def cells(points: list[float]) -> list[float]:
-        inner = sorted({round(p, 14) for p in points if 1e-13 < p < 1 - 1e-13})
-        return [0.0, *inner, 1.0]
+        """Points that only rounding tells apart are one, in every batch."""
+        made = [0.0]
+        for p in sorted(points):
+            if made[-1] + 1e-9 < p < 1 - 1e-9:
+                made.append(p)
+        return [*made, 1.0]
 
     def along(points: list[float]) -> list[float]:  # of the particle that has to survive
         return cells([(p - begin) / (end - begin) for p in points])
@@ -132,5 +133,6 @@ def explore(program: Callable[[Walk, int], Any], batch: int = 1) -> list[list[tu
                 found[b].append((walk.chances[r * batch + b], made[r][b]))
                 pending[b] += walk.others[r * batch + b]
     for each in found:
-        assert abs(sum(chance for chance, _ in each) - 1) < 1e-9
+        total = sum(chance for chance, _ in each)
+        assert abs(total - 1) < 1e-9, total
     return found

@@ -1,8 +1,9 @@
 """Inference: how a posterior is approximated, whatever it is."""
 
-from ppl_lm.infer import baselines, objectives, off_policy
+from ppl_lm.infer import baselines, objectives, off_policy, resampling
 from ppl_lm.infer.best_of_n import best_of_n
 from ppl_lm.infer.bind import Bound, bind
+from ppl_lm.infer.conditional_smc import conditional_smc, particle_gibbs
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.exact import Exact, exact
@@ -10,6 +11,8 @@ from ppl_lm.infer.importance import importance, score
 from ppl_lm.infer.mcmc import mcmc
 from ppl_lm.infer.quasi_rejection import quality, quasi_rejection
 from ppl_lm.infer.rejection import rejection
+from ppl_lm.infer.smc import smc
+from ppl_lm.infer.twist import exact_twist, prefix_likelihood, tempered
 
 __all__ = [
     "Bound",
@@ -20,13 +23,20 @@ __all__ = [
     "baselines",
     "best_of_n",
     "bind",
+    "conditional_smc",
     "exact",
+    "exact_twist",
     "importance",
     "mcmc",
     "objectives",
     "off_policy",
+    "particle_gibbs",
+    "prefix_likelihood",
     "quality",
     "quasi_rejection",
     "rejection",
+    "resampling",
     "score",
+    "smc",
+    "tempered",
 ]

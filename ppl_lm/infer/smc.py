@@ -185,16 +185,18 @@ def _step(
     log_w = children(now.log_w, -torch.inf, log_w)
     if bool(log_w.isnan().any()):
         raise ValueError(f"a weight is NaN at token {t}; check the twist and the guide")
-    index, log_w, slot = _select(log_w, now, settings, count, last=t == now.x.shape[-1] - 1)
+    tokens = children(torch.zeros_like(live, dtype=torch.int64), 0, new.tokens)
+    open_ = live.repeat_interleave(many, 0) & ~laws.vocabulary.is_end(tokens) & (t < now.x.shape[-1] - 1)
+    index, log_w, slot = _select(log_w, open_, now, settings)
     parent = index // many
     pick = lambda v: v.gather(0, parent if v.dim() == 2 else parent.unsqueeze(-1).expand(-1, -1, v.shape[-1]))  # noqa: E731
     grew = pick(live)
-    token = children(torch.zeros_like(parent), 0, new.tokens).gather(0, index)
+    token = tokens.gather(0, index)
     log_p = children(torch.zeros_like(log_target[:count]), 0.0, new.log_p).gather(0, index)
     x, token_log_p = pick(now.x), pick(now.token_log_p)
     x[..., t] = torch.where(grew, token, x[..., t])
     token_log_p[..., t] = torch.where(grew, log_p, 0.0)
-    live = grew & ~laws.vocabulary.is_end(token)
+    live = open_.gather(0, index)
     row = torch.full_like(parent, -1).masked_scatter(now.live, torch.arange(len(column), device=live.device))
     return Population(x, live, log_w, log_target.gather(0, index), token_log_p, slot), pick(row)[live]
 
@@ -207,15 +209,14 @@ def _by_child(grown: Tensor, live: Tensor, many: int) -> Tensor:
 
 
 def _select(
-    log_w: Tensor, now: Population, settings: Settings, count: int, last: bool
+    log_w: Float[Tensor, "N C"], open_: Bool[Tensor, "N C"], now: Population, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(count, C): which of the continuations go on, and their weights; the population as it is where they are even, and at
-    the end, since weights need no resampling."""
-    many = settings.expand
-    needed = _uneven(log_w, settings.threshold * count) if many == 1 else torch.ones_like(log_w[0], dtype=torch.bool)
+    """(K, C): which of the continuations go on, and their weights; the population as it is where they are even."""
+    count, many = len(now.live), settings.expand
     still = torch.arange(count, device=log_w.device).unsqueeze(-1).expand(count, log_w.shape[1]) * many
     index, kept, slot = still.clone(), log_w.gather(0, still), now.slot
-    if (last and many == 1) or not bool(needed.any()):
+    needed = _needed(log_w, open_, now.live, settings)
+    if not bool(needed.any()):
         return index, kept, slot
     through = None if slot is None else slot[needed] * many  # the planted text is the first of its continuations
     found = settings.resample(log_w[:, needed], count, through=through)
@@ -225,10 +226,13 @@ def _select(
     return index, kept, slot
 
 
-def _uneven(log_w: Tensor, least: float) -> Bool[Tensor, "C"]:
-    """Which populations are worth fewer than `least` draws; not those without any weight."""
+def _needed(log_w: Tensor, open_: Tensor, live: Tensor, settings: Settings) -> Bool[Tensor, "C"]:
+    """Which populations are resampled: those that have grown too many; those of uneven weights, as long as a text is open
+    (later, the weights themselves say all), and not those without any weight."""
+    if settings.expand > 1:
+        return live.any(0)
     ess = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
-    return ess.nan_to_num(torch.inf) < least
+    return (ess.nan_to_num(torch.inf) < settings.threshold * len(live)) & open_.any(0)
 
 
 def _first_slot(count: int, columns: int, device: torch.device) -> Tensor:
