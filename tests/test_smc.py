@@ -13,6 +13,7 @@ Mutants that are rejected: weights not reset, weights lost where nothing is resa
 """
 
 import itertools
+import sys
 from dataclasses import replace
 
 import oracle
@@ -23,8 +24,6 @@ import tiny
 import torch
 import walk
 
-import ppl_lm.infer.grow
-import ppl_lm.infer.smc
 from ppl_lm.diagnose import log_evidence
 from ppl_lm.guides import finetuned
 from ppl_lm.infer import NoSupportError, bind, exact, importance, mcmc, rejection
@@ -37,6 +36,8 @@ from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
 
 BETA = 0.7
+# The package's names of two of these modules are those of their functions.
+GROW, SMC, CONDITIONAL = (sys.modules[f"ppl_lm.infer.{name}"] for name in ("grow", "smc", "conditional_smc"))
 TEXTS = ["", "a"]
 RULES = [multinomial, stratified, systematic, without_replacement]
 
@@ -90,9 +91,9 @@ def expected_weights(monkeypatch, world=SMALL, guide=None, resample=systematic, 
 
     def program(w, runs):
         with monkeypatch.context() as patch:
-            patch.setattr(ppl_lm.infer.grow, "choose", w.choose)
-            patch.setattr(ppl_lm.infer.smc, "ROWS", 10**9)
-            patch.setattr(ppl_lm.infer.smc, "_needed", w.needed(ppl_lm.infer.smc._needed))
+            patch.setattr(GROW, "choose", w.choose)
+            patch.setattr(SMC, "ROWS", 10**9)
+            patch.setattr(SMC, "_needed", w.needed(SMC._needed))
             made = smc(
                 world.model, guide, TEXTS, num_samples=count, num_runs=runs, resample=w.rule(resample), **settings
             )
@@ -119,10 +120,10 @@ def conditional_expectations(monkeypatch, world=SMALL, guide=None, resample=syst
                 exact=True,
             )
             with monkeypatch.context() as patch:
-                patch.setattr(ppl_lm.infer.grow, "choose", w.choose)
-                patch.setattr(ppl_lm.infer.smc, "_first_slot", w.first_slot)
-                patch.setattr(ppl_lm.infer.smc, "_needed", w.needed(ppl_lm.infer.smc._needed))
-                patch.setattr(ppl_lm.infer.conditional_smc, "ROWS", 10**9)
+                patch.setattr(GROW, "choose", w.choose)
+                patch.setattr(SMC, "_first_slot", w.first_slot)
+                patch.setattr(SMC, "_needed", w.needed(SMC._needed))
+                patch.setattr(CONDITIONAL, "ROWS", 10**9)
                 made = conditional_smc(
                     world.model, guide, planted, num_samples=count, resample=w.rule(resample), **settings
                 )
@@ -216,23 +217,23 @@ def test_a_rule_that_mistakes_its_weights_is_rejected(mutant, monkeypatch):
 @pytest.mark.parametrize("mutant", ["ended texts are left out", "no division by expand", "twist for the evidence"])
 def test_a_wrong_weight_is_rejected(mutant, monkeypatch):
     settings = dict(twist=TINY.twists["network"] if "expand" in mutant else TWISTS["network"], threshold=2.0)
-    right = ppl_lm.infer.smc._select
+    right = SMC._select
     if mutant == "ended texts are left out":
 
         def select(log_w, open_, *rest):
             return right(log_w.masked_fill(~open_ & open_.any(0), -torch.inf), open_, *rest)
 
-        monkeypatch.setattr(ppl_lm.infer.smc, "_select", select)
+        monkeypatch.setattr(SMC, "_select", select)
     if mutant == "no division by expand":
         settings |= dict(world=TINY, expand=2, resample=without_replacement)
-        monkeypatch.setattr(ppl_lm.infer.smc.math, "log", lambda v: 0.0)
+        monkeypatch.setattr(SMC.math, "log", lambda v: 0.0)
     if mutant == "twist for the evidence":
-        finish = ppl_lm.infer.smc.finish
+        finish = SMC.finish
 
         def wrong(model, prompts, grown, batch):
             return finish(model, prompts, replace(grown, log_target=grown.token_log_p.sum(-1)), batch)
 
-        monkeypatch.setattr(ppl_lm.infer.smc, "finish", wrong)
+        monkeypatch.setattr(SMC, "finish", wrong)
     found = expected_weights(monkeypatch, **settings)
     assert (found / settings.get("world", SMALL).joint.exp() - 1).abs().max() > 0.05
 
@@ -353,14 +354,14 @@ def test_it_forwards_each_prompt_once_and_each_open_text_a_token(monkeypatch):
     monkeypatch.setattr(lm, "logits_next", counted)
     lm.model.lm_head.weight.data[2] += lm.model.lm_head.weight.data.std()  # texts end at various lengths
     open_texts = []
-    right = ppl_lm.infer.smc._step
+    right = SMC._step
 
     def step(*args):
         made = right(*args)
         open_texts.append(int(made[0].live.sum()))
         return made
 
-    monkeypatch.setattr(ppl_lm.infer.smc, "_step", step)
+    monkeypatch.setattr(SMC, "_step", step)
     with meter.measure() as cost:
         made = smc(model, None, prompts, num_samples=32, twist=prefix_likelihood(model), threshold=2.0)
     assert forwards[0] == (3, max(len(lm.vocabulary.encode(p)) for p in prompts))
