@@ -1,0 +1,212 @@
+"""Learning a twist: losses whose optimum is what a text begun is expected to be worth.
+
+ψ*_t(x_≤t) ∝ E_p0[φ(x) | x_≤t], φ the likelihood of the evidence, σ = p0 φ / Z the posterior (Zhao et al. 2024, table 1).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
+from ppl_lm.infer.importance import importance
+from ppl_lm.infer.mcmc import only_text
+from ppl_lm.infer.text_site import text_law
+from ppl_lm.lm import LanguageModel
+from ppl_lm.lm.language_model import normalise
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """K texts of B prompts at every length t = 1 … T, as a twist sees them. Nats, float64.
+
+    :param prior: weights that make them p0's, log, normalised over K; `posterior` likewise σ's.
+    :param log_phi: log φ(x) less a constant; -inf where impossible.
+    :param log_psi: log ψ_t(x_≤t), differentiable; after a text's end that of its end, since an ended text keeps its weight.
+    :param log_value: log Σ_v p0(v | x_<t) ψ_t(x_<t, v), differentiable; 0 after the end.
+    :param alive: whether the text has a t-th token.
+    """
+
+    prior: Float[Tensor, "K B"]
+    posterior: Float[Tensor, "K B"]
+    log_phi: Float[Tensor, "K B"]
+    log_psi: Float[Tensor, "K B T"]
+    log_value: Float[Tensor, "K B T"]
+    alive: Bool[Tensor, "K B T"]
+
+
+Loss = Callable[[Rollouts], Tensor]
+
+
+def ctl(r: Rollouts) -> Tensor:
+    """Contrastive twist learning: Σ_t KL(σ(x_≤t) ‖ π_t), π_t ∝ p0 ψ_t, by its gradient -(E_σ ∇log ψ_t - E_π_t ∇log ψ_t). Its
+    value means nothing. Bias of order 1/K, from weights that are normalised over K texts."""
+    under_twist = (r.prior.unsqueeze(-1) + r.log_psi.detach()).softmax(0)
+    return _sum((under_twist - r.posterior.exp().unsqueeze(-1)) * r.log_psi)
+
+
+def sixo(r: Rollouts) -> Tensor:
+    """Noise-contrastive, posterior against prior: -Σ_t E_σ log s(log ψ_t) + E_p0 log s(-log ψ_t), s the logistic function.
+    Optimum ψ_t = σ(x_≤t) / p0(x_≤t) (Lawson et al. 2022)."""
+    told = torch.nn.functional.logsigmoid(r.log_psi), torch.nn.functional.logsigmoid(-r.log_psi)
+    return -_sum(r.posterior.exp().unsqueeze(-1) * told[0] + r.prior.exp().unsqueeze(-1) * told[1])
+
+
+def soft_rl(r: Rollouts) -> Tensor:
+    """Soft Q-learning, path consistency of one step: E_p0 Σ_t (log Σ_v p0(v | x_≤t) ψ_t+1(x_≤t, v) - log ψ_t)², the sum over
+    v held fixed, and (log φ - log ψ)² at the end.
+
+    :raises ValueError: where a text is impossible: log φ = -inf has no square."""
+    _require_soft(r, "soft_rl")
+    ahead = torch.nn.functional.pad(r.log_value.detach(), (0, 1))[..., 1:]
+    last = r.alive & ~torch.nn.functional.pad(r.alive, (0, 1))[..., 1:]
+    wanted = torch.where(last, r.log_phi.unsqueeze(-1), ahead)
+    return _sum(r.prior.exp().unsqueeze(-1) * torch.where(r.alive, (wanted - r.log_psi).square(), 0.0))
+
+
+def fudge(r: Rollouts) -> Tensor:
+    """E_p0 Σ_t [ψ_t - φ log ψ_t], with the gradient E_p0 Σ_t (ψ_t - φ) ∇log ψ_t: FUDGE's cross-entropy of what a text will be
+    worth (Yang & Klein 2021), with a logarithm for its link so that φ may exceed 1. Optimum ψ_t = E_p0[φ | x_≤t]."""
+    phi = r.log_phi.exp().unsqueeze(-1)
+    return _sum(r.prior.exp().unsqueeze(-1) * torch.where(r.alive, r.log_psi.exp() - phi * r.log_psi, 0.0))
+
+
+def log_variance(r: Rollouts) -> Tensor:
+    """½ Var_p0[log φ + log p0 - log q], q ∝ p0 ψ token by token: path consistency of whole texts, the constant log Z dropped
+    (Richter et al. 2020). Zero where q is the posterior.
+
+    :raises ValueError: where a text is impossible."""
+    _require_soft(r, "log_variance")
+    surplus = r.log_phi + torch.where(r.alive, r.log_value - r.log_psi, 0.0).sum(-1)  # (K, B)
+    share = r.prior.exp()
+    return 0.5 * _sum(share * (surplus - (share * surplus).sum(0)).square())
+
+
+def fit_twist(
+    model: Callable[..., Any],
+    twist: LanguageModel,
+    prompts: Any,
+    *,
+    loss: Loss = ctl,
+    steps: int = 500,
+    num_samples: int = 128,
+    learning_rate: float = 1e-3,
+    guide: Callable[..., Any] | None = None,
+    positives: Draws | None = None,
+) -> list[float]:
+    """Fits a twist, in place, by Adam whose rate falls to zero; returns the losses.
+
+    `bind(twisted, prior, twist)` is then a guide, and `smc(model, None, prompts, twist=twist)` uses it at every token.
+
+    :param twist: from `twist_like(prior)`, or any network whose logits are log ψ_t.
+    :param num_samples: texts drawn at each step for each prompt.
+    :param guide: draws them; None: the prior. A closer guide sees more of what is worth something.
+    :param positives: exact posterior draws (`rejection`), of which a fresh `num_samples` serve as σ's texts at each step;
+        None: the rollouts themselves, weighted by φ.
+    :raises NoSupportError: if no text of a prompt's first rollouts is possible.
+    """
+    free = [weight for weight in twist.parameters() if weight.requires_grad]
+    if not free:
+        raise ValueError("this twist has nothing to train; make one with twist_like(prior)")
+    if steps < 1 or num_samples < 2:
+        raise ValueError(f"steps={steps}, num_samples={num_samples}; give at least 1 and 2")
+    prior = text_law(model, prompts).lm
+    optimiser = torch.optim.Adam(free, lr=learning_rate, betas=(0.9, 0.99))
+    fall = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
+    shift, losses = None, []
+    for _ in range(steps):
+        drawn = importance(model, guide, prompts, num_samples=num_samples)
+        if shift is None:
+            shift = _log_mean_phi(drawn)  # so that ψ = 1, where twists begin, is right on average
+        exact = None if positives is None else _some(positives, num_samples)
+        value = loss(rollouts(prior, twist, drawn, exact, shift))
+        if not bool(value.isfinite()):
+            raise ValueError(f"the loss is {float(value)}; lower learning_rate, or use ctl or sixo, which are bounded")
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+        fall.step()
+        losses.append(float(value))
+    return losses
+
+
+def rollouts(
+    prior: LanguageModel, twist: LanguageModel, drawn: Draws, positives: Draws | None = None, shift: Any = 0.0
+) -> Rollouts:
+    """What `twist` makes of texts, with gradients.
+
+    :param drawn: weighted to be p0's; with the likelihood on top σ's.
+    :param positives: exact posterior draws, which then alone are σ's.
+    :param shift: taken from log φ, nats."""
+    log_prior = (drawn.log_prior - drawn.log_guide)[0].log_softmax(0)
+    log_posterior = (log_prior + drawn.log_likelihood[0]).log_softmax(0)
+    if bool(log_posterior.isnan().any()):  # nothing is possible: then nothing is known of σ in these texts
+        log_posterior = torch.where(log_posterior.isnan(), log_prior, log_posterior)
+    if positives is not None:
+        count = positives.log_guide.shape[1]
+        nothing = torch.full((count, log_prior.shape[1]), -torch.inf, dtype=torch.float64, device=log_prior.device)
+        log_prior = torch.cat([log_prior, nothing])
+        log_posterior = torch.full_like(log_prior, -torch.inf)
+        log_posterior[-count:] = -math.log(count)
+        drawn = concatenate([replace(drawn, records={}, stats={}), replace(positives, records={}, stats={})])
+    (name,) = only_text(drawn)
+    x = drawn.latents[name][0]  # (K, B, T)
+    count, batch, steps = x.shape
+    rows = torch.arange(batch, device=x.device).expand(count, batch).flatten()
+    prompts, flat = drawn.prompts.take(rows), x.flatten(0, 1)
+    alive = prior.vocabulary.alive(flat)
+    logits = twist.next_token_logits(prompts, flat)  # (N, S, V)
+    with torch.no_grad():
+        log_p = normalise(prior.next_token_logits(prompts, flat))
+    here = flat[:, : logits.shape[1], None]
+    psi = logits.gather(-1, here).squeeze(-1).double()
+    value = (log_p + logits).logsumexp(-1).double()
+    pad = lambda v: torch.nn.functional.pad(v, (0, steps - v.shape[1]))  # noqa: E731
+    last = prior.vocabulary.lengths(flat).unsqueeze(-1) - 1
+    at = (
+        torch.arange(steps, device=x.device).expand_as(flat).minimum(last)
+    )  # an ended text keeps what it had at its end
+    shape = (count, batch, steps)
+    return Rollouts(
+        prior=log_prior,
+        posterior=log_posterior,
+        log_phi=drawn.log_likelihood[0] - shift,
+        log_psi=pad(psi).gather(-1, at).reshape(shape),
+        log_value=torch.where(alive, pad(value), 0.0).reshape(shape),
+        alive=alive.reshape(shape),
+    )
+
+
+def _log_mean_phi(drawn: Draws) -> Tensor:
+    log_w = (drawn.log_prior - drawn.log_guide)[0].log_softmax(0)
+    mean = (log_w + drawn.log_likelihood[0]).logsumexp(0)
+    if bool((mean == -torch.inf).any()):
+        raise NoSupportError(
+            f"prompt {int((mean == -torch.inf).nonzero()[0])}: none of {drawn.num_samples} texts is possible; raise "
+            "num_samples, or give a guide that finds some"
+        )
+    return mean
+
+
+def _some(draws: Draws, count: int) -> Draws:
+    """`count` of them, drawn anew, as one chain."""
+    if not draws.exact:
+        raise ValueError("positives= must hold exact posterior draws (rejection); leave it out to weight the rollouts")
+    pick = torch.randint(draws.num_samples, (count,), device=draws.log_guide.device)
+    return draws.map(lambda v: v.flatten(0, 1)[pick].unsqueeze(0))
+
+
+def _require_soft(r: Rollouts, name: str) -> None:
+    if bool((r.log_phi[r.prior > -torch.inf] == -torch.inf).any()):
+        raise ValueError(
+            f"{name} needs texts that are all possible, and the evidence rules some out: use ctl, sixo or fudge"
+        )
+
+
+def _sum(terms: Tensor) -> Tensor:
+    """Over texts and lengths, mean over prompts."""
+    return terms.sum() / terms.shape[1]
