@@ -15,7 +15,8 @@ def constrained(prompts: Any, prior: Any, constraint: Any) -> Tensor:
     Texts that break the constraint have probability 0, so reverse KL cannot fit it: fit with forward KL or
     another objective that can, or draw with importance or rejection.
 
-    :param constraint: a function in a reward's signature that returns yes or no (1 or 0) for each completion.
+    :param constraint: a function in a reward's signature that returns yes or no (1 or 0) for each completion, such as an
+        `Automaton`.
     """
     with pyro.plate("prompts", len(prompts)):
         x = pyro.sample("x", prior(prompts))

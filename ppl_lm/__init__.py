@@ -28,13 +28,14 @@ if TYPE_CHECKING:
         smc,
         tempered,
     )  # fmt: skip
-    from ppl_lm.likelihood import BestOf, Optimality, Reward, RewardError, RewardTimeout, rewards
+    from ppl_lm.likelihood import Automaton, BestOf, Optimality, Reward, RewardError, RewardTimeout, rewards
     from ppl_lm.lm import LanguageModel, Prompts, TokenSequence, batches, product, twist_like
     from ppl_lm.run import fit
 
 _HOME = {  # public name -> module; imported when first asked for, so that `import ppl_lm` is cheap
     **dict.fromkeys(("LanguageModel", "Prompts", "TokenSequence", "batches", "product", "twist_like"), "ppl_lm.lm"),
-    **dict.fromkeys(("BestOf", "Optimality", "Reward", "RewardError", "RewardTimeout", "rewards"), "ppl_lm.likelihood"),
+    **dict.fromkeys(("Automaton", "BestOf", "Optimality", "Reward", "rewards"), "ppl_lm.likelihood"),
+    **dict.fromkeys(("RewardError", "RewardTimeout"), "ppl_lm.likelihood"),
     **dict.fromkeys(
         ("Draws", "SequenceELBO", "bind", "exact", "importance", "mcmc", "rejection", "score"), "ppl_lm.infer"
     ),

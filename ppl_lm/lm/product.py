@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.language_model import DivergedError, LanguageModel
 
 
 def product(lms: Sequence[LanguageModel], powers: Sequence[float] | None = None) -> LanguageModel:
@@ -21,6 +21,7 @@ def product(lms: Sequence[LanguageModel], powers: Sequence[float] | None = None)
     :param lms: of one vocabulary; prompts, end tokens and `max_new_tokens` are the first one's.
     :param powers: 1 each, by default.
     :raises ValueError: if vocabularies differ, or there is not one power for each.
+    :raises DivergedError: when it is asked for a token and all are impossible to one expert or another.
     """
     powers = [1.0] * len(lms) if powers is None else [float(power) for power in powers]
     if not lms or len(lms) != len(powers):
@@ -93,6 +94,12 @@ class _Product(nn.Module):
             wide = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
             logits = logits + (power * wide if power else torch.zeros_like(wide))
             made.append(out.past_key_values)
+        if bool((logits == -torch.inf).all(-1).any()):
+            raise DivergedError(
+                "a product of language models has no next token to give: after some text each token that one of them finds "
+                "possible is impossible to another, so this product is no distribution; a mask does so where the prior gives "
+                "all that the mask allows probability 0"
+            )
         return CausalLMOutputWithPast(logits=logits, past_key_values=_Caches(made))  # pyright: ignore
 
 

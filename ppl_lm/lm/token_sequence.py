@@ -163,6 +163,8 @@ class TokenSequence(TorchDistribution):
         """Changes with the weights. Versions alone miss what fused optimisers and `.data` write, norms alone miss what
         keeps them."""
         weights = [p.detach() for p in self.lm.model.parameters()]
+        if not weights:  # a mask has none
+            return []
         norms = torch.stack([torch.linalg.vector_norm(w, dtype=torch.float64) for w in weights])
         return [*norms.tolist(), *(w._version for w in weights)]
 

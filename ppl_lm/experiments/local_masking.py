@@ -1,0 +1,122 @@
+"""What is put together token by token is not what it is for whole texts: masking by an automaton is not conditioning on it, a
+product of language models not the product of their texts, and a low temperature not a power of the prior. Importance weights
+make up for the normalisers, with more draws the better (Lew et al. 2023; Loula et al. 2025; Karan and Du 2025)."""
+
+import math
+from typing import Any
+
+import networkx
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ppl_lm.experiments.lab import Result, panels
+from ppl_lm.guides import finetuned
+from ppl_lm.infer import bind, exact
+from ppl_lm.infer.exact import kl
+from ppl_lm.likelihood import Automaton
+from ppl_lm.lm import LanguageModel, Vocabulary, product
+from ppl_lm.lm.table import table_lm
+from ppl_lm.models import constrained
+
+COUNTS = (1, 4, 16, 64)  # draws, of which one is picked by its weight
+POWER = 2.0
+GRID = 4000  # points of the quadrature
+SHOWN = 8  # texts in the figure
+AUTOMATON, TRUTH, TOKENS = "texts of an automaton", "text by text: the truth", "token by token"
+
+
+def answers(vocabulary: Vocabulary) -> Automaton:
+    """Texts that end in b, in which b follows each a."""
+    graph = networkx.DiGraph()
+    graph.add_edge("other", "other", token="c")
+    for node in ("other", "b"):
+        graph.add_edge(node, "a", token="a")
+    for node in ("other", "a", "b"):
+        graph.add_edge(node, "b", token="b")
+    graph.add_edge("b", "other", token="c")
+    return Automaton.graph(graph, "other", ["b"], vocabulary)
+
+
+def resampled(log_q: Float[Tensor, "N"], log_w: Float[Tensor, "N"], count: int) -> Float[Tensor, "N"]:
+    """log of the law of a text that is picked by its weight from `count` draws of q, nats: q(x) K E[w / (w + Σ w_j)] over
+    K - 1 others, with 1 / (w + Σ w_j) as ∫ exp(-s (w + Σ w_j)) ds, and E exp(-s Σ w_j) = (Σ_x q exp(-s w))^(K-1).
+
+    :param log_w: finite where q is not 0; up to a constant."""
+    drawn = log_q > -torch.inf
+    log_w = log_w[drawn] - (log_q + log_w)[drawn].logsumexp(0)
+    u = torch.linspace(float(-log_w.max()) - 37, float(-log_w.min()) + 7, GRID, dtype=torch.float64)  # log s
+    decay = -(u + log_w.unsqueeze(-1)).exp()  # (N, grid), -s w
+    others = (count - 1) * (log_q[drawn].unsqueeze(-1) + decay).logsumexp(0)  # (grid,)
+    integral = (decay + others + u).logsumexp(-1) + math.log(float(u[1] - u[0]))
+    found = torch.full_like(log_q, -torch.inf)
+    found[drawn] = log_q[drawn] + log_w + math.log(count) + integral
+    return found
+
+
+def distances(log_p: Tensor, log_law: Tensor) -> dict[str, float]:
+    tv = 0.5 * (log_p.exp() - log_law.exp()).abs().sum()
+    return {"KL(law‖truth)": float(kl(log_law, log_p)), "KL(truth‖law)": float(kl(log_p, log_law)), "TV": float(tv)}
+
+
+@torch.no_grad()
+def run(seed: int) -> Result:
+    lm, other = (table_lm(4, 5, concentration=3.0, seed=2 * seed + n) for n in (0, 1))
+    automaton = answers(lm.vocabulary)
+    model = bind(constrained, lm, constraint=automaton)
+    guide = bind(finetuned, product([lm, automaton.mask(lm)]))
+    masked = exact(model, guide, [""])
+    assert masked.log_q is not None
+    x = masked.latents["x"][:, 0]
+
+    def log_prob(of: LanguageModel) -> Float[Tensor, "N"]:
+        return of([""]).log_prob(x.unsqueeze(1))[:, 0]
+
+    # What each is meant to be, as a log joint density of whole texts; and what it is, made token by token.
+    targets = {
+        AUTOMATON: (masked.log_joint[:, 0], masked.log_q[:, 0]),
+        "product of two LMs": (log_prob(lm) + log_prob(other), log_prob(product([lm, other]))),
+        f"power {POWER:g} of the prior": (POWER * log_prob(lm), log_prob(product([lm], [POWER]))),
+    }
+    rows: list[dict[str, Any]] = []
+    laws: dict[str, dict[str, Tensor]] = {}
+    for target, (log_joint, log_q) in targets.items():
+        log_p = log_joint - log_joint.logsumexp(0)
+        weighted = {f"{count} weighted, one picked": resampled(log_q, log_joint - log_q, count) for count in COUNTS[1:]}
+        laws[target] = {TRUTH: log_p, TOKENS: log_q, **weighted}
+        rows += [{"target": target, "law": law, **distances(log_p, log_law)} for law, log_law in laws[target].items()]
+    tv = {target: [row["TV"] for row in rows if row["target"] == target and row["law"] != TRUTH] for target in targets}
+    return Result(
+        "Token by token is not text by text, and what importance weights make of it",
+        rows,
+        {
+            "masking token by token is not conditioning on the automaton (TV > 0.1)": tv[AUTOMATON][0] > 0.1,
+            "nor are products and powers of each token those of texts (TV > 0.1)": min(v[0] for v in tv.values()) > 0.1,
+            "picked by its weight from more draws, a text's law comes nearer, for each of the three": all(
+                more < fewer for found in tv.values() for fewer, more in zip(found, found[1:], strict=False)
+            ),
+            f"from {COUNTS[-1]} draws it is at least ten times nearer": all(v[-1] < v[0] / 10 for v in tv.values()),
+        },
+        _figure(tv, laws[AUTOMATON], lm.vocabulary.decode(x)),
+    )
+
+
+def _figure(tv: dict[str, list[float]], laws: dict[str, Tensor], texts: list[str]) -> Any:
+    figure, (left, right) = panels(2)
+    for target, distance in tv.items():
+        left.plot(COUNTS, distance, marker="o", label=target)
+    left.set(
+        xscale="log", yscale="log", xlabel="draws, of which one is picked by its weight", ylabel="TV from the truth"
+    )
+    left.set_xticks(COUNTS, [str(count) for count in COUNTS])
+    left.minorticks_off()
+    left.legend(fontsize="small")
+    likeliest = laws[TRUTH].argsort(descending=True)[:SHOWN]
+    width = 0.8 / len(shown := [law for law in laws if law in (TRUTH, TOKENS) or str(COUNTS[2]) in law])
+    for n, law in enumerate(shown):
+        at = torch.arange(len(likeliest)) + width * (n - (len(shown) - 1) / 2)
+        right.bar(at.tolist(), laws[law][likeliest].exp().tolist(), width, label=law)
+    right.set_xticks(range(len(likeliest)), [texts[i].replace(" ", "") for i in likeliest.tolist()])
+    right.set(xlabel="the likeliest texts of the automaton", ylabel="probability")
+    right.legend(fontsize="small")
+    return figure
