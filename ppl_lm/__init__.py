@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         conditional_smc,
         exact,
         exact_twist,
+        fit_twist,
         importance,
         mcmc,
         objectives,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         score,
         smc,
         tempered,
+        twists,
     )  # fmt: skip
     from ppl_lm.likelihood import Automaton, BestOf, Optimality, Reward, RewardError, RewardTimeout, rewards
     from ppl_lm.lm import LanguageModel, Prompts, TokenSequence, batches, product, twist_like
@@ -40,8 +42,8 @@ _HOME = {  # public name -> module; imported when first asked for, so that `impo
         ("Draws", "SequenceELBO", "bind", "exact", "importance", "mcmc", "rejection", "score"), "ppl_lm.infer"
     ),
     **dict.fromkeys(("best_of_n", "conditional_smc", "particle_gibbs", "quasi_rejection", "smc"), "ppl_lm.infer"),
-    **dict.fromkeys(("exact_twist", "prefix_likelihood", "tempered"), "ppl_lm.infer"),
-    **dict.fromkeys(("baselines", "objectives", "off_policy", "resampling"), "ppl_lm.infer"),
+    **dict.fromkeys(("exact_twist", "fit_twist", "prefix_likelihood", "tempered"), "ppl_lm.infer"),
+    **dict.fromkeys(("baselines", "objectives", "off_policy", "resampling", "twists"), "ppl_lm.infer"),
     **dict.fromkeys(("Diagnosis", "Evidence", "ess", "log_evidence", "psis_khat", "to_arviz"), "ppl_lm.diagnose"),
     "fit": "ppl_lm.run",
 }

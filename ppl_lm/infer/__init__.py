@@ -1,6 +1,6 @@
 """Inference: how a posterior is approximated, whatever it is."""
 
-from ppl_lm.infer import baselines, objectives, off_policy, resampling
+from ppl_lm.infer import baselines, objectives, off_policy, resampling, twists
 from ppl_lm.infer.best_of_n import best_of_n
 from ppl_lm.infer.bind import Bound, bind
 from ppl_lm.infer.conditional_smc import conditional_smc, particle_gibbs
@@ -13,6 +13,7 @@ from ppl_lm.infer.quasi_rejection import quality, quasi_rejection
 from ppl_lm.infer.rejection import rejection
 from ppl_lm.infer.smc import smc
 from ppl_lm.infer.twist import exact_twist, prefix_likelihood, tempered
+from ppl_lm.infer.twists import fit_twist
 
 __all__ = [
     "Bound",
@@ -26,6 +27,7 @@ __all__ = [
     "conditional_smc",
     "exact",
     "exact_twist",
+    "fit_twist",
     "importance",
     "mcmc",
     "objectives",
@@ -39,4 +41,5 @@ __all__ = [
     "score",
     "smc",
     "tempered",
+    "twists",
 ]

@@ -125,12 +125,14 @@ def fit_twist(
         exact = None if positives is None else _some(positives, num_samples)
         value = loss(rollouts(prior, twist, drawn, exact, shift))
         if not bool(value.isfinite()):
-            raise ValueError(f"the loss is {float(value)}; lower learning_rate, or use ctl or sixo, which are bounded")
+            raise ValueError(
+                f"the loss is {float(value.detach())}; lower learning_rate, or use ctl or sixo, which are bounded"
+            )
         optimiser.zero_grad()
         value.backward()
         optimiser.step()
         fall.step()
-        losses.append(float(value))
+        losses.append(float(value.detach()))
     return losses
 
 
