@@ -15,6 +15,9 @@ from ppl_lm.infer.particles import is_record, sample_sites
 from ppl_lm.likelihood import Optimality
 
 
+FEWEST = 64  # proposals at a time
+
+
 @torch.no_grad()
 def rejection(
     model: Callable[..., Any],
@@ -86,7 +89,8 @@ def propose_until(
     masks: list[Tensor] = []
     done, accepted = 0, torch.zeros(1, dtype=torch.long)
     while True:
-        n = min(size, max_proposals - done)
+        wanted = num_samples if not done else 1.1 * done * (num_samples / max(1.0, float(accepted.min())) - 1)
+        n = max(1, min(max(FEWEST, round(wanted)), size, max_proposals - done))
         part = propose(n)
         mask, bound = keep(part)  # (n, B)
         rows = mask.any(1)

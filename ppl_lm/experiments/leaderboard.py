@@ -1,0 +1,160 @@
+"""One posterior, every way to draw from it, at the same number of tokens forwarded: how far the texts that come out are from
+the truth, and what no budget mends."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_lm.experiments.lab import Result, panels, train
+from ppl_lm.guides import twisted
+from ppl_lm.infer import (
+    Draws,
+    best_of_n,
+    bind,
+    exact,
+    exact_twist,
+    fit_twist,
+    importance,
+    mcmc,
+    particle_gibbs,
+    prefix_likelihood,
+    quasi_rejection,
+    rejection,
+    smc,
+)
+from ppl_lm.infer.mcmc import independence, suffix
+from ppl_lm.lm import meter
+from ppl_lm.lm.table import table_like, table_lm
+from ppl_lm.models import tilted
+
+BETA, BUDGET, REPEATS, CHAINS, PARTICLES = 0.2, 6000, 20, 16, 64
+STEPS, SIZE, LENGTH = 600, 4, 5
+NOT_THE_POSTERIOR = ("best of 8", "soft best of 8", "the guide alone", "local twist alone")
+
+
+def balance(completions: list[str], **_: object) -> list[float]:
+    """2 for as many a as b, less for each that is not matched; c is worth nothing."""
+    return [2.0 - abs(text.count("a") - text.count("b")) - 0.5 * text.count("c") for text in completions]
+
+
+def run(seed: int) -> Result:
+    torch.manual_seed(seed)
+    lm = table_lm(SIZE, LENGTH, concentration=1.0, seed=seed)
+    target = bind(tilted, lm, reward=balance, beta=BETA)
+    guide, twist = bind(twisted, lm, table_like(lm)), table_like(lm)
+    with meter.measure() as fitting:  # few steps: a guide and a twist that are close, and not exact
+        train(target, guide, [""], steps=STEPS, rate=0.05, num_particles=64, every=STEPS)
+    with meter.measure() as learning:
+        fit_twist(target, twist, [""], steps=STEPS, num_samples=64, learning_rate=0.05)
+    alone = bind(twisted, lm, twist)
+    truth = exact(target, None, [""])
+    log_p, x, bound = truth.log_posterior[:, 0], truth.latents["x"][:, 0], 2 / BETA
+    likelihood = prefix_likelihood(target)
+
+    def chains(proposal: Any, kernel: Any) -> Callable[[int], Draws]:
+        return lambda n: mcmc(
+            target, proposal, [""], num_samples=max(2, n), warmup=max(1, n // 4), num_chains=CHAINS, kernel=kernel
+        )
+
+    def grown(proposal: Any = None, **settings: Any) -> Callable[[int], Draws]:
+        return lambda n: smc(target, proposal, [""], num_samples=PARTICLES, num_runs=n, **settings)
+
+    methods: dict[str, tuple[int, Callable[[int], Draws]]] = {  # tokens spent on fitting, and draws from n
+        "importance": (0, lambda n: importance(target, None, [""], num_samples=n)),
+        "rejection": (0, lambda n: rejection(target, None, [""], num_samples=n, log_bound=bound)),
+        "quasi-rejection": (0, lambda n: quasi_rejection(target, None, [""], num_samples=n, log_bound=bound - 2)),
+        "best of 8": (0, lambda n: _unweighted(best_of_n(target, None, [""], num_samples=n))),
+        "soft best of 8": (0, lambda n: _unweighted(best_of_n(target, None, [""], num_samples=n + 1, soft=True))),
+        "independence MH": (0, chains(None, independence)),
+        "suffix MH": (0, chains(None, suffix)),
+        "particle Gibbs": (0, chains(None, particle_gibbs(8, twist=likelihood))),
+        "SMC, no twist": (0, grown()),
+        "SMC, likelihood": (0, grown(twist=likelihood)),
+        "SMC, exact twist": (0, grown(twist=exact_twist(target, [""]), candidates=SIZE)),
+        "SMC, learned twist": (learning.lm_tokens, grown(twist=twist)),
+        "local twist alone": (
+            learning.lm_tokens,
+            lambda n: _unweighted(importance(target, alone, [""], num_samples=n)),
+        ),
+        "the guide alone": (fitting.lm_tokens, lambda n: _unweighted(importance(target, guide, [""], num_samples=n))),
+        "importance, fitted guide": (fitting.lm_tokens, lambda n: importance(target, guide, [""], num_samples=n)),
+        "SMC, fitted guide": (fitting.lm_tokens, grown(guide)),
+    }
+    rows = []
+    for name, (spent, draw) in methods.items():
+        count = _affordable(draw)
+        laws, tokens = [], 0
+        for _ in range(REPEATS):
+            made = draw(count)
+            tokens += made.cost.lm_tokens
+            laws.append(_law(made, x))
+        each = torch.stack(laws)  # (repeats, N)
+        tv = 0.5 * (each - log_p.exp()).abs().sum(1)
+        rows.append(
+            {
+                "method": name, "TV": float(tv.mean()), "± TV": float(tv.std() / math.sqrt(REPEATS)),
+                "bias": _bias(each, log_p.exp()), "tokens": tokens // REPEATS, "tokens for fitting": spent,
+            }
+        )  # fmt: skip
+    rows.sort(key=lambda row: row["TV"])
+    found = {row["method"]: row for row in rows}
+    consistent = [row for row in rows if row["method"] not in NOT_THE_POSTERIOR]
+    figure, (left,) = panels(1)
+    figure.set_size_inches(8, 5)
+    left.barh([r["method"] for r in rows][::-1], [r["TV"] for r in rows][::-1], label="a budget's texts")
+    left.barh([r["method"] for r in rows][::-1], [r["bias"] for r in rows][::-1], label="of which no budget mends")
+    left.set_xlabel(f"total variation from the posterior, {BUDGET:,} tokens")
+    left.legend(fontsize="small")
+    return Result(
+        f"Ways to draw from one posterior with {BUDGET:,} forward tokens each",
+        rows,
+        {
+            "what is not meant to be the posterior has a bias, and more of it than each method that is": min(
+                found[name]["bias"] for name in NOT_THE_POSTERIOR[:2]
+            )
+            > max(row["bias"] for row in consistent),
+            "once learned, a twist brings SMC nearer": found["SMC, learned twist"]["TV"] < found["SMC, no twist"]["TV"],
+            "weights mend a fitted guide's bias": found["importance, fitted guide"]["bias"]
+            < found["the guide alone"]["bias"],
+            "and a locally applied twist's": found["SMC, learned twist"]["bias"] < found["local twist alone"]["bias"],
+            "and the exact one nearest of all": rows[0] is found["SMC, exact twist"],
+        },
+        figure,
+    )
+
+
+def _affordable(draw: Callable[[int], Draws]) -> int:
+    """How many to ask for within the budget: by what a few, and then more, have cost."""
+    count = 8
+    for _ in range(3):
+        count = max(1, round(count * BUDGET / draw(count).cost.lm_tokens))
+    return count
+
+
+def _unweighted(draws: Draws) -> Draws:
+    """As they come, which is how such texts are used: as if each were worth the same."""
+    return replace(draws, markov=True)
+
+
+def _law(draws: Draws, x: Tensor) -> Tensor:
+    """The share of each of the N texts among the draws."""
+    texts = draws.latents["x"][:, :, 0].flatten(0, 1)  # (S, T)
+    which = (texts.unsqueeze(1) == x).all(-1).long().argmax(-1)
+    equal = draws.exact or draws.markov
+    share = (
+        torch.full((len(texts),), 1 / len(texts), dtype=torch.float64)
+        if equal
+        else draws.log_weight.flatten().softmax(0)
+    )
+    return torch.zeros(len(x), dtype=torch.float64).index_add(0, which, share)
+
+
+def _bias(laws: Tensor, p: Tensor) -> float:
+    """½ Σ |E law - p| less what chance alone would make of a mean of so many: the square of each text's deviation, less that of
+    its standard error."""
+    gap = (laws.mean(0) - p).square() - laws.var(0) / len(laws)
+    return float(0.5 * gap.clamp_min(0).sqrt().sum())
