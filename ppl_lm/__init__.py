@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ppl_lm.infer import (
         Draws,
         SequenceELBO,
+        SequenceKernel,
         baselines,
         best_of_n,
         bind,
@@ -31,7 +32,7 @@ _HOME = {  # public name -> module; imported when first asked for, so that `impo
     **dict.fromkeys(
         ("Draws", "SequenceELBO", "bind", "exact", "importance", "mcmc", "rejection", "score"), "ppl_lm.infer"
     ),
-    **dict.fromkeys(("best_of_n", "quasi_rejection"), "ppl_lm.infer"),
+    **dict.fromkeys(("SequenceKernel", "best_of_n", "quasi_rejection"), "ppl_lm.infer"),
     **dict.fromkeys(("baselines", "objectives", "off_policy"), "ppl_lm.infer"),
     **dict.fromkeys(("Diagnosis", "Evidence", "ess", "log_evidence", "psis_khat", "to_arviz"), "ppl_lm.diagnose"),
     "fit": "ppl_lm.run",
