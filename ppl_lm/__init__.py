@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppl_lm.diagnose import Diagnosis, Evidence, ess, log_evidence, psis_khat, to_arviz
+    from ppl_lm.diagnose import Diagnosis, Evidence, ess, log_evidence, psis_khat, smoothed, to_arviz
     from ppl_lm.infer import (
         Draws,
         SequenceELBO,
@@ -34,7 +34,9 @@ _HOME = {  # public name -> module; imported when first asked for, so that `impo
     ),
     **dict.fromkeys(("SequenceKernel", "best_of_n", "quasi_rejection"), "ppl_lm.infer"),
     **dict.fromkeys(("baselines", "objectives", "off_policy"), "ppl_lm.infer"),
-    **dict.fromkeys(("Diagnosis", "Evidence", "ess", "log_evidence", "psis_khat", "to_arviz"), "ppl_lm.diagnose"),
+    **dict.fromkeys(
+        ("Diagnosis", "Evidence", "ess", "log_evidence", "psis_khat", "smoothed", "to_arviz"), "ppl_lm.diagnose"
+    ),
     "fit": "ppl_lm.run",
 }
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
