@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppl_lm.diagnose import Diagnosis, Evidence, ess, log_evidence, psis_khat, smoothed, to_arviz
+    from ppl_lm.diagnose import Diagnosis, Evidence, drawn, ess, log_evidence, psis_khat, smoothed, to_arviz
     from ppl_lm.infer import (
         Draws,
         SequenceELBO,
@@ -35,7 +35,8 @@ _HOME = {  # public name -> module; imported when first asked for, so that `impo
     **dict.fromkeys(("SequenceKernel", "best_of_n", "quasi_rejection"), "ppl_lm.infer"),
     **dict.fromkeys(("baselines", "objectives", "off_policy"), "ppl_lm.infer"),
     **dict.fromkeys(
-        ("Diagnosis", "Evidence", "ess", "log_evidence", "psis_khat", "smoothed", "to_arviz"), "ppl_lm.diagnose"
+        ("Diagnosis", "Evidence", "drawn", "ess", "log_evidence", "psis_khat", "smoothed", "to_arviz"),
+        "ppl_lm.diagnose",
     ),
     "fit": "ppl_lm.run",
 }

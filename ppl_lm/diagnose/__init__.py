@@ -1,6 +1,7 @@
 """Criticism: how close an approximation is to its posterior."""
 
 from ppl_lm.diagnose.arviz import to_arviz, to_datatree
+from ppl_lm.diagnose.drawn import drawn
 from ppl_lm.diagnose.evidence import Evidence, log_evidence
 from ppl_lm.diagnose.summary import Diagnosis, diagnose
 from ppl_lm.diagnose.verdict import Verdict, judge
@@ -11,6 +12,7 @@ __all__ = [
     "Evidence",
     "Verdict",
     "diagnose",
+    "drawn",
     "ess",
     "judge",
     "khat_threshold",
