@@ -5,10 +5,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppl_lm.diagnose import Diagnosis, Evidence, ess, log_evidence, psis_khat, to_arviz
+    from ppl_lm.diagnose import Diagnosis, Evidence, drawn, ess, log_evidence, psis_khat, smoothed, to_arviz
     from ppl_lm.infer import (
         Draws,
         SequenceELBO,
+        SequenceKernel,
         baselines,
         best_of_n,
         bind,
@@ -42,9 +43,12 @@ _HOME = {  # public name -> module; imported when first asked for, so that `impo
         ("Draws", "SequenceELBO", "bind", "exact", "importance", "mcmc", "rejection", "score"), "ppl_lm.infer"
     ),
     **dict.fromkeys(("best_of_n", "conditional_smc", "particle_gibbs", "quasi_rejection", "smc"), "ppl_lm.infer"),
-    **dict.fromkeys(("exact_twist", "fit_twist", "prefix_likelihood", "tempered"), "ppl_lm.infer"),
+    **dict.fromkeys(("SequenceKernel", "exact_twist", "fit_twist", "prefix_likelihood", "tempered"), "ppl_lm.infer"),
     **dict.fromkeys(("baselines", "objectives", "off_policy", "resampling", "twists"), "ppl_lm.infer"),
-    **dict.fromkeys(("Diagnosis", "Evidence", "ess", "log_evidence", "psis_khat", "to_arviz"), "ppl_lm.diagnose"),
+    **dict.fromkeys(
+        ("Diagnosis", "Evidence", "drawn", "ess", "log_evidence", "psis_khat", "smoothed", "to_arviz"),
+        "ppl_lm.diagnose",
+    ),
     "fit": "ppl_lm.run",
 }
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

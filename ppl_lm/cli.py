@@ -3,7 +3,6 @@
 import io
 import json
 import sys
-import time
 import traceback as tracebacks
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,14 +111,14 @@ def fit(
     if max_steps is None and time_limit is None:
         time_limit = 110.0
     if output_dir is None:
-        output_dir = Path("runs") / f"{model.rpartition(':')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
+        output_dir = folder.by_time(model.rpartition(":")[2])
     with _errors(traceback):
         texts, columns = read_prompts(prompts)
         if particles is not None and particles < 2:
             raise ValueError(f"particles={particles}; give at least 2")
         settings = folder.Settings(
             model=_absolute(model), guide=_absolute(guide), objective=objective, reward=_absolute(reward), beta=beta,
-            lm=str(Path(lm).resolve()) if lm is not None and Path(lm).is_dir() else lm,
+            lm=_folder(lm),
             prompts=texts, columns=columns,
             max_new_tokens=max_new_tokens, device=device, seed=seed, batch_size=batch_size,
             particles=max(8, 128 // max(1, min(batch_size, len(texts)))) if particles is None else particles,
@@ -136,39 +135,36 @@ def sample(
                                          "posterior draws, from prior draws and the reward's bound; quasi_rejection, "
                                          "best_of_n; independence_mh, suffix_mh: Markov chains.")] = "importance",
     num_samples: NumSamples = 10,
-    guide: Annotated[str | None, typer.Option(help="With MODEL: what proposes.", show_default="prior")] = None,
+    guide: Annotated[str | None, typer.Option(help="With MODEL: what proposes, as for fit or a RUN's fitted guide.",
+                                              show_default="prior")] = None,
     lm: Annotated[str | None, typer.Option(help="With MODEL, as for fit; likewise the next three.")] = None,
     reward: Annotated[str | None, typer.Option()] = None,
     beta: Annotated[float | None, typer.Option()] = None,
     max_new_tokens: Annotated[int | None, typer.Option()] = None,
     prompts: OtherPrompts = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Where draws.nc and diagnosis.json are written.",
+                                                    show_default="with RUN its folder, by SAMPLER; else runs/")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier draws in that folder.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     traceback: Traceback = False,
 ) -> None:  # fmt: skip
-    """Draw texts: from a run's fitted guide, each with the log of its importance weight, or exactly from a posterior."""
-    import torch
+    """Draw texts by any sampler, from a run's fitted guide or a posterior as it is, and write what they are worth.
 
+    The files are draws.nc and diagnosis.json; in a RUN's own folder draws_SAMPLER.nc and diagnosis_SAMPLER.json."""
     from ppl_lm.run import folder
-    from ppl_lm.run.samplers import draw
+    from ppl_lm.run.sampling import asked, sample_and_write
 
-    asked = {"guide": guide, "lm": lm, "reward": reward, "beta": beta, "max_new_tokens": max_new_tokens}
-    asked = {k: v for k, v in asked.items() if v is not None}
+    given = {"guide": guide, "lm": _folder(lm), "reward": reward, "beta": beta, "max_new_tokens": max_new_tokens}
+    given = {k: _absolute(v) if k in ("guide", "reward") else v for k, v in given.items() if v is not None}
     with _errors(traceback):
-        if sampler == "rejection" and guide is not None:
-            raise ValueError(f"guide={guide!r}: rejection proposes from the prior; give --sampler importance")
-        if (is_file(source) or source in shipped("models")) and not (Path(source) / folder.MARK).is_file():
-            settings, fitted = folder.Settings(**{"model": source, "guide": "prior", **asked}), None
-        else:
-            settings, fitted = folder.read_settings(Path(source)), Path(source) / "guide"
-            if asked:
-                raise ValueError(f"{next(iter(asked))}: the run has its own; give it together with a MODEL")
-        if sampler == "rejection":
-            settings, fitted = replace(settings, guide="prior"), None
-        programs = folder.build(_with_prompts(settings, prompts), fitted)
-        torch.manual_seed(seed)
-        proposal = None if fitted is None and guide is None else programs.guide
-        draw(programs.model, proposal, programs.prompts, sampler, num_samples, None if as_json else out)
+        settings, fitted = asked(_absolute(source), sampler, given)
+        settings = replace(_with_prompts(settings, prompts), seed=seed)
+        own = output_dir is None and (Path(source) / folder.MARK).is_file()  # a run's own folder takes its draws
+        path = Path(source) if own else output_dir
+        suffix = f"_{sampler}" + ("" if prompts is None else f"_{prompts.stem}") if own else ""
+        shown = None if as_json else out
+        sample_and_write(settings, fitted, sampler, num_samples, path, shown, suffix, own, overwrite)
 
 
 @app.command()
@@ -201,6 +197,10 @@ def _absolute(spec: str) -> str:
     """`path/to/file.py:name` with its whole path, so that the run is read from anywhere; names as they are."""
     path, name = split(spec)
     return f"{Path(path).resolve()}:{name}" if is_file(spec) and Path(path).is_file() else spec
+
+
+def _folder(lm: str | None) -> str | None:
+    return str(Path(lm).resolve()) if lm is not None and Path(lm).is_dir() else lm
 
 
 def _with_prompts(settings: Any, path: Path | None) -> Any:

@@ -7,13 +7,16 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import arviz as az
 import pytest
+from tiny import language_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ppl_lm.cli import app, read_prompts
+from ppl_lm.diagnose.verdict import DRAWN
 from ppl_lm.named import from_file
 from ppl_lm.run.command import told
 from ppl_lm.run.fit import Fit
@@ -21,6 +24,12 @@ from ppl_lm.run.folder import claim, read_settings
 
 runner = CliRunner()
 QUICK = ["--max-steps", "3", "--particles", "8", "--num-samples", "256", "--max-new-tokens", "16"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """What is written by default lands under runs/ of an empty folder."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
 
 
 def call(*args):
@@ -37,7 +46,8 @@ def run(tmp_path_factory):
 
 def test_fit_writes_a_whole_run_folder(run):
     folder, output = run
-    assert {p.name for p in folder.iterdir()} == {
+    made = {p.name for p in folder.iterdir() if "_" not in p.name}  # other tests sample from this run
+    assert made == {
         "config.json", "metrics.jsonl", "fit.json", "guide", "draws.nc", "diagnosis.json",
     }  # fmt: skip
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -110,6 +120,92 @@ def test_every_sampler_says_what_its_draws_are(sampler, told, weighted):
     assert len(rows) == 5 and all(("log_weight" in row) == weighted for row in rows)
     chains = call("sample", "constrained", "--reward", "contains:zebra", *short)
     assert chains.exit_code == (0 if sampler == "best_of_n" else 2) and "NaN" not in chains.output
+
+
+def test_sample_writes_what_its_draws_are_worth(tmp_path):
+    """In a folder of their own, which is replaced only where that is asked for."""
+    args = ("sample", "tilted", "--sampler", "suffix_mh", "--max-new-tokens", 4, "--num-samples", 5, "--json")
+    result = call(*args)
+    assert result.exit_code == 0 and len(result.stdout.splitlines()) == 5, result.output
+    (out,) = Path("runs").iterdir()
+    assert out.name.startswith("tilted-suffix_mh-")
+    assert {p.name for p in out.iterdir()} == {"config.json", "diagnosis.json", "draws.nc"}
+    made = json.loads((out / "diagnosis.json").read_text())
+    assert made["sampler"] == "suffix_mh" and made["kind"] == "markov" and made["verdict"] in DRAWN
+    assert (made["r_hat"] < 1.05) == (made["verdict"] in ("good", "unreliable"))
+    data = az.from_netcdf(str(out / "draws.nc"))
+    assert data.posterior["reward"].shape == (32, 100, 1) and made["num_samples"] == 3200
+    assert float(az.rhat(data.posterior["reward"].values[..., 0])) <= made["r_hat"] + 1e-6
+    again = call(*args, "--output-dir", out)
+    assert again.exit_code == 2 and "--overwrite it" in re.sub(r"\s+", " ", again.output) and not again.stdout
+    weighted = ("sample", "tilted", "--num-samples", 200, "--max-new-tokens", 4, "--output-dir", out, "--overwrite")
+    result = call(*weighted)
+    assert result.exit_code == 0, result.output
+    told, made = re.sub(r"\s+", " ", result.output), json.loads((out / "diagnosis.json").read_text())
+    assert made["kind"] == "weighted" and made["num_samples"] == 200 and f"{made['verdict']}: " in told
+    assert "posterior E(reward)" in told and "log Z" in told and "ESS" in told and "effective draw" in told
+    assert call("sample", out).exit_code == 2 and "holds no fitted guide" in re.sub(
+        r"\s+", " ", call("sample", out).output
+    )
+    never = call("sample", "constrained", "--reward", "contains:zebra", "--output-dir", tmp_path / "never")
+    assert never.exit_code == 0 and "impossible: None of 10 draws" in re.sub(r"\s+", " ", never.output)
+    assert not (tmp_path / "never" / "draws.nc").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert call(*args, "--output-dir", tmp_path / "mine", "--overwrite").exit_code == 2
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+def test_draws_of_a_run_leave_its_fit_alone(run, tmp_path):
+    folder, _ = run
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "_" not in p.name}
+    prompts = tmp_path / "held_out.txt"
+    prompts.write_text("The soup was\n")
+    for args, suffix in (((), "importance"), (("--prompts", prompts), "importance_held_out")):
+        result = call("sample", folder, "--num-samples", 120, *args)
+        assert result.exit_code == 0, result.output
+        assert json.loads((folder / f"diagnosis_{suffix}.json").read_text())["num_samples"] == 120
+        assert "reward" in az.from_netcdf(str(folder / f"draws_{suffix}.nc")).posterior
+    for way in ((), ("--overwrite",)):
+        assert call("sample", folder, "--output-dir", folder, *way).exit_code == 2
+    assert {p: p.read_bytes() for p in before} == before
+    result = call("sample", folder, "--output-dir", tmp_path / "out")
+    assert result.exit_code == 0 and (tmp_path / "out" / "draws.nc").is_file(), result.output
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["settings"]["guide"] == "finetuned"
+
+
+def test_a_runs_guide_proposes_for_another_posterior(run, tmp_path):
+    """Its LM, prompts and lengths are taken over, and what does not fit is refused."""
+    folder, _ = run
+    result = call(
+        "sample", "tilted", "--beta", 0.4, "--guide", folder, "--num-samples", 200, "--output-dir", tmp_path / "a"
+    )
+    assert result.exit_code == 0, result.output
+    settings = read_settings(tmp_path / "a")
+    assert (settings.guide, settings.max_new_tokens, settings.beta) == ("finetuned", 16, 0.4)
+    plain = call(
+        "sample", "tilted", "--beta", 0.4, "--max-new-tokens", 16, "--num-samples", 200, "--output-dir", tmp_path / "b"
+    )
+    assert plain.exit_code == 0, plain.output
+    fitted, untouched = (json.loads((tmp_path / name / "diagnosis.json").read_text()) for name in "ab")
+    assert fitted["kl_q_p"] != untouched["kl_q_p"], "the fitted guide did not propose"
+    draws = az.from_netcdf(str(tmp_path / "a" / "draws.nc")).guide
+    assert float(abs(draws["log_prior"] - draws["log_guide"]).max()) > 1e-3
+    other = language_model("llama")
+    other.model.save_pretrained(tmp_path / "other")
+    other.vocabulary.tokenizer.save_pretrained(tmp_path / "other")
+    (tmp_path / "empty").mkdir()
+    for args, message in (
+        (("--guide", folder, "--max-new-tokens", 9), "was fitted to 16"),
+        (("--guide", folder, "--lm", tmp_path / "other"), "use different tokenizers"),
+        (("--guide", tmp_path / "empty"), "is not a run folder"),
+        (("--guide", tmp_path / "b"), "holds no fitted guide"),
+        (("--guide", folder, "--sampler", "rejection"), "rejection proposes from the prior"),
+    ):
+        result = call("sample", "tilted", *args)
+        text = re.sub(r"\s+", " ", result.output)
+        assert result.exit_code == 2 and message in text and "Traceback" not in text, text
+    assert not Path("runs").exists(), "something was left"
 
 
 def test_a_program_imports_its_neighbour_and_errors_name_its_line(tmp_path, monkeypatch):
@@ -264,7 +360,7 @@ def test_prompts_from_files(tmp_path):
 
 
 BAD = {
-    "unknown model": (["fit", "tilterd"], "model 'tilterd' is unknown; give constrained, tilted"),
+    "unknown model": (["fit", "tilterd"], "model 'tilterd' is unknown; give constrained, power, tilted"),
     "unknown guide": (["fit", "tilted", "--guide", "x"], "guide 'x' is unknown; give finetuned, prior, tabular"),
     "unknown reward": (["fit", "tilted", "--reward", "nice"], "nice"),
     "missing file": (["fit", "no/such.py:model"], "there is no file 'no/such.py'"),

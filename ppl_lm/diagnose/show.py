@@ -13,6 +13,7 @@ from ppl_lm.diagnose.weights import khat_threshold
 from ppl_lm.infer import Draws
 
 COLOURS = {"good": "green", "poor": "yellow", "unknown": "yellow", "worse_than_prior": "red"}
+COLOURS |= {"exact": "green", "unreliable": "yellow", "not_converged": "red", "impossible": "red"}  # of draws
 
 
 def clean(text: str, width: int = 0) -> Text:
@@ -67,8 +68,11 @@ def samples(prior: Draws, guide: Draws, exact: Draws | None, count: int = 5, wid
 
 
 def verdict(diagnosis: Diagnosis) -> Text:
-    v = diagnosis.verdict
-    return Text.assemble((v.code, f"bold {COLOURS[v.code]}"), ": ", v.sentence)
+    return verdict_on(diagnosis.verdict.code, diagnosis.verdict.sentence)
+
+
+def verdict_on(code: str, sentence: str) -> Text:
+    return Text.assemble((code, f"bold {COLOURS[code]}"), ": ", sentence)
 
 
 def _cell(text: str, reward: float | None) -> Text:

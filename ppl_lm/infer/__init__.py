@@ -8,6 +8,7 @@ from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.exact import Exact, exact
 from ppl_lm.infer.importance import importance, score
+from ppl_lm.infer.kernel import SequenceKernel
 from ppl_lm.infer.mcmc import mcmc
 from ppl_lm.infer.quasi_rejection import quality, quasi_rejection
 from ppl_lm.infer.rejection import rejection
@@ -21,6 +22,7 @@ __all__ = [
     "Exact",
     "NoSupportError",
     "SequenceELBO",
+    "SequenceKernel",
     "baselines",
     "best_of_n",
     "bind",

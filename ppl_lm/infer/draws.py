@@ -123,7 +123,8 @@ class Draws:
         joint weight exists."""
         if not self.is_local:
             return self
-        return self.map(lambda v: v[:, :, b : b + 1], self.prompts[b : b + 1])
+        made = self.map(lambda v: v[:, :, b : b + 1], self.prompts[b : b + 1])
+        return replace(made, proposals=None if self.proposals is None else self.proposals.of_prompt(b))
 
     def map(self, pick: Callable[[Tensor], Tensor], prompts: Prompts | None = None) -> "Draws":
         """The same draws with every tensor passed through `pick`."""

@@ -53,7 +53,7 @@ def score(guide: Callable[..., Any], draws: Draws, max_plate_nesting: int = 1) -
     for start in range(0, total, size):
         values = {name: value[start : start + size] for name, value in flat.items()}
         n = min(size, total - start)
-        with meter.measure() as cost, _Given(values, max_plate_nesting):
+        with meter.measure() as cost, Given(values, max_plate_nesting):
             sites = sample_sites(poutine.trace(as_particles(guide, n, max_plate_nesting)).get_trace(draws.prompts))
             sites = {name: site for name, site in sites.items() if not site["is_observed"]}
             if sites.keys() != flat.keys():
@@ -118,7 +118,7 @@ def _prompts_first(site: Site, nesting: int) -> Tensor:
     return value
 
 
-class _Given(Messenger):
+class Given(Messenger):
     """Sites take the values that draws hold, in Pyro's layout: the way back from `_prompts_first`."""
 
     def __init__(self, values: dict[str, Tensor], nesting: int):

@@ -116,7 +116,7 @@ def mcmc(
     cost, kept, rates = state.cost, [], []
     for i in range(warmup + num_samples):
         if i == warmup:
-            _require_support(state)
+            require_support(state)
         state, info = step(state, propose)
         cost = cost + state.cost
         if i >= warmup:
@@ -147,7 +147,8 @@ def only_text(state: Draws) -> tuple[str, ...]:
     return state.texts
 
 
-def _require_support(state: Draws) -> None:
+def require_support(state: Draws) -> None:
+    """:raises NoSupportError: if a chain, of (1, N, B), stands at a text that is impossible under the posterior."""
     best = state.log_weight[0].max(0)
     if bool((state.log_weight == -torch.inf).any()):
         worst = int(best.values.argmin())

@@ -14,7 +14,6 @@ from ppl_lm.infer.importance import ROWS, importance
 from ppl_lm.infer.particles import is_record, sample_sites
 from ppl_lm.likelihood import Optimality
 
-
 FEWEST = 64  # proposals at a time
 
 

@@ -37,7 +37,7 @@ class TokenSequence(TorchDistribution):
         # Pyro's TraceGraph_ELBO follows values through a program by their provenance; text and networks would lose it.
         self._provenance = get_provenance(prompts.ids)
         self.prompts = replace(prompts, ids=detach_provenance(prompts.ids)) if self._provenance else prompts
-        self._drawn: tuple[Tensor, Tensor, list[float]] | None = None
+        self._drawn: list[tuple[Tensor, Tensor, list[float]]] = []  # one at most; shared with what `expand` makes
         length, steps = prompts.ids.shape[-1], lm.max_new_tokens
         if lm.max_positions is not None and length + steps > lm.max_positions:
             raise ValueError(
@@ -53,7 +53,7 @@ class TokenSequence(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "TokenSequence":
         made = TokenSequence(self.lm, self.prompts, torch.Size(batch_shape))
-        made._provenance = self._provenance
+        made._provenance, made._drawn = self._provenance, self._drawn
         return made
 
     def slice(self, rows: Int[Tensor, "N"]) -> "TokenSequence":
@@ -78,7 +78,7 @@ class TokenSequence(TorchDistribution):
         drawn = [sample(self.lm, self.prompts, *part) for part in parts]
         x, log_q = (torch.cat(p).reshape(*shape, *self.event_shape) for p in zip(*drawn, strict=True))
         x = track_provenance(x, self._provenance)
-        self._drawn = (x, log_q, self._state_of_weights())
+        self._drawn[:] = [(x, log_q, self._state_of_weights())]
         return x
 
     def log_prob(self, value: Int[Tensor, "*S T"]) -> Float[Tensor, "*S"]:
@@ -128,9 +128,10 @@ class TokenSequence(TorchDistribution):
     def drawn_log_probs(self, value: Tensor) -> Tensor | None:
         """`token_log_probs` of the last draw as found while drawing it; None for any other value or after a change of
         weights. Saves a second pass; `self_check` proves both equal."""
-        if self._drawn is None or self._drawn[0] is not value or self._drawn[2] != self._state_of_weights():
-            return None
-        return self._drawn[1]
+        for x, log_q, weights in self._drawn:
+            if x is value and weights == self._state_of_weights():
+                return log_q
+        return None
 
     def enumerate_support(self, expand: bool = True) -> Int[Tensor, "N *S T"]:
         """Every outcome, (N, *batch_shape, T), or (N, 1, ..., 1, T) without `expand`; tiny vocabularies only.

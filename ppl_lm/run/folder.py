@@ -1,9 +1,11 @@
 """A run folder: what was asked (`config.json`), how it went (`metrics.jsonl`), and what came out of it."""
 
+import itertools
 import json
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,14 +86,25 @@ def build(settings: Settings, fitted: Path | None = None) -> Programs:
     return Programs(target, bound, prior, prompts)
 
 
-def require_free(folder: Path, overwrite: bool = False) -> None:
-    """:raises ValueError: if the folder holds anything, save a run where that may be overwritten."""
+def by_time(name: str) -> Path:
+    """A folder below `runs` that does not exist, named by the time."""
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    numbered = (Path("runs") / f"{stem}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
+    return next(path for path in numbered if not path.exists())
+
+
+def require_free(folder: Path, overwrite: bool = False, keep_fit: bool = False) -> None:
+    """:raises ValueError: if the folder holds anything, save a run where that may be overwritten.
+
+    :param keep_fit: a run that holds a fitted guide may not."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not _is_run(folder):
         raise ValueError(f"output-dir={str(folder)!r} exists and is not a run of ppl-lm; give another, or remove it")
     if not overwrite:
         raise ValueError(f"output-dir={str(folder)!r} holds an earlier run; give another, or --overwrite it")
+    if keep_fit and (folder / "guide").exists():
+        raise ValueError(f"output-dir={str(folder)!r} holds a fitted guide, which draws do not replace; give another")
 
 
 def claim(folder: Path, overwrite: bool) -> None:
@@ -109,6 +122,13 @@ def read_settings(folder: Path) -> Settings:
         raise ValueError(f"{str(folder)!r} is not a run folder: it has no {MARK} written by ppl-lm fit")
     made = json.loads((folder / MARK).read_text())
     return Settings(**{**made["settings"], "device": None})  # no property of the posterior: any machine may read it
+
+
+def fitted_guide(folder: Path) -> Path:
+    """:raises ValueError: if the run holds no fitted guide."""
+    if not (folder / "guide").is_dir():
+        raise ValueError(f"{str(folder)!r} holds no fitted guide (`ppl-lm fit` writes one); give a MODEL with --guide")
+    return folder / "guide"
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
