@@ -133,7 +133,8 @@ def sample(
     source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or a posterior as for fit.")],
     sampler: Annotated[str, typer.Option(help="importance: the guide's draws, each with its log weight; rejection: exact "
                                          "posterior draws, from prior draws and the reward's bound; quasi_rejection, "
-                                         "best_of_n; independence_mh, suffix_mh: Markov chains.")] = "importance",
+                                         "best_of_n; independence_mh, suffix_mh, particle_gibbs: Markov chains; smc: "
+                                         "sequential Monte Carlo.")] = "importance",
     num_samples: NumSamples = 10,
     guide: Annotated[str | None, typer.Option(help="With MODEL: what proposes, as for fit or a RUN's fitted guide.",
                                               show_default="prior")] = None,

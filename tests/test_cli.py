@@ -110,6 +110,8 @@ def test_exact_draws_without_a_fit(run):
         ("best_of_n", "not the posterior", True),
         ("independence_mh", "largest R-hat", False),
         ("suffix_mh", "largest R-hat", False),
+        ("particle_gibbs", "largest R-hat", False),
+        ("smc", "texts that grew together", True),
     ],
 )
 def test_every_sampler_says_what_its_draws_are(sampler, told, weighted):

@@ -16,13 +16,15 @@ from ppl_lm.infer import Draws
 def drawn(draws: Draws) -> dict[str, Any]:
     """Figures averaged over prompts, verdict and sentence, and under `prompts` the same of each prompt.
 
-    `kind`: `exact`, `markov` or `weighted`. `num_samples`, of all `chains`. `ess`: how many independent posterior draws
-    they are worth: Kong's of weights; of chains ArviZ's, the smallest of their numbers'. `reward`, `length`, `log_prior`
-    (nats) and whatever else the model recorded: posterior means, by Pareto-smoothed weights where there are any, each with
-    its Monte Carlo standard error (`_se`). `unique`: the share of draws that are different texts. `lm_tokens`,
-    `reward_calls`: the cost; `lm_tokens_per_effective_draw`.
+    `kind`: `exact`, `markov`, `interacting` (SMC: `chains` are its runs, and only they are independent) or `weighted`.
+    `num_samples`, of all `chains`. `ess`: how many independent posterior draws they are worth: Kong's of weights; of chains
+    ArviZ's, and of interacting draws what the errors of their means amount to, the smallest of their numbers'. `reward`,
+    `length`, `log_prior` (nats) and whatever else the model recorded: posterior means, by Pareto-smoothed weights where
+    there are any, each with its Monte Carlo standard error (`_se`). `unique`: the share of draws that are different texts.
+    `lm_tokens`, `reward_calls`: the cost; `lm_tokens_per_effective_draw`.
 
-    Of weighted draws `log_z`, `kl_q_p` = KL(their own law ‖ posterior), both in nats with `_se`, and `khat`; of exact ones
+    Of weighted draws `log_z`, `kl_q_p` = KL(their own law ‖ posterior), both in nats with `_se`, and `khat`; of interacting
+    ones `log_z`, and as `kl_q_p` the bound log Z - E log Ẑ of a text picked from a run by its weight; of exact ones
     with their proposals `log_z`; of chains the largest `r_hat` and the mean `acceptance_rate`; None where it does not
     apply. `verdict` is `exact`, `good`, `unknown`, `unreliable`, `not_converged` or `impossible`; of several prompts the
     worst.
@@ -60,20 +62,21 @@ def numbers(draws: Draws) -> dict[str, Tensor]:
 
 def _figures(draws: Draws, share: float) -> dict[str, Any]:
     """Of one prompt, or of all where only their joint weight exists."""
-    kind = "exact" if draws.exact else "markov" if draws.markov else "weighted"
+    kind = "exact" if draws.exact else "markov" if draws.markov else "interacting" if draws.interacting else "weighted"
     made: dict[str, Any] = {"prompt": draws.prompts.texts[0], "kind": kind, "num_samples": draws.num_samples}
     log_w = draws.log_weight.flatten(0, 1)  # (S, 1)
     possible = made["possible"] = float((log_w > -torch.inf).double().mean())
     made |= {"chains": len(draws.log_guide), "ess": _worth(draws), "khat": None, "r_hat": None, "acceptance_rate": None}
     made |= dict.fromkeys(("log_z", "log_z_se", "kl_q_p", "kl_q_p_se"))
-    behind = draws if kind == "weighted" else draws.proposals if kind == "exact" else None
+    behind = {"weighted": draws, "interacting": draws.by_run(), "exact": draws.proposals}.get(kind)
     if behind is not None and possible and behind.num_samples > 1:
         made["log_z"], made["log_z_se"] = map(float, log_mean(behind.log_weight.flatten(0, 1)))
-    if kind == "weighted" and made["log_z"] is not None:
-        relative = (log_w - made["log_z"]).exp()
-        se = (relative - log_w).std(0) / len(log_w) ** 0.5  # one influence function: same draws
-        made["kl_q_p"] = made["log_z"] - float(log_w.mean())
+    if kind in ("weighted", "interacting") and behind is not None and made["log_z"] is not None:
+        one = behind.log_weight.flatten(0, 1)  # of independent draws, or runs
+        se = ((one - made["log_z"]).exp() - one).std(0) / len(one) ** 0.5  # one influence function: same draws
+        made["kl_q_p"] = made["log_z"] - float(one.mean())
         made["kl_q_p_se"] = float(se.nan_to_num(math.inf))
+    if kind == "weighted":
         made["khat"] = psis_khat(log_w[:, 0])
     if kind == "markov":
         made["r_hat"] = _known(r_hat(draws))
@@ -93,9 +96,25 @@ def _figures(draws: Draws, share: float) -> dict[str, Any]:
 def _worth(draws: Draws) -> float | None:
     if draws.exact:
         return float(draws.num_samples)
+    if draws.interacting:
+        return _by_errors(draws)
     if not draws.markov:
         return float(ess(draws))
     return min(_of_chains(draws, "ess"), default=None)
+
+
+def _by_errors(draws: Draws) -> float | None:
+    """How many independent draws would have such standard errors of the means, the fewest of any number. None of one run."""
+    if len(draws.log_guide) < 2:
+        return None
+    worth = []
+    for value in numbers(draws).values():
+        flat = value.flatten(0, 1)
+        centre, se = weighted_mean(flat, draws)
+        variance, _ = weighted_mean((flat - centre).square(), draws)
+        if float(se) > 0:
+            worth.append(float(variance / se.square()))
+    return min(worth, default=None)
 
 
 def _mean(value: Tensor, draws: Draws) -> tuple[float, float | None]:

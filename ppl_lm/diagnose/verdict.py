@@ -98,7 +98,7 @@ def judge_drawn(
 ) -> Verdict:
     """The verdict on the draws of one sampler and prompt: whether means over them are the posterior's.
 
-    :param kind: `exact`, `markov` or `weighted`.
+    :param kind: `exact`, `markov`, `interacting` or `weighted`.
     :param possible: share of the draws that the posterior allows."""
     if kind == "exact":
         return Verdict("exact", f"{num_samples} exact, independent posterior draws: use them as they are.")
@@ -127,6 +127,10 @@ def judge_drawn(
     far = "" if kl_q_p is None else f" Without weights their law is about {max(kl_q_p, 0):.2f} nats from the posterior."
     if possible < 1:
         far = f" Without weights {1 - possible:.0%} of them are impossible under the posterior."
+    if kind == "interacting" and kl_q_p is not None:
+        far = f" A text picked from a run by its weight is within {max(kl_q_p, 0):.2f} nats of the posterior."
+    if kind == "interacting" and ess is None:
+        return Verdict("unknown", "What one run is worth cannot be told from itself: make several.")
     if num_samples < FEWEST:
         return Verdict("unknown", f"{num_samples} draws are too few to judge their weights by; draw {FEWEST} or more.")
     if khat is not None and khat >= khat_threshold(num_samples):

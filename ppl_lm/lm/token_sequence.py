@@ -123,7 +123,7 @@ class TokenSequence(TorchDistribution):
 
     def recall(self, value: Int[Tensor, "*S T"], token_log_probs: Float[Tensor, "*S T"]) -> None:
         """Takes over what a sampler has found already: `drawn_log_probs` of this very tensor."""
-        self._drawn = (value, token_log_probs, self._state_of_weights())
+        self._drawn[:] = [(value, token_log_probs, self._state_of_weights())]
 
     def drawn_log_probs(self, value: Tensor) -> Tensor | None:
         """`token_log_probs` of the last draw as found while drawing it; None for any other value or after a change of

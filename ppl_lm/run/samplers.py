@@ -4,13 +4,31 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from pyro import poutine
+
 from ppl_lm.diagnose.drawn import r_hat
-from ppl_lm.infer import Draws, best_of_n, importance, mcmc, quality, quasi_rejection, rejection
+from ppl_lm.infer import (
+    Draws,
+    best_of_n,
+    importance,
+    mcmc,
+    particle_gibbs,
+    prefix_likelihood,
+    quality,
+    quasi_rejection,
+    rejection,
+    smc,
+    tempered,
+)
 from ppl_lm.infer.mcmc import Kernel, independence, suffix
+from ppl_lm.infer.particles import sample_sites
+from ppl_lm.infer.text_site import text_law
 from ppl_lm.lm import Prompts
 
 CHAINS, STEPS, WARMUP = 32, 100, 100
 PILOT = 1000  # draws by which quasi-rejection chooses its bound: their largest weight
+RUNS, PARTICLES = 16, 256  # of SMC
+GIBBS = 16  # particles of particle Gibbs
 LEAST = 128  # bests of n, from whose draws their own law is estimated
 
 
@@ -47,18 +65,40 @@ def _best_of_n(*what: Any, num_samples: int) -> tuple[Draws, str]:
     return made, "each the best of 8 draws of the guide: not the posterior; the log weight (nats) corrects them"
 
 
-def _markov(kernel: Kernel) -> Callable[..., tuple[Draws, str]]:
+def _markov(kernel: Kernel, least: int = STEPS, warmup: int = WARMUP) -> Callable[..., tuple[Draws, str]]:
     def made(*what: Any, num_samples: int) -> tuple[Draws, str]:
-        steps = max(STEPS, math.ceil(num_samples / CHAINS))
-        draws = mcmc(*what, num_samples=steps, warmup=WARMUP, num_chains=CHAINS, kernel=kernel)
+        steps = max(least, math.ceil(num_samples / CHAINS))
+        draws = mcmc(*what, num_samples=steps, warmup=warmup, num_chains=CHAINS, kernel=kernel)
         worst, rate = r_hat(draws), float(draws.stats["acceptance_rate"].mean())
         how = (
-            f"{CHAINS} Markov chains, the last {steps} of {WARMUP + steps} steps each; {rate:.0%} accepted; largest R-hat "
+            f"{CHAINS} Markov chains, the last {steps} of {warmup + steps} steps each; {rate:.0%} accepted; largest R-hat "
             f"{worst:.2f}"
         )
         return draws, how
 
     return made
+
+
+def _smc(model: Any, guide: Any, prompts: Prompts, num_samples: int) -> tuple[Draws, str]:
+    """texts that grow together: sequential Monte Carlo"""
+    particles = max(2, min(PARTICLES, math.ceil(num_samples / RUNS)))
+    runs = max(RUNS, math.ceil(num_samples / particles))
+    hard = evidence_is_hard(model, prompts)
+    twist = None
+    if guide is None and not hard:  # of half a text a yes or no says nothing
+        twist = tempered(prefix_likelihood(model), text_law(model, prompts).event_shape[0])
+    draws = smc(model, guide, prompts, num_samples=particles, num_runs=runs, twist=twist)
+    by = "the evidence of what is written, tempered," if twist is not None else "what proposes them"
+    return draws, (
+        f"{runs} runs of {particles} texts that grew together, resampled by {by} as they grew; the log weight (nats) makes "
+        "them the posterior's"
+    )
+
+
+def evidence_is_hard(model: Any, prompts: Prompts) -> bool:
+    """Whether an observed site says that it rules texts out (`infer={"hard": True}`)."""
+    sites = sample_sites(poutine.trace(model).get_trace(prompts[:1])).values()
+    return any(site["infer"].get("hard") for site in sites)
 
 
 SAMPLERS: dict[str, Callable[..., tuple[Draws, str]]] = {
@@ -68,4 +108,6 @@ SAMPLERS: dict[str, Callable[..., tuple[Draws, str]]] = {
     "best_of_n": _best_of_n,
     "independence_mh": _markov(independence),
     "suffix_mh": _markov(suffix),
+    "particle_gibbs": _markov(particle_gibbs(GIBBS), 30, 10),
+    "smc": _smc,
 }
