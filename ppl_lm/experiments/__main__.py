@@ -20,7 +20,8 @@ def main(
     seed: Annotated[int, typer.Option()] = 0,
     lm: Annotated[str | None, typer.Option(help=f"Of {', '.join(REAL)}: a Hugging Face folder or hub name.",
                                            show_default="the LM that ships")] = None,
-    time_limit: Annotated[float | None, typer.Option(help=f"Of {', '.join(REAL)}: seconds for each fit.", show_default="60")] = None,
+    time_limit: Annotated[float | None, typer.Option(help=f"Of {', '.join(REAL)}: seconds for each fit.",
+                                                     show_default="60")] = None,
     output_dir: Annotated[Path, typer.Option(help="Where NAME.json and NAME.png are written.")] = Path("runs/experiments"),
 ) -> None:  # fmt: skip
     """Try the paper's claims: each prints a table and whether its claims hold, and writes a figure.

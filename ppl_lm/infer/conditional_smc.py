@@ -71,7 +71,9 @@ def particle_gibbs(num_particles: int = 16, **settings: Any) -> Kernel:
         def propose(state: Draws) -> tuple[Draws, Tensor]:
             made = conditional_smc(model, guide, state, num_samples=num_particles, **settings)  # (N, K, B)
             chains, _, batch = made.log_guide.shape
-            flat = made.log_weight.transpose(1, 2).flatten(0, 1).log_softmax(-1)  # (N·B, K)
+            log_w = made.log_weight.transpose(1, 2).flatten(0, 1)  # (N·B, K)
+            lost = (log_w == -torch.inf).all(-1, keepdim=True)  # the chain has met no possible text: any will do
+            flat = torch.where(lost, 0.0, log_w).log_softmax(-1)
             u = torch.rand(len(flat), dtype=torch.float64, device=flat.device)
             pick = invert(flat, u).reshape(chains, batch)
             chain = torch.arange(chains, device=pick.device).unsqueeze(-1)
