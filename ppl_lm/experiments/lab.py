@@ -52,8 +52,13 @@ class Result:
 
 
 def _cell(value: Any, error: float | None) -> str:
-    shown = f"{value:.3f}" if isinstance(value, float) else escape(str(value))
+    shown = _number(value) if isinstance(value, float) else escape(str(value))
     return shown if error is None else f"{shown} ± {error:.3f}"
+
+
+def _number(value: float) -> str:
+    """To three places behind the point, or about four figures of large ones."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def train(

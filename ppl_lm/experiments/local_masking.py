@@ -7,12 +7,12 @@ from typing import Any
 
 import networkx
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.experiments.lab import Result, panels
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import bind, exact
+from ppl_lm.infer import Draws, bind, exact, smc
 from ppl_lm.infer.exact import kl
 from ppl_lm.likelihood import Automaton
 from ppl_lm.lm import LanguageModel, Vocabulary, product
@@ -20,6 +20,7 @@ from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained
 
 COUNTS = (1, 4, 16, 64)  # draws, of which one is picked by its weight
+RUNS, PARTICLES = 4000, 16  # of SMC
 POWER = 2.0
 GRID = 4000  # points of the quadrature
 SHOWN = 8  # texts in the figure
@@ -54,6 +55,14 @@ def resampled(log_q: Float[Tensor, "N"], log_w: Float[Tensor, "N"], count: int) 
     return found
 
 
+def picked(draws: Draws, texts: Int[Tensor, "N T"]) -> Float[Tensor, "N"]:
+    """log of the law of a text that is picked by its weight from a run, as these runs estimate it, nats."""
+    (name,) = draws.texts
+    share = draws.log_weight[..., 0].softmax(1).flatten()  # runs that lost every text were refused
+    same = (draws.latents[name].flatten(0, 2)[:, None] == texts).all(-1).to(share.dtype)  # (runs · K, N)
+    return (share @ same / len(draws.log_weight)).log()
+
+
 def distances(log_p: Tensor, log_law: Tensor) -> dict[str, float]:
     tv = 0.5 * (log_p.exp() - log_law.exp()).abs().sum()
     return {"KL(law‖truth)": float(kl(log_law, log_p)), "KL(truth‖law)": float(kl(log_p, log_law)), "TV": float(tv)}
@@ -61,6 +70,7 @@ def distances(log_p: Tensor, log_law: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def run(seed: int) -> Result:
+    torch.manual_seed(seed)
     lm, other = (table_lm(4, 5, concentration=3.0, seed=2 * seed + n) for n in (0, 1))
     automaton = answers(lm.vocabulary)
     model = bind(constrained, lm, constraint=automaton)
@@ -85,15 +95,21 @@ def run(seed: int) -> Result:
         weighted = {f"{count} weighted, one picked": resampled(log_q, log_joint - log_q, count) for count in COUNTS[1:]}
         laws[target] = {TRUTH: log_p, TOKENS: log_q, **weighted}
         rows += [{"target": target, "law": law, **distances(log_p, log_law)} for law, log_law in laws[target].items()]
+    grown = smc(model, None, [""], num_samples=PARTICLES, num_runs=RUNS, twist=automaton.mask(lm))
+    by_smc = distances(laws[AUTOMATON][TRUTH], picked(grown, x))
+    of_smc = f"SMC of {PARTICLES}, the mask its twist (estimated)"
     tv = {target: [row["TV"] for row in rows if row["target"] == target and row["law"] != TRUTH] for target in targets}
     return Result(
         "Token by token is not text by text, and what importance weights make of it",
-        rows,
+        [*rows, {"target": AUTOMATON, "law": of_smc, **by_smc}],
         {
             "masking token by token is not conditioning on the automaton (TV > 0.1)": tv[AUTOMATON][0] > 0.1,
             "nor are products and powers of each token those of texts (TV > 0.1)": min(v[0] for v in tv.values()) > 0.1,
             "picked by its weight from more draws, a text's law comes nearer, for each of the three": all(
                 more < fewer for found in tv.values() for fewer, more in zip(found, found[1:], strict=False)
+            ),
+            f"SMC of {PARTICLES} texts whose twist is the mask is at least three times nearer than masking alone": (
+                by_smc["TV"] < tv[AUTOMATON][0] / 3
             ),
             f"from {COUNTS[-1]} draws it is at least ten times nearer": all(v[-1] < v[0] / 10 for v in tv.values()),
         },
