@@ -182,7 +182,7 @@ def _row(draws: Draws, seconds: float, says: str, reference: Draws, spread: dict
     texts = draws.proposals.num_samples if draws.proposals is not None else draws.num_samples
     verdict = "" if figures["verdict"] in ("exact", "good") else figures["verdict"].replace("_", " ")
     return {
-        "E[r]": figures["reward"], "± E[r]": figures["reward_se"], "largest |z|": far, "error, % of sd": error,
+        "E[r]": figures.get("reward", 1.0), "± E[r]": figures.get("reward_se", 0.0), "largest |z|": far, "error, % of sd": error,
         "says": says or verdict, "draws' worth": round(worth), "texts a draw": texts / worth,
         "tokens a draw": draws.cost.lm_tokens / worth, "ms a draw": 1000 * seconds / worth,
     }  # fmt: skip
