@@ -10,8 +10,10 @@ import typer
 from typer.testing import CliRunner
 
 import ppl_lm.experiments.__main__ as command
-from ppl_lm.experiments import lab
+from ppl_lm.experiments import decoding, lab
 from ppl_lm.experiments.local_masking import resampled
+from ppl_lm.infer import importance, rejection, smc
+from ppl_lm.infer.mcmc import independence
 
 ENUMERATED = [name for name in command.NAMES if name not in command.REAL]
 APP = typer.Typer()
@@ -36,6 +38,24 @@ def test_comes_out(name, tmp_path, monkeypatch):
     assert result.exit_code == (0 if all(made["claims"].values()) else 1), result.output
     assert made["claims"] and made["rows"] and all(claim[:40] in result.output for claim in made["claims"])
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_decoding_comes_out(tmp_path, monkeypatch):
+    """The one on a real language model, with few draws of each sampler."""
+    few = decoding.drawn_by(rejection, num_samples=20), decoding.drawn_by(importance, num_samples=200)
+    by_smc, chains = decoding.drawn_by(smc, num_samples=8, num_runs=4), decoding.chains(independence, 4, 10)
+    soft = dict(zip(decoding.AGREES, [*few, by_smc, few[1], chains, by_smc], strict=True))
+    monkeypatch.setattr(decoding, "SOFT", soft)
+    monkeypatch.setattr(
+        decoding, "HARD", {"rejection": few[0], "importance, prior": few[1], "importance, guide": few[1]}
+    )
+    for name, value in {"EXACT": (40, 20), "PILOT": 100, "WORD": "the"}.items():
+        monkeypatch.setattr(decoding, name, value)
+    result = CliRunner().invoke(APP, ["decoding", "--time-limit", "3", "--output-dir", str(tmp_path)])
+    made = json.loads((tmp_path / "decoding.json").read_text())
+    assert result.exit_code == (0 if all(made["claims"].values()) else 1), result.output
+    assert len(made["rows"]) == 9 and all(row["pays from"] for row in made["rows"] if row["by"].endswith("guide"))
+    assert (tmp_path / "decoding.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -35,6 +35,8 @@ from ppl_lm.models import constrained, tilted
 from ppl_lm.run import fit
 
 WORD = "cake"
+EXACT = (6000, 600)  # exact draws of each posterior, that all others are held against
+PILOT = 4000  # draws of the prior, whose deviation is the unit of errors
 AGREES = ("rejection", "importance, prior", "SMC, prior", "importance, guide", "independence MH, guide", "SMC, guide")
 NUMBERS = ("reward", "length", "log_prior")
 Made = tuple[Draws, str]  # with the sampler's own word that they are not the posterior's, where it has one
@@ -46,7 +48,7 @@ class Task:
 
     :param tokens: forwarded by the fit, in `seconds`.
     :param samplers: by name; those that end in "guide" propose from the guide.
-    :param exact: how many exact draws all are held against."""
+    :param exact: how many exact draws the others are held against."""
 
     name: str
     target: Any
@@ -66,8 +68,8 @@ def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
     soft = bind(tilted, prior, reward=rewards.vader, beta=beta)
     hard = bind(constrained, prior, constraint=rewards.contains(WORD))
     tasks = [
-        _fitted(f"sentiment, β = {beta:g}", soft, prior, prompts, time_limit, seed, SOFT, 6000),
-        _fitted(f"the word {WORD}", hard, prior, prompts, time_limit, seed, HARD, 600),
+        _fitted(f"sentiment, β = {beta:g}", soft, prior, prompts, time_limit, seed, SOFT, EXACT[0]),
+        _fitted(f"the word {WORD}", hard, prior, prompts, time_limit, seed, HARD, EXACT[1]),
     ]
     rows = [row for task in tasks for row in _rows(task, prompts)]
     sentiment, word = ({row["by"]: row for row in rows if row["posterior"] == task.name} for task in tasks)
@@ -120,39 +122,39 @@ def _smc_prior(target: Any, _: Any, prompts: Prompts) -> Made:
     return smc(target, None, prompts, num_samples=256, num_runs=64, twist=twist), ""
 
 
-def _chains(kernel: Any, chains: int, steps: int) -> Callable[..., Made]:
+def chains(kernel: Any, count: int, steps: int) -> Callable[..., Made]:
     return lambda model, guide, prompts: (
-        mcmc(model, guide, prompts, num_samples=steps, warmup=steps // 2, num_chains=chains, kernel=kernel),
+        mcmc(model, guide, prompts, num_samples=steps, warmup=steps // 2, num_chains=count, kernel=kernel),
         "",
     )
 
 
-def _drawn(sampler: Callable[..., Draws], **settings: int) -> Callable[..., Made]:
+def drawn_by(sampler: Callable[..., Draws], **settings: int) -> Callable[..., Made]:
     return lambda model, guide, prompts: (sampler(model, guide, prompts, **settings), "")
 
 
 SOFT = {
-    "rejection": _drawn(rejection, num_samples=4000),
-    "importance, prior": _drawn(importance, num_samples=16384),
-    "suffix MH, prior": _chains(suffix, 64, 200),
-    "particle Gibbs, prior": _chains(particle_gibbs(16), 16, 40),
+    "rejection": drawn_by(rejection, num_samples=4000),
+    "importance, prior": drawn_by(importance, num_samples=16384),
+    "suffix MH, prior": chains(suffix, 64, 200),
+    "particle Gibbs, prior": chains(particle_gibbs(16), 16, 40),
     "SMC, prior": _smc_prior,
-    "importance, guide": _drawn(importance, num_samples=16384),
-    "independence MH, guide": _chains(independence, 128, 120),
+    "importance, guide": drawn_by(importance, num_samples=16384),
+    "independence MH, guide": chains(independence, 128, 120),
     "quasi-rejection, guide": _quasi,
-    "SMC, guide": _drawn(smc, num_samples=256, num_runs=64),
+    "SMC, guide": drawn_by(smc, num_samples=256, num_runs=64),
 }
 HARD = {
-    "rejection": _drawn(rejection, num_samples=300),
-    "importance, prior": _drawn(importance, num_samples=16384),
-    "importance, guide": _drawn(importance, num_samples=8192),
-    "SMC, guide": _drawn(smc, num_samples=256, num_runs=32),
+    "rejection": drawn_by(rejection, num_samples=300),
+    "importance, prior": drawn_by(importance, num_samples=16384),
+    "importance, guide": drawn_by(importance, num_samples=8192),
+    "SMC, guide": drawn_by(smc, num_samples=256, num_runs=32),
 }
 
 
 def _rows(task: Task, prompts: Prompts) -> list[dict[str, Any]]:
     reference = rejection(task.target, None, prompts, num_samples=task.exact)
-    from_prior = numbers(importance(task.target, None, prompts, num_samples=4000))
+    from_prior = numbers(importance(task.target, None, prompts, num_samples=PILOT))
     spread = {name: float(value.std()) for name, value in from_prior.items()}
     rows = []
     for name, sampler in task.samplers.items():
@@ -182,7 +184,8 @@ def _row(draws: Draws, seconds: float, says: str, reference: Draws, spread: dict
     texts = draws.proposals.num_samples if draws.proposals is not None else draws.num_samples
     verdict = "" if figures["verdict"] in ("exact", "good") else figures["verdict"].replace("_", " ")
     return {
-        "E[r]": figures.get("reward", 1.0), "± E[r]": figures.get("reward_se", 0.0), "largest |z|": far, "error, % of sd": error,
+        "E[r]": figures.get("reward", 1.0), "± E[r]": figures.get("reward_se", 0.0), "largest |z|": far,
+        "error, % of sd": error,
         "says": says or verdict, "draws' worth": round(worth), "texts a draw": texts / worth,
         "tokens a draw": draws.cost.lm_tokens / worth, "ms a draw": 1000 * seconds / worth,
     }  # fmt: skip

@@ -178,7 +178,8 @@ def _step(
         """(K · expand, C): of an open text all continuations, of an ended one itself and blanks."""
         made = value.new_full((count, many, columns), fill)
         made[:, 0] = value
-        return made.masked_scatter(live.unsqueeze(1).expand_as(made), _by_child(grown, live, many)).flatten(0, 1)
+        made.transpose(1, 2)[live] = grown
+        return made.flatten(0, 1)
 
     log_target = children(now.log_target, -torch.inf, new.log_target)
     log_w = now.log_w[live].unsqueeze(-1) + new.log_increment - math.log(many)
@@ -199,13 +200,6 @@ def _step(
     live = open_.gather(0, index)
     row = torch.full_like(parent, -1).masked_scatter(now.live, torch.arange(len(column), device=live.device))
     return Population(x, live, log_w, log_target.gather(0, index), token_log_p, slot), pick(row)[live]
-
-
-def _by_child(grown: Tensor, live: Tensor, many: int) -> Tensor:
-    """From (n, expand), rows as `live` has them, to the order of (K, expand, C)."""
-    made = grown.new_zeros(*live.shape, many)
-    made[live] = grown
-    return made.transpose(1, 2)[live.unsqueeze(1).expand(-1, many, -1)]
 
 
 def _select(

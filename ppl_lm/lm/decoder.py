@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ppl_lm.lm.cache import place
 from ppl_lm.lm.language_model import DivergedError, LanguageModel, normalise, positions
 from ppl_lm.lm.prompts import Prompts
 
@@ -19,6 +20,7 @@ class Decoder:
 
     def __init__(self, lm: LanguageModel, prompts: Prompts):
         self.lm, prompts = lm, prompts.flatten()
+        self.slot = torch.arange(len(prompts), device=prompts.ids.device)  # of each row: where it stands in what follows
         self.mask = prompts.mask  # (N, tokens so far)
         self.padded = not bool(self.mask.all())
         self._logits, self.cache = lm.logits_next(
@@ -39,17 +41,18 @@ class Decoder:
     def logits(self) -> Float[Tensor, "N V"]:
         """What the network answers for each row's next token, float32 or wider: log-probabilities up to a constant of
         each row where it is a language model's, and as they are where it is a twist's."""
-        return self._logits
+        return self._logits[self.slot]
 
     def log_probs(self) -> Float[Tensor, "N V"]:
         """Log-probabilities of each row's next token, float32 or wider, nats."""
-        return normalise(self._logits)
+        return normalise(self.logits())
 
     def advance(self, tokens: Int[Tensor, "N"]) -> None:
         """Appends one token to every row."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
+        ids = torch.empty_like(tokens).scatter(0, self.slot, tokens)
         self._logits, self.cache = self.lm.logits_next(
-            ids=tokens.unsqueeze(-1),
+            ids=ids.unsqueeze(-1),
             mask=self.mask if self.padded else None,
             positions=self.mask.sum(-1, keepdim=True) - 1,
             cache=self.cache,
@@ -57,9 +60,10 @@ class Decoder:
 
     def reorder(self, rows: Int[Tensor, "M"]) -> None:
         """Row i becomes a copy of what was row `rows[i]`."""
-        self.cache.batch_select_indices(rows)
-        self.mask = self.mask[rows]
-        self._logits = self._logits[rows]
+        content, self.slot = place(self.slot, rows)
+        self.cache.batch_select_indices(content)
+        self.mask = self.mask[content]
+        self._logits = self._logits[content]
 
 
 def invert(log_probs: Float[Tensor, "N V"], u: Float[Tensor, "N"]) -> Int[Tensor, "N"]:
@@ -67,7 +71,7 @@ def invert(log_probs: Float[Tensor, "N V"], u: Float[Tensor, "N"]) -> Int[Tensor
     a token of `torch.multinomial` costs more than the model on a small LM). Never a token of probability zero.
 
     :raises DivergedError: if a row is not a distribution, for example because a weight is NaN."""
-    mass = log_probs.double().exp().cumsum(-1)
+    mass = log_probs.exp().cumsum(-1, dtype=torch.float64)
     total = mass[:, -1:]
     if not bool((total > 0).all()):  # also catches NaN
         raise DivergedError
@@ -96,21 +100,19 @@ def sample(
         return x, log_q
     decoder = Decoder.of(lm, prompts, rows)
     live = torch.arange(len(rows), device=rows.device)  # output row of each decoder row
-    open_ = torch.ones(len(rows), dtype=torch.bool, device=rows.device)  # decoder rows that have not ended
     for t in range(steps):
         log_probs = decoder.log_probs()
         tokens = invert(log_probs, u[live, t])  # (decoder rows,)
         if begun is not None and start is not None:
             tokens = torch.where(t < start[live], begun[live, t], tokens)
         drawn = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        x[live[open_], t] = tokens[open_]
-        log_q[live[open_], t] = drawn[open_].double()
-        open_ = open_ & ~vocabulary.is_end(tokens)
-        if t == steps - 1 or not bool(open_.any()):
+        x[live, t] = tokens
+        log_q[live, t] = drawn.double()
+        on = (~vocabulary.is_end(tokens)).nonzero()[:, 0]
+        if t == steps - 1 or not len(on):
             break
-        decoder.advance(tokens)
-        if int(open_.sum()) < 0.75 * len(open_):  # dropping rows copies the cache: not for every one that ends
-            keep = open_.nonzero().squeeze(-1)
-            decoder.reorder(keep)
-            live, open_ = live[keep], open_[keep]
+        if len(on) < len(live):
+            decoder.reorder(on)
+            live = live[on]
+        decoder.advance(tokens[on])
     return x, log_q

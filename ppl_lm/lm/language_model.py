@@ -154,11 +154,11 @@ class LanguageModel(nn.Module):
 
     def new_cache(self) -> Any:
         """An empty cache of keys and values, for `logits_next`."""
-        from transformers import DynamicCache
+        from ppl_lm.lm.cache import Cache
 
         own = getattr(self.model, "new_cache", None)  # of networks made of several
         config: Any = self.model.config
-        return DynamicCache(config=config) if own is None else own()
+        return Cache(config=config) if own is None else own()
 
     def logits(
         self,

@@ -78,10 +78,10 @@ class _Product(nn.Module):
         self.generation_config = getattr(models[0], "generation_config", None)
 
     def new_cache(self) -> "_Caches":
-        from transformers import DynamicCache
+        from ppl_lm.lm.cache import Cache
 
         def fresh(model: Any) -> Any:
-            return model.new_cache() if hasattr(model, "new_cache") else DynamicCache(config=model.config)
+            return model.new_cache() if hasattr(model, "new_cache") else Cache(config=model.config)
 
         return _Caches([fresh(model) for model in self.models])
 

@@ -1,0 +1,42 @@
+"""The key-value cache, of which only the rows that change are copied when rows are reordered."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class Cache(DynamicCache):
+    """transformers' cache, with another `batch_select_indices`: the same rows, copied only where row i is not `rows[i]`."""
+
+    def batch_select_indices(self, indices: Int[Tensor, "M"]) -> None:
+        changed = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
+        source = indices[changed]
+        for layer in self.layers:
+            if type(layer) is DynamicLayer and layer.is_initialized and len(indices) <= len(layer.keys):
+                layer.keys, layer.values = (
+                    kept[: len(indices)].index_copy_(0, changed, kept.index_select(0, source))
+                    for kept in (layer.keys, layer.values)
+                )
+            else:
+                layer.batch_select_indices(indices)
+
+
+def place(slot: Int[Tensor, "N"], rows: Int[Tensor, "M"]) -> tuple[Int[Tensor, "M"], Int[Tensor, "M"]]:
+    """Where M rows go that continue `rows` of N rows, which stand at `slot`: each where what it continues stands, as far as
+    that place is among the first M and not taken, so that little has to be copied.
+
+    :return: what each of the M places holds from now on, as a place before; and the place of each row."""
+    count, source = len(rows), slot[rows]
+    each = torch.arange(count, device=rows.device)
+    first = torch.full((max(count, len(slot)),), count, device=rows.device)
+    first = first.scatter_reduce(0, source, each, "amin")[:count]  # which row stays at each place, or count
+    held = first < count
+    place = torch.full_like(rows, -1)
+    place[first[held]] = held.nonzero()[:, 0]
+    moved = place < 0
+    place[moved] = (~held).nonzero()[:, 0]
+    content = torch.empty_like(rows)
+    content[place] = source
+    return content, place
