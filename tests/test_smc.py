@@ -80,7 +80,7 @@ class World:
         return (hit * log_w.exp().unsqueeze(-1)).sum(1) / log_w.shape[1]
 
 
-SMALL, LONG, TINY = World(3, 2), World(2, 4), World(2, 2)
+SMALL, LONG, TINY, ONE = World(3, 2), World(2, 4), World(2, 2), World(2, 1)
 LM, MODEL, GUIDE, JOINT, REWARD, Z, TWISTS, V, T = (
     SMALL.lm, SMALL.model, SMALL.guide, SMALL.joint, SMALL.reward, SMALL.z, SMALL.twists, SMALL.size, SMALL.steps,
 )  # fmt: skip
@@ -121,7 +121,7 @@ def conditional_expectations(monkeypatch, world=SMALL, guide=None, resample=syst
             )
             with monkeypatch.context() as patch:
                 patch.setattr(GROW, "choose", w.choose)
-                patch.setattr(SMC, "_first_slot", w.first_slot)
+                patch.setattr(SMC, "_anywhere", w.anywhere)
                 patch.setattr(SMC, "_needed", w.needed(SMC._needed))
                 patch.setattr(CONDITIONAL, "ROWS", 10**9)
                 made = conditional_smc(
@@ -181,7 +181,10 @@ def test_the_weight_of_every_text_is_unbiased(case, monkeypatch):
     torch.testing.assert_close(found, case.get("world", SMALL).joint.exp(), atol=1e-10, rtol=1e-10)
 
 
-AROUND = [case for case in CASES if "expand" not in case] + [CASES[-4]]
+AROUND = [case for case in CASES if "expand" not in case] + [
+    dict(world=TINY, twist="network", expand=2, resample=without_replacement),
+    *(dict(world=ONE, twist="likelihood", expand=3, resample=rule) for rule in RULES[1:]),
+]
 
 
 @pytest.mark.parametrize("case", AROUND, ids=name_of)
@@ -250,6 +253,20 @@ def test_a_planted_text_that_stays_where_it_was_is_rejected(monkeypatch):
     inverse, law = conditional_expectations(monkeypatch, twist=TWISTS["likelihood"], threshold=2.0, resample=stays)
     far = max(float((inverse * Z - 1).abs().max()), float((law - JOINT.softmax(0)).abs().max()))
     assert far > 1e-3
+
+
+def test_a_planted_text_that_is_always_its_first_continuation_is_rejected(monkeypatch):
+    """Where it stands among them is for chance: a rule may look at their order."""
+    right = walk.Walk.anywhere
+
+    def wrong(self, count, columns, device):
+        return right(self, count, columns, device) * (0 if count == 3 else 1)
+
+    monkeypatch.setattr(walk.Walk, "anywhere", wrong)
+    inverse, law = conditional_expectations(
+        monkeypatch, world=ONE, twist=ONE.twists["likelihood"], expand=3, resample=stratified
+    )
+    assert float((law - ONE.joint.softmax(0)).abs().max()) > 1e-3 or float((inverse * ONE.z - 1).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -437,8 +454,14 @@ def test_other_latent_sites_are_refused():
 
 def test_a_planted_text_that_cannot_be_proposed_is_told():
     planted = rejection(MODEL, None, TEXTS, num_samples=20, log_bound=T / BETA)
-    with pytest.raises(ValueError, match="impossible that was planted"):
-        conditional_smc(
-            MODEL, None, planted, num_samples=4, candidates=V,
-            twist=lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf),
-        )  # fmt: skip
+    blind = table_lm(V, T, max_prompt=2, seed=2)
+    blind.model.table.data[:, 0] = -torch.inf  # never writes the first token
+    for twist in (None, prefix_likelihood(MODEL)):
+        with pytest.raises(ValueError, match="impossible"):
+            conditional_smc(MODEL, bind(finetuned, blind), planted, num_samples=4, twist=twist)
+    for candidates in (None, V):
+        with pytest.raises(ValueError, match="impossible"):
+            conditional_smc(
+                MODEL, None, planted, num_samples=4, candidates=candidates,
+                twist=lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf),
+            )  # fmt: skip

@@ -41,8 +41,8 @@ class Walk:
         picked = [[self.pick(c, law) for _ in range(many)] for c, law in zip(columns, laws, strict=True)]
         return torch.tensor(picked).reshape(len(columns), many)
 
-    def first_slot(self, count, columns, device):
-        """In the place of `smc._first_slot`."""
+    def anywhere(self, count, columns, device):
+        """In the place of `smc._anywhere`."""
         return torch.tensor([self.pick(c, [1 / count] * count) for c in range(columns)])
 
     def needed(self, right):

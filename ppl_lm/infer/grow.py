@@ -11,6 +11,11 @@ from ppl_lm.lm import Decoder, LanguageModel, TokenSequence, Vocabulary
 from ppl_lm.lm.decoder import invert
 from ppl_lm.lm.language_model import normalise
 
+IMPOSSIBLE = (
+    "the proposal cannot draw a text that was planted as the posterior's: "
+    "its guide or twist finds possible texts impossible"
+)
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -65,32 +70,29 @@ class Laws:
         log_p0: Float[Tensor, "n"],
         column: Int[Tensor, "n"],
         many: int = 1,
-        forced: Int[Tensor, "n"] | None = None,
+        forced: Int[Tensor, "n M"] | None = None,
     ) -> Tokens:
         """Draws `many` next tokens for each text, at position t.
 
         :param log_target: log γ_t-1 of the texts so far; `log_p0` their log p0.
         :param column: to whose population each belongs.
-        :param forced: the first of a text's next tokens, where it is not -1."""
+        :param forced: what the next tokens have to be, where it is not -1."""
         log_p = self.prior.log_probs()  # (n, V)
         log_psi = None if self.network is None else self.network.logits()
         log_q = self._proposal(log_p, log_psi, x, t)
         tokens = choose(log_q, column, many)  # (n, M)
         if forced is not None:
-            tokens[:, 0] = torch.where(forced >= 0, forced, tokens[:, 0])
+            tokens = torch.where(forced >= 0, forced, tokens)
         lp, lq = log_p.gather(-1, tokens).double(), log_q.gather(-1, tokens).double()
         before = log_target.unsqueeze(-1)
+        if bool(((lq == -torch.inf) & (lp > -torch.inf)).any()):
+            raise ValueError(IMPOSSIBLE)
         if self.ask is None:  # the guide's own law, or the prior's, is the intermediate target
             return Tokens(tokens, lp, before + lq, torch.zeros_like(lq))
         psi = self._asked(x, t, tokens) if log_psi is None else log_psi.gather(-1, tokens).double()
         after = log_p0.unsqueeze(-1) + lp + psi
         after = torch.where((lp == -torch.inf) | (psi == -torch.inf), -torch.inf, after)
         increment = torch.where((before == -torch.inf) | (after == -torch.inf), -torch.inf, after - before - lq)
-        if bool((increment == torch.inf).any()):
-            raise ValueError(
-                "the proposal cannot draw a text that was planted as the posterior's: its guide or twist finds possible "
-                "texts impossible"
-            )
         return Tokens(tokens, lp, after, increment)
 
     def _proposal(self, log_p: Tensor, log_psi: Tensor | None, x: Tensor, t: int) -> Tensor:

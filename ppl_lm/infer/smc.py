@@ -150,7 +150,7 @@ def grow(
         log_w=zeros,
         log_target=zeros,
         token_log_p=zeros.unsqueeze(-1).repeat(1, 1, steps),
-        slot=None if planted is None else _first_slot(count, columns, device),
+        slot=None if planted is None else _anywhere(count, columns, device),
     )
     laws = Laws(prior, proposal, settings.twist, settings.candidates, prompt.flatten())
     for t in range(steps):
@@ -168,10 +168,17 @@ def _step(
     count, columns = now.live.shape
     live, many = now.live, settings.expand
     column = torch.arange(columns, device=live.device).expand(count, columns)[live]
-    forced = None
+    forced, place = None, None
     if planted is not None and now.slot is not None:
         here = torch.zeros_like(live).scatter(0, now.slot.unsqueeze(0), True)
-        forced = torch.where(here[live], planted[column, t], -1)  # (n,)
+        place = torch.zeros_like(
+            now.slot
+        )  # of the planted text among its continuations; what has ended is its only one
+        if many > 1:
+            place = torch.where((here & live).any(0), _anywhere(many, columns, live.device), place)
+        forced = torch.full((len(column), many), -1, device=live.device)
+        row, of = here[live].nonzero()[:, 0], column[here[live]]
+        forced[row, place[of]] = planted[of, t]
     new = laws.propose(now.x[live], t, now.log_target[live], now.token_log_p[live].sum(-1), column, many, forced)
 
     def children(value: Tensor, fill: Any, grown: Tensor) -> Tensor:
@@ -188,7 +195,7 @@ def _step(
         raise ValueError(f"a weight is NaN at token {t}; check the twist and the guide")
     tokens = children(torch.zeros_like(live, dtype=torch.int64), 0, new.tokens)
     open_ = live.repeat_interleave(many, 0) & ~laws.vocabulary.is_end(tokens) & (t < now.x.shape[-1] - 1)
-    index, log_w, slot = _select(log_w, open_, now, settings)
+    index, log_w, slot = _select(log_w, open_, now, settings, place)
     parent = index // many
     pick = lambda v: v.gather(0, parent if v.dim() == 2 else parent.unsqueeze(-1).expand(-1, -1, v.shape[-1]))  # noqa: E731
     grew = pick(live)
@@ -203,16 +210,22 @@ def _step(
 
 
 def _select(
-    log_w: Float[Tensor, "N C"], open_: Bool[Tensor, "N C"], now: Population, settings: Settings
+    log_w: Float[Tensor, "N C"],
+    open_: Bool[Tensor, "N C"],
+    now: Population,
+    settings: Settings,
+    place: Int[Tensor, "C"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(K, C): which of the continuations go on, and their weights; the population as it is where they are even."""
+    """(K, C): which of the continuations go on, and their weights; the population as it is where they are even.
+
+    :param place: which of its continuations the planted text is."""
     count, many = len(now.live), settings.expand
     still = torch.arange(count, device=log_w.device).unsqueeze(-1).expand(count, log_w.shape[1]) * many
     index, kept, slot = still.clone(), log_w.gather(0, still), now.slot
     needed = _needed(log_w, open_, now.live, settings)
     if not bool(needed.any()):
         return index, kept, slot
-    through = None if slot is None else slot[needed] * many  # the planted text is the first of its continuations
+    through = None if slot is None or place is None else (slot * many + place)[needed]
     found = settings.resample(log_w[:, needed], count, through=through)
     index[:, needed], kept[:, needed] = found.index, found.log_w
     if slot is not None and found.slot is not None:
@@ -229,7 +242,8 @@ def _needed(log_w: Tensor, open_: Tensor, live: Tensor, settings: Settings) -> B
     return (ess.nan_to_num(torch.inf) < settings.threshold * len(live)) & open_.any(0)
 
 
-def _first_slot(count: int, columns: int, device: torch.device) -> Tensor:
+def _anywhere(count: int, columns: int, device: torch.device) -> Int[Tensor, "C"]:
+    """A place among `count` for each column, uniform."""
     return torch.randint(count, (columns,), device=device)
 
 

@@ -20,7 +20,9 @@ class Decoder:
 
     def __init__(self, lm: LanguageModel, prompts: Prompts):
         self.lm, prompts = lm, prompts.flatten()
-        self.slot = torch.arange(len(prompts), device=prompts.ids.device)  # of each row: where it stands in what follows
+        self.slot = torch.arange(
+            len(prompts), device=prompts.ids.device
+        )  # of each row: where it stands in what follows
         self.mask = prompts.mask  # (N, tokens so far)
         self.padded = not bool(self.mask.all())
         self._logits, self.cache = lm.logits_next(
