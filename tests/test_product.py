@@ -94,6 +94,8 @@ def test_refusals():
     one, other = table_lm(3, 2), table_lm(4, 2)
     with pytest.raises(ValueError, match="experts of a product"):
         product([one, other])
+    with pytest.raises(ValueError, match="max_new_tokens are 2 and 3"):
+        product([one, table_lm(3, 3)])
     with pytest.raises(ValueError, match="1 language models and 2 powers"):
         product([one], [1.0, 2.0])
     with pytest.raises(ValueError, match="no output embeddings"):

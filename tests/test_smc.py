@@ -25,6 +25,7 @@ import torch
 import walk
 
 from ppl_lm.diagnose import drawn, log_evidence
+from ppl_lm.experiments.local_masking import answers
 from ppl_lm.guides import finetuned
 from ppl_lm.infer import NoSupportError, bind, exact, importance, mcmc, rejection
 from ppl_lm.infer.conditional_smc import conditional_smc, particle_gibbs
@@ -428,12 +429,61 @@ def test_what_is_impossible_is_told():
         (dict(twist=lambda prompts, x, n: torch.zeros(len(x), 1)), "one log ψ for each"),
         (dict(twist=table_lm(4, 2)), "twist and target"),
         (dict(guide=bind(finetuned, table_lm(V, T + 1, max_prompt=2).copy())), "same max_new_tokens"),
+        (dict(twist=table_lm(V, T + 1, max_prompt=2)), "same max_new_tokens"),
+        (dict(guide=GUIDE, candidates=2, twist=TWISTS["network"]), "leave it out, or the guide"),
     ],
 )
 def test_refusals(settings, message):
     guide = settings.pop("guide", None)
     with pytest.raises(ValueError, match=message):
         smc(MODEL, guide, TEXTS, **settings)
+
+
+def test_no_prompts_are_refused():
+    for sampler in (smc, importance):
+        with pytest.raises(ValueError, match="no prompt is given"):
+            sampler(MODEL, None, [], num_samples=4)
+
+
+def test_a_chain_of_particle_gibbs_leaves_an_impossible_text():
+    """Which the mask that proposes would never write."""
+    lm = table_lm(4, 5, concentration=3.0, seed=2)
+    automaton = answers(lm.vocabulary)
+    target = bind(constrained, lm, constraint=automaton)
+    start = importance(target, None, [""], num_samples=200)
+    assert float((start.log_weight > -torch.inf).double().mean()) < 0.7
+    kernel = particle_gibbs(4, twist=automaton.mask(lm))
+    chains = mcmc(target, None, [""], num_samples=20, warmup=5, num_chains=64, kernel=kernel)
+    assert bool((chains.log_weight > -torch.inf).all())
+
+
+def test_a_program_with_plates_of_its_own():
+    """Z, by importance, SMC and chains, of a model whose texts are rated three times."""
+
+    def rated(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("x", LM(prompts))
+            length = LM.vocabulary.lengths(x).double()
+            with pyro.plate("raters", 3, dim=-2):
+                pyro.sample("rating", dist.Normal(length, 1.0), obs=torch.tensor([[1.0], [2.0], [1.5]]).double())
+
+    settings = dict(num_samples=400, max_plate_nesting=2)
+    right = importance(rated, None, TEXTS, **settings)
+    grown = smc(rated, None, TEXTS, num_runs=30, twist=prefix_likelihood(rated), threshold=2.0, **settings)
+    chains = mcmc(rated, None, TEXTS, num_samples=4, warmup=2, max_plate_nesting=2, kernel=particle_gibbs(4))
+    assert grown["x"].shape == (30, 400, 2, T) and chains["x"].shape == (32, 4, 2, T)
+    log_z = [made.log_weight.flatten(0, 1).exp().mean(0).log() for made in (right, grown)]
+    torch.testing.assert_close(*log_z, atol=0.15, rtol=0)
+    for made in (right, grown, chains):
+        gap = LM.vocabulary.lengths(made["x"]).double().unsqueeze(-1) - torch.tensor([1.0, 2.0, 1.5])
+        joint = LM(TEXTS).log_prob(made["x"]) + dist.Normal(0.0, 1.0).log_prob(gap).sum(-1)
+        torch.testing.assert_close(made.log_prior + made.log_likelihood, joint, atol=1e-5, rtol=0)
+
+
+def test_what_is_too_few_runs_is_not_judged():
+    made = smc(MODEL, None, TEXTS, num_samples=64, num_runs=4, twist=TWISTS["likelihood"])
+    assert all(figures["verdict"] == "unknown" for figures in drawn(made)["prompts"])
+    assert "What 4 runs are worth" in drawn(made)["prompts"][0]["sentence"]
 
 
 def test_other_latent_sites_are_refused():

@@ -89,7 +89,8 @@ def _figures(draws: Draws, share: float) -> dict[str, Any]:
     cost = draws.cost  # of drawing for all prompts together
     made["lm_tokens"], made["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
     made["lm_tokens_per_effective_draw"] = cost.lm_tokens * share / made["ess"] if made["ess"] else None
-    verdict = judge_drawn(**{k: made[k] for k in ("kind", "num_samples", "possible", "ess", "khat", "r_hat", "kl_q_p")})
+    known = ("kind", "num_samples", "chains", "possible", "ess", "khat", "r_hat", "kl_q_p")
+    verdict = judge_drawn(**{k: made[k] for k in known})
     return made | {"verdict": verdict.code, "sentence": verdict.sentence}
 
 

@@ -1,5 +1,6 @@
 """What the figures mean, in words."""
 
+import math
 from dataclasses import dataclass
 
 from ppl_lm.diagnose.weights import khat_threshold
@@ -8,6 +9,7 @@ GOOD_SHARE = 0.2  # of KL(prior ‖ posterior): what a good guide may leave
 GOOD_NATS = 0.1  # or this much in absolute terms
 CONVERGED = 1.05  # R-hat below which chains are taken to agree
 FEWEST = 100  # draws by which weights or chains can be judged at all
+RUNS = 8  # independent runs by which interacting draws can be judged
 WORTH = 30  # independent draws that a standard error needs
 DRAWN = ("exact", "good", "unknown", "unreliable", "not_converged", "impossible")  # codes of `judge_drawn`, best first
 
@@ -95,11 +97,13 @@ def judge_drawn(
     khat: float | None,
     r_hat: float | None,
     kl_q_p: float | None,
+    chains: int = 1,
 ) -> Verdict:
     """The verdict on the draws of one sampler and prompt: whether means over them are the posterior's.
 
     :param kind: `exact`, `markov`, `interacting` or `weighted`.
-    :param possible: share of the draws that the posterior allows."""
+    :param possible: share of the draws that the posterior allows.
+    :param chains: of interacting draws the independent runs, by which alone their errors are known."""
     if kind == "exact":
         return Verdict("exact", f"{num_samples} exact, independent posterior draws: use them as they are.")
     if not possible:
@@ -129,8 +133,12 @@ def judge_drawn(
         far = f" Without weights {1 - possible:.0%} of them are impossible under the posterior."
     if kind == "interacting" and kl_q_p is not None:
         far = f" A text picked from a run by its weight is within {max(kl_q_p, 0):.2f} nats of the posterior."
+        if kl_q_p == math.inf:
+            far = " In some runs no text at all was possible."
+    if kind == "interacting" and chains < RUNS:
+        return Verdict("unknown", f"What {chains} runs are worth cannot be told from so few; make {RUNS} or more.")
     if kind == "interacting" and ess is None:
-        return Verdict("unknown", "What one run is worth cannot be told from itself: make several.")
+        return Verdict("unknown", f"None of their numbers ever changes: what {chains} runs are worth cannot be told.")
     if num_samples < FEWEST:
         return Verdict("unknown", f"{num_samples} draws are too few to judge their weights by; draw {FEWEST} or more.")
     if khat is not None and khat >= khat_threshold(num_samples):

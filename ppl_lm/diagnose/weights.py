@@ -76,6 +76,8 @@ def weighted_mean(values: Float[Tensor, "S B"], draws: Draws) -> tuple[Tensor, T
     influence = w * (values - centre)
     if draws.interacting:  # only the runs are independent
         influence = influence.unflatten(0, draws.log_guide.shape[:2]).sum(1)
+        runs = len(influence)
+        influence = influence * (runs / max(1, runs - 1)) ** 0.5
     return centre, influence.square().sum(0).sqrt()
 
 

@@ -37,7 +37,7 @@ from ppl_lm.run import fit
 WORD = "cake"
 EXACT = (6000, 600)  # exact draws of each posterior, that all others are held against
 PILOT = 4000  # draws of the prior, whose deviation is the unit of errors
-AGREES = ("rejection", "importance, prior", "SMC, prior", "importance, guide", "independence MH, guide", "SMC, guide")
+AGREES = ("rejection", "importance, prior", "SMC, prior", "importance, guide", "independence MH, guide")
 NUMBERS = ("reward", "length", "log_prior")
 Made = tuple[Draws, str]  # with the sampler's own word that they are not the posterior's, where it has one
 
@@ -142,13 +142,11 @@ SOFT = {
     "importance, guide": drawn_by(importance, num_samples=16384),
     "independence MH, guide": chains(independence, 128, 120),
     "quasi-rejection, guide": _quasi,
-    "SMC, guide": drawn_by(smc, num_samples=256, num_runs=64),
 }
 HARD = {
     "rejection": drawn_by(rejection, num_samples=300),
     "importance, prior": drawn_by(importance, num_samples=16384),
     "importance, guide": drawn_by(importance, num_samples=8192),
-    "SMC, guide": drawn_by(smc, num_samples=256, num_runs=32),
 }
 
 
@@ -207,5 +205,5 @@ def _figure(tasks: list[Task], *found: dict[str, dict[str, Any]]) -> Any:
             axes.plot(count, tokens, label=name, linestyle="-" if guided else "--")
         axes.set(xscale="log", yscale="log", xlabel="independent posterior draws", title=task.name)
         axes.legend(fontsize="x-small")
-    others[0].set_ylabel("tokens forwarded, those of the fit among them")
+    others[0].set_ylabel("tokens forwarded, with the fit's")
     return figure

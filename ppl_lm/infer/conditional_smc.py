@@ -29,6 +29,7 @@ def conditional_smc(
     expand: int = 1,
     resample: Rule = systematic,
     threshold: float = 0.5,
+    max_plate_nesting: int = 1,
 ) -> Draws:
     """For each planted draw a run of `smc` with these settings, one of whose texts is that draw and survives every resampling
     (Andrieu, Doucet & Holenstein 2010).
@@ -42,7 +43,7 @@ def conditional_smc(
     :raises ValueError: if the planted draws hold another latent site than one text, or the proposal cannot draw one of them.
     """
     settings = Settings(twist, candidates, expand, resample, threshold)
-    check(settings, num_samples, 1)
+    check(settings, guide, num_samples, 1)
     (name,) = only_text(planted)
     prompts = planted.prompts
     x = planted.latents[name].flatten(0, 1)  # (S, B, T)
@@ -50,14 +51,17 @@ def conditional_smc(
         prior, proposal = laws(model, guide, prompts)
         size = max(1, ROWS // (num_samples * expand * len(prompts)))
         parts = []
-        possible = (planted.log_weight.flatten(0, 1) > -torch.inf).split(size)
-        for part, known in zip(x.split(size), possible, strict=True):
-            grown = grow(prior, proposal, settings, num_samples, len(part), part.flatten(0, 1))
+        possible = (planted.log_weight.flatten(0, 1) > -torch.inf).expand(len(x), len(prompts))
+        for part, known in zip(x.split(size), possible.split(size), strict=True):
+            held = torch.where(
+                known.unsqueeze(-1), part, -1
+            )  # an impossible text, which a chain may begin at, is not held
+            grown = grow(prior, proposal, settings, num_samples, len(part), held.flatten(0, 1))
             assert grown.slot is not None
             lost = grown.log_w.gather(0, grown.slot.unsqueeze(0))[0] == -torch.inf
-            if bool((lost & known.expand(len(part), len(prompts)).flatten()).any()):
+            if bool((lost & known.flatten()).any()):
                 raise ValueError("the twist finds a text impossible that was planted as the posterior's")
-            parts.append(finish(model, prompts, grown, len(prompts)))
+            parts.append(finish(model, prompts, grown, len(prompts), max_plate_nesting))
     return replace(concatenate(parts, dim=0), cost=cost, planted=planted.exact)
 
 
@@ -67,9 +71,14 @@ def particle_gibbs(num_particles: int = 16, **settings: Any) -> Kernel:
 
     :param settings: of `conditional_smc`: twist, candidates, expand, resample, threshold."""
 
+    if num_particles < 2:
+        raise ValueError(f"num_particles={num_particles}; give at least 2")
+
     def kernel(model: Callable[..., Any], guide: Any, prompts: Any, max_plate_nesting: int = 1) -> Propose:
         def propose(state: Draws) -> tuple[Draws, Tensor]:
-            made = conditional_smc(model, guide, state, num_samples=num_particles, **settings)  # (N, K, B)
+            made = conditional_smc(
+                model, guide, state, num_samples=num_particles, max_plate_nesting=max_plate_nesting, **settings
+            )  # (N, K, B)
             chains, _, batch = made.log_guide.shape
             log_w = made.log_weight.transpose(1, 2).flatten(0, 1)  # (N·B, K)
             lost = (log_w == -torch.inf).all(-1, keepdim=True)  # the chain has met no possible text: any will do

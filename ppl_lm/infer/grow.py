@@ -46,17 +46,25 @@ class Laws:
         self.vocabulary: Vocabulary = prior.lm.vocabulary
         self.prompts, self.rows, self.ask, self.candidates = prior.prompts, rows, twist, candidates
         self.prior = Decoder.of(prior.lm, prior.prompts, rows)
-        self.proposal = None if proposal is None else Decoder.of(proposal.lm, proposal.prompts, rows)
+        self.proposal = None
+        if proposal is not None:
+            same = proposal.lm is prior.lm and torch.equal(proposal.prompts.ids, prior.prompts.ids)
+            self.proposal = self.prior if same else Decoder.of(proposal.lm, proposal.prompts, rows)
         self.network = None
         if isinstance(twist, LanguageModel):
             twist.vocabulary.require_same(self.vocabulary, "twist and target")
+            if twist.max_new_tokens != prior.lm.max_new_tokens:
+                raise ValueError(
+                    f"the twist is for {twist.max_new_tokens} tokens, the model's texts have {prior.lm.max_new_tokens}; give "
+                    "both the same max_new_tokens"
+                )
             self.network = Decoder.of(twist, prior.prompts, rows)
 
     def advance(self, rows: Int[Tensor, "m"], tokens: Int[Tensor, "m"]) -> None:
         """Row i goes on from what was row `rows[i]`, by `tokens[i]`."""
         moved = len(rows) != len(self.rows) or not torch.equal(rows, torch.arange(len(rows), device=rows.device))
         self.rows = self.rows[rows]
-        for decoder in (self.prior, self.proposal, self.network):
+        for decoder in dict.fromkeys((self.prior, self.proposal, self.network)):  # a proposal may be the prior
             if decoder is not None:
                 if moved:
                     decoder.reorder(rows)

@@ -69,9 +69,15 @@ def score(guide: Callable[..., Any], draws: Draws, max_plate_nesting: int = 1) -
 
 def draw(model: Any, guide: Any, prompts: Any, n: int, nesting: int = 1) -> Draws:
     """n draws of the guide with their weights, in one run of guide and model; n is at least 2."""
+    require_prompts(prompts)
     with meter.measure() as cost:
         p = run(model, guide, (prompts,), {}, n, nesting)
     return replace(as_draws(p, nesting), cost=cost)
+
+
+def require_prompts(prompts: Any) -> None:
+    if not len(prompts):
+        raise ValueError("no prompt is given; give at least one, which may be empty: ['']")
 
 
 def as_draws(p: Particles, nesting: int = 1) -> Draws:

@@ -88,7 +88,7 @@ def propose_until(
     masks: list[Tensor] = []
     done, accepted = 0, torch.zeros(1, dtype=torch.long)
     while True:
-        wanted = num_samples if not done else 1.1 * done * (num_samples / max(1.0, float(accepted.min())) - 1)
+        wanted = num_samples if not done else 1.1 * done * ((num_samples + 1) / (float(accepted.min()) + 1) - 1)
         n = max(1, min(max(FEWEST, round(wanted)), size, max_proposals - done))
         part = propose(n)
         mask, bound = keep(part)  # (n, B)

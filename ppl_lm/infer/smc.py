@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
 from ppl_lm.infer.grow import Laws
-from ppl_lm.infer.importance import ROWS, as_draws
+from ppl_lm.infer.importance import ROWS, as_draws, require_prompts
 from ppl_lm.infer.particles import run
 from ppl_lm.infer.resampling import Rule, systematic
 from ppl_lm.infer.text_site import TextIs, text_law
@@ -61,6 +61,7 @@ def smc(
     expand: int = 1,
     resample: Rule = systematic,
     threshold: float = 0.5,
+    max_plate_nesting: int = 1,
 ) -> Draws:
     """`num_samples` weighted texts for each prompt that grew together: sequential Monte Carlo (Doucet et al. 2001; twisted:
     Zhao et al. 2024).
@@ -85,7 +86,7 @@ def smc(
     :raises ValueError: if the model has another latent site than one text a prompt, or a weight is NaN.
     """
     settings = Settings(twist, candidates, expand, resample, threshold)
-    check(settings, num_samples, num_runs)
+    check(settings, guide, num_samples, num_runs)
     with meter.measure() as cost:
         prior, proposal = laws(model, guide, prompts)
         batch, parts, done = len(prior.prompts), [], 0
@@ -93,14 +94,14 @@ def smc(
         while done < num_runs:
             runs = min(size, num_runs - done)
             grown = grow(prior, proposal, settings, num_samples, runs)
-            parts.append(finish(model, prompts, grown, batch))
+            parts.append(finish(model, prompts, grown, batch, max_plate_nesting))
             done += runs
     made = replace(concatenate(parts, dim=0), cost=cost)
     require_support(made)
     return made
 
 
-def check(settings: Settings, num_samples: int, num_runs: int) -> None:
+def check(settings: Settings, guide: Any, num_samples: int, num_runs: int) -> None:
     wanted = {"num_samples": num_samples, "num_runs": num_runs, "expand": settings.expand}
     for what, value in wanted.items():
         if value < (2 if what == "num_samples" else 1):
@@ -111,10 +112,15 @@ def check(settings: Settings, num_samples: int, num_runs: int) -> None:
         )
     if settings.candidates is not None and (settings.candidates < 1 or settings.twist is None):
         raise ValueError(f"candidates={settings.candidates}; give at least 1, and a twist to ask")
+    if settings.candidates is not None and guide is not None:
+        raise ValueError(
+            f"candidates={settings.candidates} is of the proposal that a twist makes; leave it out, or the guide"
+        )
 
 
 def laws(model: Any, guide: Any, prompts: Any) -> tuple[TokenSequence, TokenSequence | None]:
-    """What the model and the guide draw their text from; None for a guide that is the prior itself."""
+    """What the model and the guide draw their text from; None where there is no guide."""
+    require_prompts(prompts)
     prior = text_law(model, prompts)
     proposal = None if guide is None else text_law(guide, prompts)
     if proposal is not None:
@@ -124,8 +130,6 @@ def laws(model: Any, guide: Any, prompts: Any) -> tuple[TokenSequence, TokenSequ
                 f"the guide's texts have {proposal.event_shape[0]} tokens, the model's {prior.event_shape[0]}; give both the "
                 "same max_new_tokens"
             )
-        same = proposal.lm is prior.lm and torch.equal(proposal.prompts.ids, prior.prompts.ids)
-        proposal = None if same else proposal
     return prior, proposal
 
 
@@ -152,12 +156,12 @@ def grow(
         token_log_p=zeros.unsqueeze(-1).repeat(1, 1, steps),
         slot=None if planted is None else _anywhere(count, columns, device),
     )
-    laws = Laws(prior, proposal, settings.twist, settings.candidates, prompt.flatten())
+    moving = Laws(prior, proposal, settings.twist, settings.candidates, prompt.flatten())
     for t in range(steps):
-        now, ancestors = _step(now, laws, settings, planted, t)
+        now, ancestors = _step(now, moving, settings, planted, t)
         if t == steps - 1 or not bool(now.live.any()):
             break
-        laws.advance(ancestors, now.x[..., t][now.live])
+        moving.advance(ancestors, now.x[..., t][now.live])
     return now
 
 
@@ -237,7 +241,7 @@ def _needed(log_w: Tensor, open_: Tensor, live: Tensor, settings: Settings) -> B
     """Which populations are resampled: those that have grown too many; those of uneven weights, as long as a text is open
     (later, the weights themselves say all), and not those without any weight."""
     if settings.expand > 1:
-        return live.any(0)
+        return live.any(0) & (log_w > -torch.inf).any(0)
     ess = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
     return (ess.nan_to_num(torch.inf) < settings.threshold * len(live)) & open_.any(0)
 
@@ -247,7 +251,7 @@ def _anywhere(count: int, columns: int, device: torch.device) -> Int[Tensor, "C"
     return torch.randint(count, (columns,), device=device)
 
 
-def finish(model: Any, prompts: Any, grown: Population, batch: int) -> Draws:
+def finish(model: Any, prompts: Any, grown: Population, batch: int, nesting: int = 1) -> Draws:
     """Grown texts as draws, (runs, K, B): the model's own joint density takes the place of the last intermediate target."""
     count, columns, steps = grown.x.shape
     runs = columns // batch
@@ -255,10 +259,11 @@ def finish(model: Any, prompts: Any, grown: Population, batch: int) -> Draws:
     def by_particle(v: Tensor) -> Tensor:  # (K, runs · B, ...) -> (K · runs, B, ...)
         return v.reshape(count * runs, batch, *v.shape[2:])
 
-    x = by_particle(grown.x)
-    with TextIs(x, by_particle(grown.token_log_p)):
-        found = run(model, None, (prompts,), {}, count * runs)
-    made = as_draws(found)
+    x, token_log_p = by_particle(grown.x), by_particle(grown.token_log_p)
+    plates = (len(x), *[1] * (nesting - 1), *x.shape[1:])  # those of the program, between particles and prompts
+    with TextIs(x.reshape(plates), token_log_p.reshape(plates)):
+        found = run(model, None, (prompts,), {}, count * runs, nesting)
+    made = as_draws(found, nesting)
     if len(made.latents) != 1 or not made.is_local or made.latents[made.texts[0]].dim() != 4:
         raise ValueError(
             f"SMC grows one text a prompt; this program has the latent sites {sorted(made.latents)}: use importance() or "

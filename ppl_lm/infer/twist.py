@@ -42,8 +42,7 @@ def tempered(twist: Function, over: int) -> Function:
         raise ValueError(f"over={over}; give the number of tokens after which the twist counts in full, at least 1")
 
     def log_psi(prompts: Prompts, x: Tensor, n: Tensor) -> Tensor:
-        log_w = twist(prompts, x, n)
-        return log_w * (n / over).clamp_max(1.0)
+        return twist(prompts, x, n) * (n / over).clamp_max(1.0)
 
     return log_psi
 

@@ -14,13 +14,14 @@ class Cache(DynamicCache):
         changed = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
         source = indices[changed]
         for layer in self.layers:
-            if type(layer) is DynamicLayer and layer.is_initialized and len(indices) <= len(layer.keys):
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if type(layer) is DynamicLayer and keys is not None and values is not None and len(indices) <= len(keys):
                 layer.keys, layer.values = (
                     kept[: len(indices)].index_copy_(0, changed, kept.index_select(0, source))
-                    for kept in (layer.keys, layer.values)
+                    for kept in (keys, values)
                 )
             else:
-                layer.batch_select_indices(indices)
+                layer.batch_select_indices(indices)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def place(slot: Int[Tensor, "N"], rows: Int[Tensor, "M"]) -> tuple[Int[Tensor, "M"], Int[Tensor, "M"]]:

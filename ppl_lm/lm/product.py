@@ -18,9 +18,9 @@ def product(lms: Sequence[LanguageModel], powers: Sequence[float] | None = None)
     automaton's mask local masking. Each token is normalised by itself, so this is *not* the product of the texts'
     probabilities: as a proposal, its weights make up the difference.
 
-    :param lms: of one vocabulary; prompts, end tokens and `max_new_tokens` are the first one's.
+    :param lms: of one vocabulary; prompts and end tokens are the first one's; of one `max_new_tokens`.
     :param powers: 1 each, by default.
-    :raises ValueError: if vocabularies differ, or there is not one power for each.
+    :raises ValueError: if vocabularies or `max_new_tokens` differ, or there is not one power for each.
     :raises DivergedError: when it is asked for a token and all are impossible to one expert or another.
     """
     powers = [1.0] * len(lms) if powers is None else [float(power) for power in powers]
@@ -29,6 +29,10 @@ def product(lms: Sequence[LanguageModel], powers: Sequence[float] | None = None)
     first = lms[0]
     for other in lms[1:]:
         other.vocabulary.require_same(first.vocabulary, "the experts of a product")
+        if other.max_new_tokens != first.max_new_tokens:  # an automaton's mask knows what can still be ended
+            raise ValueError(
+                f"the experts' max_new_tokens are {first.max_new_tokens} and {other.max_new_tokens}; give all the same"
+            )
     trainable = [weight for lm in lms for weight in lm.parameters() if weight.requires_grad]
     made = LanguageModel(  # born frozen
         _Product([lm.model for lm in lms], powers),

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from pyro import poutine
 
 from ppl_lm.diagnose.drawn import r_hat
@@ -23,11 +24,11 @@ from ppl_lm.infer import (
 from ppl_lm.infer.mcmc import Kernel, independence, suffix
 from ppl_lm.infer.particles import sample_sites
 from ppl_lm.infer.text_site import text_law
-from ppl_lm.lm import Prompts
+from ppl_lm.lm import Prompts, meter
 
 CHAINS, STEPS, WARMUP = 32, 100, 100
 PILOT = 1000  # draws by which quasi-rejection chooses its bound: their largest weight
-RUNS, PARTICLES = 16, 256  # of SMC
+RUNS, PARTICLES = 16, 64  # of SMC
 GIBBS = 16  # particles of particle Gibbs
 LEAST = 128  # bests of n, from whose draws their own law is estimated
 
@@ -81,24 +82,31 @@ def _markov(kernel: Kernel, least: int = STEPS, warmup: int = WARMUP) -> Callabl
 
 def _smc(model: Any, guide: Any, prompts: Prompts, num_samples: int) -> tuple[Draws, str]:
     """texts that grow together: sequential Monte Carlo"""
-    particles = max(2, min(PARTICLES, math.ceil(num_samples / RUNS)))
-    runs = max(RUNS, math.ceil(num_samples / particles))
-    hard = evidence_is_hard(model, prompts)
+    runs = max(RUNS, math.ceil(num_samples / PARTICLES))
     twist = None
-    if guide is None and not hard:  # of half a text a yes or no says nothing
+    if guide is None and not evidence_is_hard(model, prompts) and not evidence_asks_a_network(model, prompts):
         twist = tempered(prefix_likelihood(model), text_law(model, prompts).event_shape[0])
-    draws = smc(model, guide, prompts, num_samples=particles, num_runs=runs, twist=twist)
-    by = "the evidence of what is written, tempered," if twist is not None else "what proposes them"
-    return draws, (
-        f"{runs} runs of {particles} texts that grew together, resampled by {by} as they grew; the log weight (nats) makes "
-        "them the posterior's"
-    )
+    draws = smc(model, guide, prompts, num_samples=PARTICLES, num_runs=runs, twist=twist)
+    how = f"{runs} runs of {PARTICLES} texts"
+    if twist is not None:
+        how += " that grew together, resampled by the evidence of what is written, tempered"
+    else:  # of half a text a yes or no says nothing, and a fitted guide knows more of what is to come than its reward
+        how += ", none resampled as it grew: only whole texts are weighed here, as by importance"
+    return draws, f"{how}; the log weight (nats) makes them the posterior's"
 
 
 def evidence_is_hard(model: Any, prompts: Prompts) -> bool:
     """Whether an observed site says that it rules texts out (`infer={"hard": True}`)."""
     sites = sample_sites(poutine.trace(model).get_trace(prompts[:1])).values()
     return any(site["infer"].get("hard") for site in sites)
+
+
+def evidence_asks_a_network(model: Any, prompts: Prompts) -> bool:
+    """Whether a text's likelihood takes a forward pass: too much to ask of every text at every token."""
+    some = text_law(model, prompts[:1]).sample((1,))[:, 0]
+    with meter.measure() as cost:
+        prefix_likelihood(model)(prompts[:1], some, torch.ones(1, dtype=torch.int64, device=some.device))
+    return cost.lm_tokens > 0
 
 
 SAMPLERS: dict[str, Callable[..., tuple[Draws, str]]] = {
