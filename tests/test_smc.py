@@ -234,8 +234,8 @@ def test_a_wrong_weight_is_rejected(mutant, monkeypatch):
     if mutant == "twist for the evidence":
         finish = SMC.finish
 
-        def wrong(model, prompts, grown, batch):
-            return finish(model, prompts, replace(grown, log_target=grown.token_log_p.sum(-1)), batch)
+        def wrong(model, prompts, grown, *rest):
+            return finish(model, prompts, replace(grown, log_target=grown.token_log_p.sum(-1)), *rest)
 
         monkeypatch.setattr(SMC, "finish", wrong)
     found = expected_weights(monkeypatch, **settings)
@@ -364,9 +364,10 @@ def test_the_caches_follow_the_resampling(kind):
     for settings in (
         dict(twist=twist),
         dict(twist=prefix_likelihood(model), candidates=3),
+        dict(twist=prefix_likelihood(model)),
         dict(twist=twist, expand=2),
     ):
-        for proposal in (None, guide):
+        for proposal in (None,) if "candidates" in settings else (None, guide):
             made = smc(model, proposal, prompts, num_samples=16, num_runs=2, threshold=2.0, **settings)
             again = lm(prompts).log_prob(made["x"])
             torch.testing.assert_close(made.log_prior, again, atol=1e-10, rtol=0)

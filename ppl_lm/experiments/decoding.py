@@ -35,7 +35,7 @@ from ppl_lm.models import constrained, tilted
 from ppl_lm.run import fit
 
 WORD = "cake"
-EXACT = (6000, 600)  # exact draws of each posterior, that all others are held against
+EXACT = (6000, 200)  # exact draws of each posterior, that all others are held against
 PILOT = 4000  # draws of the prior, whose deviation is the unit of errors
 AGREES = ("rejection", "importance, prior", "SMC, prior", "importance, guide", "independence MH, guide")
 NUMBERS = ("reward", "length", "log_prior")
@@ -144,7 +144,7 @@ SOFT = {
     "quasi-rejection, guide": _quasi,
 }
 HARD = {
-    "rejection": drawn_by(rejection, num_samples=300),
+    "rejection": drawn_by(rejection, num_samples=100),
     "importance, prior": drawn_by(importance, num_samples=16384),
     "importance, guide": drawn_by(importance, num_samples=8192),
 }
