@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ppl_lm import __version__
-from ppl_lm.diagnose.weights import ess
+from ppl_lm.diagnose.drawn import worth
 from ppl_lm.infer import Draws
 
 
@@ -58,7 +58,6 @@ def groups(draws: Draws, num_samples: int | None = None) -> tuple[dict[str, dict
         guide[f"{name}_tokens"] = value.cpu().numpy()
     for name, value in draws.records.items():
         guide[name] = value.expand(chains, count, len(draws.prompts)).cpu().numpy()
-    log_w = draws.log_weight.flatten(0, 1)
     unique = [len(set(picks[:, b].tolist())) / n for b in range(picks.shape[1])]
     attributes = {
         "ppl_lm_version": __version__,
@@ -68,8 +67,10 @@ def groups(draws: Draws, num_samples: int | None = None) -> tuple[dict[str, dict
         "lm_tokens": draws.cost.lm_tokens,
         "reward_calls": draws.cost.reward_calls,
     }
-    if not draws.markov:  # ArviZ finds what chains are worth: az.ess
-        attributes["weighted_ess"] = float(draws.num_samples if draws.exact else ess(log_w).mean())
+    ess = [] if draws.markov else [worth(draws.of_prompt(b)) for b in range(draws.log_guide.shape[-1])]
+    known = [value for value in ess if value is not None]
+    if known:  # ArviZ finds what chains are worth: az.ess
+        attributes["weighted_ess"] = float(np.mean(known))
     prompts = np.array([t if isinstance(t, str) else repr(t) for t in draws.prompts.texts], dtype=str)
     made = {
         "posterior": scalars,

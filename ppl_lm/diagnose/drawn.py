@@ -66,7 +66,7 @@ def _figures(draws: Draws, share: float) -> dict[str, Any]:
     made: dict[str, Any] = {"prompt": draws.prompts.texts[0], "kind": kind, "num_samples": draws.num_samples}
     log_w = draws.log_weight.flatten(0, 1)  # (S, 1)
     possible = made["possible"] = float((log_w > -torch.inf).double().mean())
-    made |= {"chains": len(draws.log_guide), "ess": _worth(draws), "khat": None, "r_hat": None, "acceptance_rate": None}
+    made |= {"chains": len(draws.log_guide), "ess": worth(draws), "khat": None, "r_hat": None, "acceptance_rate": None}
     made |= dict.fromkeys(("log_z", "log_z_se", "kl_q_p", "kl_q_p_se"))
     behind = {"weighted": draws, "interacting": draws.by_run(), "exact": draws.proposals}.get(kind)
     if behind is not None and possible and behind.num_samples > 1:
@@ -94,7 +94,10 @@ def _figures(draws: Draws, share: float) -> dict[str, Any]:
     return made | {"verdict": verdict.code, "sentence": verdict.sentence}
 
 
-def _worth(draws: Draws) -> float | None:
+def worth(draws: Draws) -> float | None:
+    """How many independent posterior draws those of one prompt amount to: of weighted draws Kong's effective sample size; of
+    chains ArviZ's, and of interacting draws what the errors of their means say, the fewest of any number. None where that
+    cannot be told."""
     if draws.exact:
         return float(draws.num_samples)
     if draws.interacting:

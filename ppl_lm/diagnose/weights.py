@@ -13,7 +13,8 @@ from ppl_lm.infer import Draws
 
 
 def ess(log_w: Float[Tensor, "S *B"] | Draws) -> Float[Tensor, "*B"]:
-    """Effective sample size (Σw)²/Σw² in draws (Kong 1992); 0 where all weights are zero. Of `Draws`: each prompt's."""
+    """Effective sample size (Σw)²/Σw² in draws (Kong 1992); 0 where all weights are zero. Of `Draws`: each prompt's;
+    too many of those that came about together, of which `drawn` takes the errors of their means."""
     if isinstance(log_w, Draws):
         log_w = log_w.log_weight.flatten(0, 1)
     value = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()

@@ -67,8 +67,9 @@ def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
     prompts = prior.prompts([""])
     soft = bind(tilted, prior, reward=rewards.vader, beta=beta)
     hard = bind(constrained, prior, constraint=rewards.contains(WORD))
+    samplers = SOFT | {"SMC, prior": _smc(64 if lm is None else 320)}  # longer texts share more, and a run is worth less
     tasks = [
-        _fitted(f"sentiment, β = {beta:g}", soft, prior, prompts, time_limit, seed, SOFT, EXACT[0]),
+        _fitted(f"sentiment, β = {beta:g}", soft, prior, prompts, time_limit, seed, samplers, EXACT[0]),
         _fitted(f"the word {WORD}", hard, prior, prompts, time_limit, seed, HARD, EXACT[1]),
     ]
     rows = [row for task in tasks for row in _rows(task, prompts)]
@@ -117,9 +118,14 @@ def _quasi(target: Any, guide: Any, prompts: Prompts) -> Made:
     return replace(made, exact=True), "" if tv < 0.005 else f"TV {tv:.2g}"
 
 
-def _smc_prior(target: Any, _: Any, prompts: Prompts) -> Made:
-    twist = tempered(prefix_likelihood(target), text_law(target, prompts).event_shape[0])
-    return smc(target, None, prompts, num_samples=256, num_runs=64, twist=twist), ""
+def _smc(num_runs: int) -> Callable[..., Made]:
+    """Of 256 texts each, resampled by the sentiment of what is written, which counts in full at the end."""
+
+    def made(target: Any, _: Any, prompts: Prompts) -> Made:
+        twist = tempered(prefix_likelihood(target), text_law(target, prompts).event_shape[0])
+        return smc(target, None, prompts, num_samples=256, num_runs=num_runs, twist=twist), ""
+
+    return made
 
 
 def chains(kernel: Any, count: int, steps: int) -> Callable[..., Made]:
@@ -138,9 +144,9 @@ SOFT = {
     "importance, prior": drawn_by(importance, num_samples=16384),
     "suffix MH, prior": chains(suffix, 64, 200),
     "particle Gibbs, prior": chains(particle_gibbs(16), 16, 40),
-    "SMC, prior": _smc_prior,
+    "SMC, prior": _smc(64),
     "importance, guide": drawn_by(importance, num_samples=16384),
-    "independence MH, guide": chains(independence, 128, 120),
+    "independence MH, guide": chains(independence, 64, 400),
     "quasi-rejection, guide": _quasi,
 }
 HARD = {

@@ -115,6 +115,7 @@ def fit_twist(
     if steps < 1 or num_samples < 2:
         raise ValueError(f"steps={steps}, num_samples={num_samples}; give at least 1 and 2")
     prior = text_law(model, prompts).lm
+    twist.vocabulary.require_same(prior.vocabulary, "twist and target")
     optimiser = torch.optim.Adam(free, lr=learning_rate, betas=(0.9, 0.99))
     fall = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
     shift, losses = None, []

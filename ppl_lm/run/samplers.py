@@ -29,6 +29,7 @@ from ppl_lm.lm import Prompts, meter
 CHAINS, STEPS, WARMUP = 32, 100, 100
 PILOT = 1000  # draws by which quasi-rejection chooses its bound: their largest weight
 RUNS, PARTICLES = 16, 64  # of SMC
+THRESHOLD = 0.25  # not 0.5: what is written says little of what will be, and resampling by it costs more than it gives
 GIBBS = 16  # particles of particle Gibbs
 LEAST = 128  # bests of n, from whose draws their own law is estimated
 
@@ -86,7 +87,7 @@ def _smc(model: Any, guide: Any, prompts: Prompts, num_samples: int) -> tuple[Dr
     twist = None
     if guide is None and not evidence_is_hard(model, prompts) and not evidence_asks_a_network(model, prompts):
         twist = tempered(prefix_likelihood(model), text_law(model, prompts).event_shape[0])
-    draws = smc(model, guide, prompts, num_samples=PARTICLES, num_runs=runs, twist=twist)
+    draws = smc(model, guide, prompts, num_samples=PARTICLES, num_runs=runs, twist=twist, threshold=THRESHOLD)
     how = f"{runs} runs of {PARTICLES} texts"
     if twist is not None:
         how += " that grew together, resampled by the evidence of what is written, tempered"

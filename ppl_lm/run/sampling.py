@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from ppl_lm.diagnose import drawn, show, to_arviz
-from ppl_lm.infer import Draws
+from ppl_lm.infer import Draws, NoSupportError
 from ppl_lm.lm import meter
 from ppl_lm.named import is_file, shipped
 from ppl_lm.run import folder
@@ -79,16 +79,15 @@ def sample_and_write(
         draws, how = SAMPLERS[sampler](programs.model, proposal, programs.prompts, num_samples=num_samples)
     draws = replace(draws, cost=cost)
     record = {"sampler": sampler, "seed": settings.seed, "how": how, **drawn(draws)}
+    if record["verdict"] == "impossible":
+        raise NoSupportError(record["sentence"])
     if path is None:
         path = folder.by_time(f"{settings.model.rpartition(':')[2]}-{sampler}")
     if not own:
         folder.claim(path, overwrite)
         folder.write_settings(path, settings)
     folder.write_json(path / f"diagnosis{suffix}.json", record)
-    if record["verdict"] != "impossible":
-        folder.save_draws(path / f"draws{suffix}.nc", to_arviz(draws))
-    else:  # there is nothing to resample, and earlier draws are not those of this diagnosis
-        (path / f"draws{suffix}.nc").unlink(missing_ok=True)
+    folder.save_draws(path / f"draws{suffix}.nc", to_arviz(draws))
     if out is not None:
         out.print(how, markup=False)
     _show(draws, num_samples, out)
