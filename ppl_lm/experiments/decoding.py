@@ -67,7 +67,8 @@ def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
     prompts = prior.prompts([""])
     soft = bind(tilted, prior, reward=rewards.vader, beta=beta)
     hard = bind(constrained, prior, constraint=rewards.contains(WORD))
-    samplers = SOFT | {"SMC, prior": _smc(64 if lm is None else 320)}  # longer texts share more, and a run is worth less
+    runs = 64 if lm is None else 320  # of longer texts, which share more of their beginnings, a run is worth less
+    samplers = SOFT | {"SMC, prior": _smc(runs)}
     tasks = [
         _fitted(f"sentiment, β = {beta:g}", soft, prior, prompts, time_limit, seed, samplers, EXACT[0]),
         _fitted(f"the word {WORD}", hard, prior, prompts, time_limit, seed, HARD, EXACT[1]),
