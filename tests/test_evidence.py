@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 
-from ppl_lm.diagnose import diagnose, ess, judge, khat_threshold, log_evidence, psis_khat
+from ppl_lm.diagnose import diagnose, ess, khat_threshold, log_evidence, psis_khat
 from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer import bind, exact, importance, rejection, score
 from ppl_lm.infer.rejection import accept, select
@@ -158,29 +158,6 @@ def test_diagnosis_of_many_prompts(problem):
     assert record["elbo_se"] == pytest.approx(math.hypot(*(f["elbo_se"] for f in record["prompts"])) / 2)
 
 
-BASE = dict(
-    kl_q_p=0.1, kl_q_p_se=0.01, kl_p_q=0.1, kl_prior_p=2.0, gain=1.9, gain_se=0.02, upper_exact=True, khat=0.3,
-    num_samples=4096,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("change", "code"),
-    [
-        ({}, "good"),
-        ({"kl_q_p": 0.6}, "poor"),
-        ({"kl_p_q": 3.0}, "poor"),
-        ({"upper_exact": False}, "unknown"),
-        ({"gain": -0.5}, "worse_than_prior"),
-        ({"gain": -0.5, "upper_exact": False}, "worse_than_prior"),
-        ({"gain": -0.01, "gain_se": 0.02, "kl_q_p": 2.0}, "poor"),
-    ],
-)
-def test_verdicts(change, code):
-    verdict = judge(**{**BASE, **change})
-    assert verdict.code == code and len(verdict.sentence) > 20
-
-
 def test_a_guide_that_misses_mass_is_found_out():
     """It never draws "a", and its own weights look perfect; the proposals behind the exact draws know better."""
     lm = table_lm(3, 2, concentration=1.0, seed=1)
@@ -194,7 +171,7 @@ def test_a_guide_that_misses_mass_is_found_out():
     made = diagnose(target, guide, lm.prompts([""]), num_samples=3000)
     figures = made.figures[0]
     assert abs(figures["log_z"]) < 4 * figures["log_z_se"] + 1e-9
-    assert figures["kl_q_p"] > 0.05 and figures["kl_p_q"] > 1 and made.verdict.code != "good"
+    assert figures["kl_q_p"] > 0.05 and figures["kl_p_q"] > 1 and made.verdict.code == "misses_mass"
     blind = log_evidence(importance(target, guide, [""], num_samples=3000))
     assert float(blind.log_z) < -0.05 and not blind.upper_exact
 

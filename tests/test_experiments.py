@@ -30,7 +30,7 @@ def test_comes_out(name, tmp_path, monkeypatch):
 
     if hasattr(module, "train"):
         monkeypatch.setattr(module, "train", short)
-    few = {"GRADIENTS": 3, "STEPS": 2, "REPEATS": 2, "BUDGET": 1000}
+    few = {"GRADIENTS": 3, "STEPS": 2, "REPEATS": 2, "BUDGET": 1000, "TARGETS": 2}
     for constant in few.keys() & vars(module).keys():
         monkeypatch.setattr(module, constant, few[constant])
     result = CliRunner().invoke(APP, [name, "--seed", "1", "--output-dir", str(tmp_path)])

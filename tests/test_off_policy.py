@@ -12,7 +12,6 @@ import torch
 from pyro import poutine
 
 from ppl_lm.diagnose import diagnose
-from ppl_lm.diagnose.verdict import judge_cover
 from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer import NoSupportError, SequenceELBO, bind, exact
 from ppl_lm.infer.balance import SubTB, TrajectoryBalance, vargrad
@@ -443,12 +442,6 @@ def test_the_gain_of_a_step_weighs_where_cover_is_asked_for():
         truth = float(exact(target, bind(prior, LM), [""]).kl_p_q - exact(target, guide, [""]).kl_p_q)
     assert gain.of_step(log_w, moved, torch.tensor([0]), particles.share()) == pytest.approx(truth, abs=0.03)
     assert abs(float(moved.mean()) - truth) > 0.1
-
-
-@pytest.mark.parametrize(("kl", "code"), [(0.30, "good"), (0.45, "poor"), (1.5, "worse_than_prior")])
-def test_verdicts_under_a_hard_constraint(kl, code):
-    settings = {"kl_p_q_se": 0.01, "kl_p_prior": 1.0, "kl_p_prior_se": 0.01, "possible": 0.9, "upper_exact": True}
-    assert judge_cover(kl_p_q=kl, **settings).code == code
 
 
 # ----- best of n -----

@@ -13,6 +13,7 @@ from ppl_lm.diagnose.weights import khat_threshold
 from ppl_lm.infer import Draws
 
 COLOURS = {"good": "green", "poor": "yellow", "unknown": "yellow", "worse_than_prior": "red"}
+COLOURS |= {"collapsed": "red", "misses_mass": "red"}
 COLOURS |= {"exact": "green", "unreliable": "yellow", "not_converged": "red", "impossible": "red"}  # of draws
 
 
@@ -42,6 +43,8 @@ def figures(made: dict[str, Any], title: str) -> Table:
         table.add_row(
             "E(reward)", f"prior {pm('reward_prior')}, guide {pm('reward')}, posterior {pm('reward_posterior')}"
         )
+    table.add_row("posterior mass missed", f"{made['missing']:.1%} ± {made['missing_se']:.1%}")
+    table.add_row("entropy", f"guide {pm('entropy')}, posterior {pm('entropy_posterior')} nats")
     n = made["num_samples"]
     khat = "not applicable (tied or few weights)" if made["khat"] is None else f"{made['khat']:.2f}"
     table.add_row(
@@ -68,7 +71,8 @@ def samples(prior: Draws, guide: Draws, exact: Draws | None, count: int = 5, wid
 
 
 def verdict(diagnosis: Diagnosis) -> Text:
-    return verdict_on(diagnosis.verdict.code, diagnosis.verdict.sentence)
+    found = diagnosis.verdict
+    return verdict_on(found.code, f"{found.sentence} {found.remedy}".rstrip())
 
 
 def verdict_on(code: str, sentence: str) -> Text:

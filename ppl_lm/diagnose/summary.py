@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ppl_lm.diagnose.evidence import Evidence, log_evidence
-from ppl_lm.diagnose.verdict import Verdict, judge, judge_cover
-from ppl_lm.diagnose.weights import ess, mean, psis_khat, weighted_mean
+from ppl_lm.diagnose.pool import Pool
+from ppl_lm.diagnose.verdict import Verdict, judge
+from ppl_lm.diagnose.weights import ess, mean, psis_khat
 from ppl_lm.infer import Draws, NoSupportError, importance, score
 from ppl_lm.infer.rejection import accept, likelihood_bound, select
 
@@ -30,7 +31,8 @@ class Diagnosis:
     exact: list[Draws | None]
 
     def as_json(self) -> dict[str, Any]:
-        return {**self.average, "sentence": self.verdict.sentence, "prompts": self.figures}
+        told = {"sentence": self.verdict.sentence, "remedy": self.verdict.remedy}
+        return {**self.average, **told, "prompts": self.figures}
 
 
 def diagnose(
@@ -40,8 +42,8 @@ def diagnose(
     num_samples: int = 4096,
     max_plate_nesting: int = 1,
 ) -> Diagnosis:
-    """Draws from the guide and from the prior, finds exact posterior draws among the latter where the likelihood has a
-    bound, and says how far the guide is from the posterior.
+    """Draws from the guide and from the prior, weights both to the posterior's (`Pool`), finds exact posterior draws among the
+    prior's where the likelihood has a bound, and says how far the guide is from the posterior.
 
     :param num_samples: draws of each for every prompt.
     """
@@ -57,19 +59,23 @@ def diagnose(
             f"prompt {worst}: none of {num_samples} draws of the prior and of the guide is possible under the posterior, so "
             "nothing is known of it; draw more (--num-samples), or loosen the constraint"
         )
+    scored = score(guide, from_prior, max_plate_nesting)
     figures, verdicts, exacts = [], [], []
     for b in range(from_guide.log_guide.shape[-1]):
-        p, q, exact = from_prior.of_prompt(b), from_guide.of_prompt(b), None
+        p, q, exact = scored.of_prompt(b), from_guide.of_prompt(b), None
         if keep is not None and int(keep[:, b].sum()) >= MIN_EXACT:
-            exact = score(guide, select(p, keep[:, b : b + 1], int(keep[:, b].sum())), max_plate_nesting)
-        made, verdict = _figures(p, q, exact, log_evidence(q, exact), 1 / from_guide.log_guide.shape[-1])
+            chosen = select(p, keep[:, b : b + 1], int(keep[:, b].sum()))
+            exact = replace(
+                chosen, proposals=replace(from_prior.of_prompt(b), latents={})
+            )  # with their weights as proposals
+        made, verdict = _figures(p, q, exact, log_evidence(q, exact), bound, 1 / from_guide.log_guide.shape[-1])
         figures.append({"prompt": q.prompts.texts[0], **made, "verdict": verdict.code})
         verdicts.append(verdict)
         exacts.append(exact)
     average = _average(figures)
-    cost = from_prior.cost + from_guide.cost
+    cost = scored.cost + from_guide.cost
     average |= {"lm_tokens": cost.lm_tokens, "reward_calls": cost.reward_calls}
-    verdict = verdicts[0] if len(verdicts) == 1 else _judged(average)
+    verdict = verdicts[0] if len(verdicts) == 1 else judge(**average)
     average["verdict"] = verdict.code
     return Diagnosis(figures, average, verdict, from_prior, from_guide, exacts)
 
@@ -81,73 +87,55 @@ def require_enough(num_samples: int) -> None:
 
 
 def _figures(
-    prior: Draws, guide: Draws, exact: Draws | None, evidence: Evidence, share: float
+    scored: Draws, guide: Draws, exact: Draws | None, evidence: Evidence, bound: float | None, share: float
 ) -> tuple[dict[str, Any], Verdict]:
+    """:param scored: the prior's draws, with `log_guide` under the guide."""
     made: dict[str, Any] = {}
+    pool = Pool.of(scored, guide)
 
-    def put(name: str, value: torch.Tensor, se: torch.Tensor) -> None:
-        made[name], made[f"{name}_se"] = float(value), float(se)
+    def put(name: str, estimate: tuple[Any, Any]) -> None:
+        made[name], made[f"{name}_se"] = map(float, estimate)
 
-    for name in ("elbo", "iwae", "iwae_upper", "upper", "log_z", "kl_q_p", "kl_p_q"):
-        put(name, getattr(evidence, name), getattr(evidence, f"{name}_se"))
+    for name in ("elbo", "iwae", "iwae_upper", "upper"):
+        put(name, (getattr(evidence, name), getattr(evidence, f"{name}_se")))
     made["upper_exact"] = evidence.upper_exact
-    log_w = guide.log_weight.flatten(0, 1)
-    base, base_se = mean(prior.log_weight.flatten(0, 1))
-    if exact is None:
-        put("kl_prior_p", evidence.log_z - base, (evidence.log_z_se**2 + base_se**2).sqrt())
-    else:  # log Z and base from the same draws: one influence function
-        from_prior = prior.log_weight.flatten(0, 1)
-        se = ((from_prior - evidence.log_z).exp() - from_prior).std(0) / from_prior.shape[0] ** 0.5
-        se = se.nan_to_num(math.inf)  # of a distance that is infinite
-        put("kl_prior_p", evidence.log_z - base, se)
+    put("log_z", pool.evidence())
+    put("kl_q_p", pool.kl_guide())
+    put("kl_p_q", pool.kl_posterior())
+    put("kl_prior_p", pool.kl_prior())
+    put("kl_p_prior", pool.kl_posterior_prior())
+    put("kl_q_prior", mean((guide.log_guide - guide.log_prior).flatten(0, 1)))
+    base, base_se = map(float, mean(pool.log_likelihood[0]))
     made["elbo_gain"] = made["elbo_gain_se"] = None  # where both are -inf
-    if float(base) > -math.inf:
-        put("elbo_gain", evidence.elbo - base, (evidence.elbo_se**2 + base_se**2).sqrt())
-    source = exact if exact is not None else prior
-    put("kl_p_prior", *_kl_from_prior(source, evidence))
-    made["possible"] = float((log_w > -torch.inf).double().mean())
-    put("kl_q_prior", *mean((guide.log_guide - guide.log_prior).flatten(0, 1)))
+    if base > -math.inf:
+        put("elbo_gain", (made["elbo"] - base, math.hypot(made["elbo_se"], base_se)))
+    put("missing", pool.missing())
+    put("entropy", pool.entropy_guide())
+    put("entropy_posterior", pool.entropy())
+    rows = [row[row > -torch.inf] for row in pool.log_likelihood]
+    few = [len(row) < 2 for row in rows]
+    made["log_likelihood_prior"] = -math.inf if few[0] else float(rows[0].mean())
+    put("log_likelihood", (-math.inf, 0.0) if few[1] else mean(rows[1]))
+    made["log_likelihood_posterior"] = pool.posterior(pool.log_likelihood)[0]
+    made["seen"] = pool.seen(bound)
+    made["possible"] = float((guide.log_weight > -torch.inf).double().mean())
     if "reward" in guide.records:
-        put("reward", *mean(guide["reward"].flatten(0, 1)))
-        put("reward_prior", *mean(prior["reward"].flatten(0, 1)))
-        source = exact if exact is not None else guide
-        put("reward_posterior", *weighted_mean(source["reward"].flatten(0, 1), source))
+        put("reward", mean(guide["reward"].flatten(0, 1)))
+        put("reward_prior", mean(scored["reward"].flatten(0, 1)))
+        rewards = torch.stack([d["reward"].flatten().double() for d in (scored, guide)])
+        put("reward_posterior", pool.posterior(rewards))
+    log_w = guide.log_weight.flatten()
     made["ess"] = float(ess(log_w))
-    made["khat"] = psis_khat(log_w[:, 0])
+    made["khat"] = psis_khat(log_w)
     made["num_samples"] = guide.num_samples
     made["exact_draws"] = 0 if exact is None else exact.num_samples
-    cost = prior.cost + guide.cost  # of drawing for all prompts together
+    cost = scored.cost + guide.cost  # of drawing for all prompts together
     made["lm_tokens"], made["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
-    return made, _judged(made)
-
-
-def _kl_from_prior(draws: Draws, evidence: Evidence) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(posterior ‖ prior) = E_p[log likelihood] - log Z, (B,), from exact draws or weighted ones of the prior."""
-    log_likelihood = draws.log_likelihood.flatten(0, 1)
-    value, se = weighted_mean(torch.where(log_likelihood > -torch.inf, log_likelihood, 0.0), draws)
-    return value - evidence.log_z, (se**2 + evidence.log_z_se**2).sqrt()
-
-
-def _judged(made: dict[str, Any]) -> Verdict:
-    if made["kl_prior_p"] == math.inf:
-        return judge_cover(
-            **{k: made[k] for k in ("kl_p_q", "kl_p_q_se", "kl_p_prior", "kl_p_prior_se", "possible", "upper_exact")}
-        )
-    return judge(
-        kl_q_p=made["kl_q_p"],
-        kl_q_p_se=made["kl_q_p_se"],
-        kl_p_q=made["kl_p_q"],
-        kl_prior_p=made["kl_prior_p"],
-        gain=made["elbo_gain"],
-        gain_se=made["elbo_gain_se"],
-        upper_exact=made["upper_exact"],
-        khat=made["khat"],
-        num_samples=made["num_samples"],
-    )
+    return made, judge(**made)
 
 
 def _average(figures: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over prompts; standard errors of means of independent figures; costs added up; the worst k-hat."""
+    """Means over prompts; standard errors of means of independent figures; costs added up; the worst k-hat, the least seen."""
     n, average = len(figures), {}
     for key, value in figures[0].items():
         column = [f[key] for f in figures]
@@ -160,6 +148,8 @@ def _average(figures: list[dict[str, Any]]) -> dict[str, Any]:
             average[key] = sum(v * v for v in column) ** 0.5 / n
         elif key == "khat":
             average[key] = max((v for v in column if v is not None), default=None)
+        elif key == "seen":
+            average[key] = min(column)
         elif isinstance(value, bool):
             average[key] = all(column)
         elif key in ("lm_tokens", "reward_calls", "exact_draws"):

@@ -1,25 +1,40 @@
-"""What the figures mean, in words."""
+"""Verdicts: what the figures amount to, in a word, a sentence and something to do."""
 
 import math
 from dataclasses import dataclass
 
 from ppl_lm.diagnose.weights import khat_threshold
 
-GOOD_SHARE = 0.2  # of KL(prior ‖ posterior): what a good guide may leave
-GOOD_NATS = 0.1  # or this much in absolute terms
+GOOD_SHARE = 0.15  # of the prior's distance from the posterior that a good guide may be away, error included
+GOOD_NATS = 0.125  # or this much in absolute terms
+MISSED = 0.03  # posterior mass, error included, above which a guide that hardly ever draws it misses it
+LOST = 0.1  # that a collapsed guide has lost at the least
+COLLAPSED = (
+    0.15,
+    0.5,
+)  # share of the posterior's entropy below which the guide's is a collapse; where it has lost MOST, too
+MOST = 0.6
+SEEN = 30  # posterior draws that the prior's must be worth before any guide can be called good
 CONVERGED = 1.05  # R-hat below which chains are taken to agree
 FEWEST = 100  # draws by which weights or chains can be judged at all
 RUNS = 8  # independent runs by which interacting draws can be judged
 WORTH = 30  # independent draws that a standard error needs
+CODES = ("good", "poor", "collapsed", "misses_mass", "worse_than_prior", "unknown")
 DRAWN = ("exact", "good", "unknown", "unreliable", "not_converged", "impossible")  # codes of `judge_drawn`, best first
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`code` is one of `good`, `poor`, `worse_than_prior`, `unknown`, of draws one of `DRAWN`."""
+    """:param code: of a guide one of `CODES`, of draws one of `DRAWN`.
+    :param sentence: what was found, with its figures.
+    :param remedy: what to do about it; "" where nothing needs to be done."""
 
     code: str
     sentence: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.sentence} {self.remedy}".rstrip()
 
 
 def judge(
@@ -27,65 +42,108 @@ def judge(
     kl_q_p: float,
     kl_q_p_se: float,
     kl_p_q: float,
+    kl_p_q_se: float,
     kl_prior_p: float,
-    gain: float,
-    gain_se: float,
-    upper_exact: bool,
+    kl_prior_p_se: float,
+    kl_p_prior: float,
+    kl_p_prior_se: float,
+    elbo_gain: float | None,
+    elbo_gain_se: float | None,
+    missing: float,
+    missing_se: float,
+    entropy: float,
+    entropy_posterior: float,
+    log_likelihood: float,
+    log_likelihood_se: float,
+    log_likelihood_prior: float,
+    log_likelihood_posterior: float,
+    possible: float,
+    seen: float,
     khat: float | None,
     num_samples: int,
+    **_: object,
 ) -> Verdict:
-    """The verdict on one guide and prompt.
+    """The verdict on one guide and prompt, from the figures of `diagnosis.json`, all in nats.
 
-    :param gain: ELBO(q) - ELBO(prior) in nats; needs no log Z, and rises only if q comes closer to the posterior.
-    """
-    if gain < -3 * gain_se:
-        return Verdict(
-            "worse_than_prior",
-            f"The guide is further from the posterior than the prior was (ELBO {gain:+.2f} ± {gain_se:.2f} nats against "
-            "the prior), whatever the reward says. Lower the learning rate, or raise the particles.",
-        )
-    tail = (
-        "" if khat is None or khat < khat_threshold(num_samples) else f" k-hat {khat:.2f} says that its weights have "
+    In this order: `collapsed`, with a seventh of the posterior's entropy, or half where it has lost most of the mass, and the
+    evidence at least as likely; `worse_than_prior`, with ELBO(q) < ELBO(prior), which needs no log Z, unless all that is wrong
+    is the mass that it misses: a guide that is right but for a mass m is -log(1 - m) from the posterior; `misses_mass`;
+    `unknown`, where the prior's draws do not show the posterior, so that nothing would show what the guide misses; `good`,
+    where KL(guide ‖ posterior) + 2 SE is below 15% of the prior's distance or 0.125 nats, and KL(posterior ‖ guide) below
+    twice that; else `poor`.
+
+    Where the posterior rules texts out, KL(guide ‖ posterior) is infinite for any guide that draws one: then the distances are
+    KL(posterior ‖ ·).
+
+    :param missing: posterior mass that the guide hardly ever draws, see `Pool.missing`.
+    :param log_likelihood: mean of the guide's draws, those that are possible; likewise of the prior's and of the posterior.
+    :param seen: how many posterior draws the prior's are worth, see `Pool.seen`."""
+    hard = kl_prior_p == math.inf
+    if hard:
+        near, was = (kl_p_q, kl_p_q_se), (kl_p_prior, kl_p_prior_se)
+        name, further = "KL(posterior ‖ guide)", kl_p_q - kl_p_prior > 3 * math.hypot(kl_p_q_se, kl_p_prior_se)
+        distance = f"{possible:.0%} of its draws meet the constraint. "
+    else:
+        near, was = (kl_q_p, kl_q_p_se), (kl_prior_p, kl_prior_p_se)
+        name, distance = "KL(guide ‖ posterior)", ""
+        further = elbo_gain is not None and elbo_gain_se is not None and elbo_gain < -3 * elbo_gain_se
+    distance += f"{name} is {near[0]:.2f} ± {near[1]:.2f} nats, the prior's was {was[0]:.2f} ± {was[1]:.2f}"
+    lost = missing - 2 * missing_se
+    mass = (
+        f"{missing:.0%} of the posterior's mass is in texts that it draws less than a hundredth as often as it should"
     )
-    tail = tail and tail + "a heavy tail: it under-covers part of the posterior."
-    if not upper_exact:
+    low = COLLAPSED[missing > MOST] * entropy_posterior
+    if entropy < low and lost > LOST and log_likelihood >= log_likelihood_posterior:
+        return Verdict(
+            "collapsed",
+            f"The guide draws few texts over and over: its entropy is {entropy:.2f} nats, the posterior's "
+            f"{entropy_posterior:.2f}; {mass}. {distance}.",
+            "Fit it to the posterior (reverse or forward KL), not to the reward alone, with a lower learning rate.",
+        )
+    forgiven = near[0] + math.log1p(-min(missing, 1 - 1e-9))
+    if further and (log_likelihood < log_likelihood_prior - 3 * log_likelihood_se or forgiven > was[0]):
+        return _worse(distance, elbo_gain, elbo_gain_se, hard)
+    if lost > MISSED:
+        return Verdict(
+            "misses_mass",
+            f"The guide misses mass: {mass}. {distance}.",
+            "Fit it by forward KL (--objective forward_kl), with more particles; or draw with smc or rejection.",
+        )
+    if further:
+        return _worse(distance, elbo_gain, elbo_gain_se, hard)
+    tail = ""
+    if khat is not None and khat >= khat_threshold(num_samples):
+        tail = f" k-hat {khat:.2f} says that its weights have a heavy tail: do not use them weighted."
+    if seen < SEEN:
         return Verdict(
             "unknown",
-            f"The guide's own draws put it about {max(kl_q_p, 0):.2f} nats from the posterior, but they cannot show mass "
-            f"that it never visits; exact draws (a likelihood with a log_bound, enough --num-samples) would settle it.{tail}",
+            f"{distance}, as far as can be seen: the prior's {num_samples} draws are worth {seen:.0f} of the posterior's, too "
+            f"few to show what the guide never visits.{tail}",
+            f"Give about {math.ceil(num_samples * SEEN / max(seen, 1))} draws (--num-samples), or compare it with smc's.",
         )
-    bound = kl_q_p + 2 * kl_q_p_se
-    distance = f"KL(guide ‖ posterior) is {kl_q_p:.2f} ± {kl_q_p_se:.2f} nats, KL(posterior ‖ guide) {kl_p_q:.2f}; the "
-    distance += f"prior was {kl_prior_p:.2f} nats away"
-    if bound <= max(GOOD_SHARE * kl_prior_p, GOOD_NATS) and kl_p_q <= max(2 * GOOD_SHARE * kl_prior_p, 2 * GOOD_NATS):
-        use = "use its draws as they are, " + ("but not weighted." if tail else "or weighted for exactness.")
-        return Verdict("good", f"{distance}. Close: {use}{tail}")
+    limit = max(GOOD_SHARE * was[0], GOOD_NATS)
+    bound, cover = near[0] + 2 * near[1], kl_p_q + 2 * kl_p_q_se
+    if (hard or bound <= limit) and cover <= 2 * limit:
+        use = "Drop the draws that break the constraint." if possible < 1 else "Use its draws as they are."
+        return Verdict("good", f"{distance}: at most {bound:.2f} nats, with 97.5% confidence.{tail}", use)
     return Verdict(
         "poor",
-        f"{distance}. Still some way off: {'' if tail else 'weight its draws, '}fit longer, or raise the particles.{tail}",
+        f"{distance}; KL(posterior ‖ guide) {kl_p_q:.2f}. Still some way off.{tail}",
+        "Fit longer, or with more particles" + ("." if tail else "; until then weight its draws (importance)."),
     )
 
 
-def judge_cover(
-    *, kl_p_q: float, kl_p_q_se: float, kl_p_prior: float, kl_p_prior_se: float, possible: float, upper_exact: bool
-) -> Verdict:
-    """The verdict where the posterior rules texts out, and KL(guide ‖ posterior) is infinite for any guide that draws one.
-
-    :param possible: share of the guide's draws that the posterior allows."""
-    distance = (
-        f"{possible:.0%} of its draws meet the constraint. KL(posterior ‖ guide) is {kl_p_q:.2f} ± {kl_p_q_se:.2f} nats, the "
-        f"prior's was {kl_p_prior:.2f} ± {kl_p_prior_se:.2f}"
+def _worse(distance: str, gain: float | None, gain_se: float | None, hard: bool) -> Verdict:
+    by = (
+        ""
+        if hard or gain is None or gain_se is None
+        else f" (ELBO {gain:+.2f} ± {gain_se:.2f} nats against the prior's)"
     )
-    if not upper_exact:
-        return Verdict("unknown", f"{distance}, from weighted draws, which cannot show mass that they never visit.")
-    if kl_p_q - kl_p_prior > 3 * (kl_p_q_se + kl_p_prior_se):
-        return Verdict(
-            "worse_than_prior",
-            f"{distance}: the guide covers less of it. Lower the learning rate, or raise the particles.",
-        )
-    if kl_p_q + 2 * kl_p_q_se <= max(2 * GOOD_SHARE * kl_p_prior, 2 * GOOD_NATS):
-        return Verdict("good", f"{distance}. Close: drop the draws that break it, or weight them for exactness.")
-    return Verdict("poor", f"{distance}. Still some way off: weight its draws, fit longer, or raise the particles.")
+    return Verdict(
+        "worse_than_prior",
+        f"The guide is further from the posterior than the prior was{by}, whatever the reward says. {distance}.",
+        "Lower the learning rate, raise the particles, and check the reward's sign.",
+    )
 
 
 def judge_drawn(

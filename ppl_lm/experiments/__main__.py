@@ -11,12 +11,13 @@ from rich.console import Console
 import ppl_lm.experiments
 
 REAL = ("decoding", "divergences")  # on real language models; the others enumerate
+LONG = (*REAL, "verdicts")  # ten minutes each
 NAMES = sorted(m.name for m in iter_modules(ppl_lm.experiments.__path__) if m.name not in ("lab", "__main__"))
 
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help=", ".join(NAMES),
-                                                      show_default=f"all but {', '.join(REAL)}")] = None,
+                                                      show_default=f"all but {', '.join(LONG)}")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     lm: Annotated[str | None, typer.Option(help=f"Of {', '.join(REAL)}: a Hugging Face folder or hub name.",
                                            show_default="the LM that ships")] = None,
@@ -28,7 +29,7 @@ def main(
 
     Exit status 1 if one does not hold."""
     out = Console(highlight=False)
-    asked = names or [name for name in NAMES if name not in REAL]
+    asked = names or [name for name in NAMES if name not in LONG]
     if unknown := [name for name in asked if name not in NAMES]:
         raise typer.BadParameter(f"{unknown[0]!r} is unknown; give one of {', '.join(NAMES)}")
     if not set(REAL) & set(asked) and (lm is not None or time_limit is not None):
