@@ -70,7 +70,7 @@ class Target:
     def guide(self, log_q: Tensor) -> Any:
         """With this law over texts, (N,), as a table of next tokens."""
         lm = table_like(self.lm)
-        start = self.x.new_full((len(self.x), 1), lm.vocabulary.bos_id)
+        start = self.lm.prompts([""]).ids.expand(len(self.x), 1)
         before = torch.cat([start, self.x[:, :-1]], 1)
         network: Any = lm.model
         rows = network.rows(before, torch.ones_like(before))
