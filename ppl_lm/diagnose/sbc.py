@@ -40,15 +40,17 @@ class Calibration:
         found = ", ".join(f"{name} p = {p:.3g}" for name, p in self.p_values.items())
         count = len(next(iter(self.ranks.values())))
         said = "calibrated as far as can be seen" if self.p_value >= 0.05 else "not calibrated"
-        return f"{said}: {found}; {count} replications would show a shift of {self.detectable:.2f} standard deviations 4 times of 5"
+        return (
+            f"{said}: {found}; {count} replications would show a shift of {self.detectable:.2f} deviations 4 times of 5"
+        )
 
 
 def sbc(exact: Draws, draws: Draws, num_draws: int = 19, seed: int = 0) -> Calibration:
     """Simulation-based calibration (Talts et al. 2018), for latent text, with the observation held at what the model observes.
 
     Simulating x from the prior and the evidence from its likelihood, and keeping the pairs whose evidence is the observed one,
-    is what `rejection` does: its draws are the x of the replications. Each is ranked among `num_draws` draws of its own that are
-    to have the same law. Of several prompts all ranks are taken together.
+    is what `rejection` does: its draws are the x of the replications. Each is ranked among `num_draws` draws of its own, to have
+    the same law. Of several prompts all ranks are taken together.
 
     :param exact: R exact posterior draws of each prompt.
     :param draws: at least R · num_draws of what is tested, as they come: weights are not used.
