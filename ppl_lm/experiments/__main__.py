@@ -10,7 +10,7 @@ from rich.console import Console
 
 import ppl_lm.experiments
 
-REAL = ("decoding", "divergences")  # on real language models; the others enumerate
+REAL = ("calibration", "decoding", "divergences")  # on real language models; the others enumerate
 LONG = (*REAL, "verdicts")  # ten minutes each
 NAMES = sorted(m.name for m in iter_modules(ppl_lm.experiments.__path__) if m.name not in ("lab", "__main__"))
 
