@@ -49,6 +49,24 @@ def test_exact_draws_pass_and_others_do_not():
     assert sbc(exact, much, L).p_value < 0.05, "the likelihood squared"
 
 
+def test_a_mode_that_the_numbers_do_not_see_is_seen_by_log_q():
+    """Texts that begin with a, a third of the mass, left out and the others' reward made the same: only log q tells."""
+    model = target()
+    model.arguments["reward"] = lambda prompts, x: torch.zeros(x.shape[:-1])
+    model.arguments["reward"].r_max = 0.0
+    exact, pool = draws(model, R), draws(model, 4 * R * L)
+    first = lambda d: d["x"][..., 0]  # noqa: E731
+    missed = first(pool).flatten().mode().values
+    kept = pool.map(lambda v: v[:, (first(pool) != missed)[0, :, 0]]).map(lambda v: v[:, : R * L])
+    log_q = lambda d: {"log_q": d.log_prior.masked_fill(first(d) == missed, -torch.inf)}  # noqa: E731
+    assert sbc(exact, kept, L, statistics=log_q).p_values["log_q"] < 0.001
+    assert sbc(exact, pool, L, statistics=lambda d: {"log_q": d.log_prior}).p_value > 0.01
+    with pytest.raises(ValueError, match="NaN"):
+        sbc(exact, pool, L, statistics=lambda d: {"r": d.log_prior * torch.nan})
+    with pytest.raises(ValueError, match="shape"):
+        sbc(exact, pool, L, statistics=lambda d: {"r": d.log_prior[0]})
+
+
 def test_the_band_holds_as_often_as_it_says():
     exact = draws(target(), R)
     band = sbc(exact, draws(target(), R * L), L).band

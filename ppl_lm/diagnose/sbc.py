@@ -1,6 +1,7 @@
 """Simulation-based calibration: whether draws have the posterior's law, by ranks of exact posterior draws among them."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,16 +46,26 @@ class Calibration:
         )
 
 
-def sbc(exact: Draws, draws: Draws, num_draws: int = 19, seed: int = 0) -> Calibration:
+def sbc(
+    exact: Draws,
+    draws: Draws,
+    num_draws: int = 19,
+    statistics: Callable[[Draws], Mapping[str, Tensor]] | None = None,
+    seed: int = 0,
+) -> Calibration:
     """Simulation-based calibration (Talts et al. 2018), for latent text, with the observation held at what the model observes.
 
     Simulating x from the prior and the evidence from its likelihood, and keeping the pairs whose evidence is the observed one,
-    is what `rejection` does: its draws are the x of the replications. Each is ranked among `num_draws` draws of its own, to have
-    the same law. Of several prompts all ranks are taken together.
+    is what `rejection` does: its draws are the x of the replications. Each is ranked among `num_draws` draws of its own, which
+    are to have the same law: by reward, length, log p of the prior and the model's other records. Ranks see only what these
+    numbers see: a mode that is missing may leave them all as they were. The number that sees it is log q, the density that
+    made the draws (Modrák et al. 2023), `statistics=lambda draws: {"log_q": ppl_lm.score(guide, draws).log_guide}`. Of several
+    prompts all ranks are taken together.
 
     :param exact: R exact posterior draws of each prompt.
     :param draws: at least R · num_draws of what is tested, as they come: weights are not used.
-    :raises ValueError: if there are too few draws, fewer than 20 replications, or `exact` is not exact."""
+    :param statistics: more numbers of the draws, (C, S, B); -inf is one.
+    :raises ValueError: if there are too few draws, fewer than 20 replications, a number is NaN, or `exact` is not exact."""
     if not exact.exact:
         raise ValueError("exact= must hold exact posterior draws (rejection)")
     count, generator = exact.num_samples, torch.Generator().manual_seed(seed)
@@ -64,11 +75,19 @@ def sbc(exact: Draws, draws: Draws, num_draws: int = 19, seed: int = 0) -> Calib
         raise ValueError(
             f"{draws.num_samples} draws for {count} replications of {num_draws}; give at least {count * num_draws}"
         )
-    truth, tested = numbers(exact), numbers(draws)
+    made = statistics or (lambda _: {})
+    truth, tested = ({**numbers(d), **made(d)} for d in (exact, draws))
     if truth.keys() != tested.keys():
         raise ValueError(f"the exact draws have the numbers {sorted(truth)}, the tested ones {sorted(tested)}")
     ranks = {}
     for name, value in truth.items():
+        for number, of in ((value, exact), (tested[name], draws)):
+            if number.shape not in (of.log_prior.shape, (*of.log_prior.shape[:2], 1)):
+                raise ValueError(
+                    f"the number {name!r} has the shape {tuple(number.shape)}, draws {tuple(of.log_prior.shape)}"
+                )
+            if bool(number.isnan().any()):
+                raise ValueError(f"the number {name!r} is NaN for some draw; it cannot be ranked")
         one = value.flatten(0, 1).cpu()  # (R, B)
         many = tested[name].flatten(0, 1)[: count * num_draws].cpu().unflatten(0, (count, num_draws))  # (R, L, B)
         if one.numel() and float(one.max() - one.min()) + float(many.max() - many.min()) == 0:

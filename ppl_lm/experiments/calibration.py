@@ -1,5 +1,6 @@
 """Simulation-based calibration on a real language model: exact draws pass, and draws with a known fault do not."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,8 @@ import torch
 
 from ppl_lm.diagnose.sbc import sbc
 from ppl_lm.experiments.lab import Result, panels
-from ppl_lm.infer import Draws, bind, importance, rejection
+from ppl_lm.guides import prior as of_prior
+from ppl_lm.infer import Draws, bind, importance, rejection, score
 from ppl_lm.likelihood import rewards
 from ppl_lm.lm import LanguageModel, product
 from ppl_lm.models import tilted
@@ -19,32 +21,41 @@ FAULT = 1.2  # the temperature, and the factor on the likelihood
 
 
 def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
-    """VADER's sentiment at β = 0.2. The faulty draws are a pool's, drawn anew by weights that have the fault in them."""
+    """VADER's sentiment at β = 0.2. The draws of each law are a pool's, drawn anew by weights that have its fault in them."""
     torch.manual_seed(seed)
     load: Any = {"max_new_tokens": 24} if lm is None else {"name_or_folder": lm, "max_new_tokens": 24}
     prior = LanguageModel.from_pretrained(**load)
-    model = bind(tilted, prior, reward=rewards.vader, beta=BETA)
-    warm = bind(tilted, product([prior], [1 / FAULT]), reward=rewards.vader, beta=BETA)
+    tempered = product([prior], [1 / FAULT])
+    model, warm = (bind(tilted, p, reward=rewards.vader, beta=BETA) for p in (prior, tempered))
+    pool, hot = (importance(m, None, [""], num_samples=POOL) for m in (model, warm))
     exact = rejection(model, None, [""], num_samples=REPLICATIONS)
-    pool = importance(model, None, [""], num_samples=POOL)
-    hot = importance(warm, None, [""], num_samples=POOL)
-    first = pool["x"][0, :, 0, 0]
-    common = first.mode().values  # the mode that is dropped: texts that begin as most do
-    tested = {
-        "the posterior": _drawn(pool, pool.log_weight),
-        f"its temperature {FAULT} times": _drawn(hot, hot.log_weight),
-        "a mode dropped": _drawn(pool, pool.log_weight.masked_fill((first == common)[None, :, None], -torch.inf)),
-        f"its likelihood {FAULT} times": _drawn(pool, FAULT * pool.log_likelihood),
+    common = pool["x"][0, :, 0, 0].mode().values  # the mode that is dropped: texts that begin as most do
+    dropped = lambda d: (d["x"][..., 0] == common).to(d.log_prior)  # noqa: E731
+
+    # Each law's log q, up to a constant: what draws it, and what it ranks texts by.
+    laws: dict[str, tuple[Draws, Callable[[Draws], torch.Tensor]]] = {
+        "the posterior": (pool, lambda d: d.log_prior + d.log_likelihood),
+        f"its temperature {FAULT} times": (
+            hot,
+            lambda d: score(bind(of_prior, tempered), d).log_guide + d.log_likelihood,
+        ),
+        "a mode dropped": (pool, lambda d: (d.log_prior + d.log_likelihood).masked_fill(dropped(d) > 0, -torch.inf)),
+        f"its likelihood {FAULT} times": (pool, lambda d: d.log_prior + FAULT * d.log_likelihood),
     }
-    found = {"exact draws": sbc(exact, rejection(model, None, [""], num_samples=REPLICATIONS * RANKED), RANKED)}
-    found |= {name: sbc(exact, draws, RANKED) for name, draws in tested.items()}
-    share = float(pool.log_weight[0, :, 0].softmax(0)[first == common].sum())
+    found = {}
+    for name, (source, log_q) in laws.items():
+        some = _drawn(source, log_q(source) - source.log_guide)
+        found[name] = sbc(exact, some, RANKED, statistics=lambda d, log_q=log_q: {"log_q": log_q(d)})
+    again = rejection(model, None, [""], num_samples=REPLICATIONS * RANKED)
+    _, log_q = laws["the posterior"]
+    found["exact draws"] = sbc(exact, again, RANKED, statistics=lambda d: {"log_q": log_q(d)})
+    share = float((pool.log_weight.softmax(1) * dropped(pool)).sum())
     rows = [
         {"draws": name, **{f"p, {k}": p for k, p in made.p_values.items()}, "p, all": made.p_value}
         for name, made in found.items()
     ]
-    figure, axes = panels(3)
-    for panel, key in zip(axes, found["exact draws"].ranks, strict=False):
+    figure, axes = panels(4)
+    for panel, key in zip(axes, found["exact draws"].ranks, strict=True):
         for name, made in found.items():
             if key in made.ranks:
                 ranks = made.ranks[key].numpy()
