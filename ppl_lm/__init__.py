@@ -5,7 +5,19 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppl_lm.diagnose import Diagnosis, Evidence, drawn, ess, log_evidence, psis_khat, smoothed, to_arviz
+    from ppl_lm.diagnose import (
+        Calibration,
+        Diagnosis,
+        Evidence,
+        Verdict,
+        drawn,
+        ess,
+        log_evidence,
+        psis_khat,
+        sbc,
+        smoothed,
+        to_arviz,
+    )  # fmt: skip
     from ppl_lm.infer import (
         Draws,
         SequenceELBO,
@@ -25,6 +37,7 @@ if TYPE_CHECKING:
         prefix_likelihood,
         quasi_rejection,
         rejection,
+        replicate,
         resampling,
         score,
         smc,
@@ -40,15 +53,17 @@ _HOME = {  # public name -> module; imported when first asked for, so that `impo
     **dict.fromkeys(("Automaton", "BestOf", "Optimality", "Reward", "rewards"), "ppl_lm.likelihood"),
     **dict.fromkeys(("RewardError", "RewardTimeout"), "ppl_lm.likelihood"),
     **dict.fromkeys(
-        ("Draws", "SequenceELBO", "bind", "exact", "importance", "mcmc", "rejection", "score"), "ppl_lm.infer"
+        ("Draws", "SequenceELBO", "bind", "exact", "importance", "mcmc", "rejection", "replicate", "score"),
+        "ppl_lm.infer",
     ),
     **dict.fromkeys(("best_of_n", "conditional_smc", "particle_gibbs", "quasi_rejection", "smc"), "ppl_lm.infer"),
     **dict.fromkeys(("SequenceKernel", "exact_twist", "fit_twist", "prefix_likelihood", "tempered"), "ppl_lm.infer"),
     **dict.fromkeys(("baselines", "objectives", "off_policy", "resampling", "twists"), "ppl_lm.infer"),
     **dict.fromkeys(
-        ("Diagnosis", "Evidence", "drawn", "ess", "log_evidence", "psis_khat", "smoothed", "to_arviz"),
+        ("Calibration", "Diagnosis", "Evidence", "Verdict", "drawn", "ess", "log_evidence", "psis_khat"),
         "ppl_lm.diagnose",
     ),
+    **dict.fromkeys(("sbc", "smoothed", "to_arviz"), "ppl_lm.diagnose"),
     "fit": "ppl_lm.run",
 }
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -189,7 +189,7 @@ def diagnose(
         programs = folder.build(_with_prompts(folder.read_settings(run), prompts), run / "guide")
         torch.manual_seed(seed)
         suffix = "" if prompts is None else f"_{prompts.stem}"
-        made = measure(programs, run, num_samples, Console(quiet=True) if as_json else out, suffix)
+        made = measure(programs, run, num_samples, Console(quiet=True) if as_json else out, seed, suffix)
         if as_json:
             print(json.dumps(made, indent=1))
 

@@ -2,12 +2,13 @@
 
 import arviz as az
 import arviz_base
+import matplotlib.pyplot
 import pytest
 import torch
 
 from ppl_lm.diagnose import to_arviz, to_datatree
 from ppl_lm.guides import finetuned, prior
-from ppl_lm.infer import bind, exact, importance, rejection
+from ppl_lm.infer import bind, exact, importance, rejection, replicate
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 
@@ -49,7 +50,9 @@ def test_summary_is_the_posteriors_not_the_guides(problem):
 def test_groups_and_dimensions(problem):
     target, guide, start = problem
     data = to_arviz(rejection(target, start, ["", ""], num_samples=40))
-    assert set(data.groups()) == {"posterior", "completions", "guide", "constant_data"}
+    assert set(data.groups()) == {
+        *("posterior", "completions", "log_likelihood", "log_prior", "guide", "observed_data", "constant_data")
+    }
     assert data.posterior["reward"].dims == ("chain", "draw", "prompt") and data.posterior.sizes["draw"] == 40
     assert {"reward", "length", "log_prior"} <= set(data.posterior.data_vars)
     assert data.completions["x_text"].dtype.kind == "U" and data.guide["x_tokens"].shape == (1, 40, 2, 4)
@@ -57,6 +60,52 @@ def test_groups_and_dimensions(problem):
     assert data.posterior.attrs["unique_fraction"] == 1.0 and data.posterior.attrs["exact"] == 1
     az.summary(data)
     az.ess(data)
+
+
+def test_every_group_of_the_schema(problem, tmp_path):
+    """What is observed, replicated, constant and prior; and ArviZ's own functions find what they look for."""
+    target, guide, _ = problem
+    draws = importance(target, guide, ["", "a"], num_samples=300)
+    replicated = replicate(target, draws)
+    data = to_arviz(
+        draws,
+        prior=importance(target, None, ["", "a"], num_samples=50),
+        posterior_predictive=replicated,
+        constant_data={"beta": 0.3, "rate": [1.0, 2.0]},
+        attributes={"seed": 7},
+    )
+    assert data.prior["reward"].shape == (1, 50, 2) and data.posterior_predictive["optimal"].shape == (1, 300, 2)
+    assert data.observed_data["optimal"].values.tolist() == [1.0, 1.0]
+    assert float(data.constant_data["beta"]) == 0.3 and data.constant_data["rate"].dims == ("prompt",)
+    reward, log_lik = data.posterior["reward"].values, data.log_likelihood["optimal"].values
+    assert abs(reward / 0.3 - log_lik).max() < 1e-9, "the same draws, in the same order"
+    assert abs(data.log_prior["latent"].values - data.posterior["log_prior"].values).max() == 0
+    assert data.posterior.attrs["seed"] == 7 and data.posterior.attrs["torch_version"]
+    data.to_netcdf(str(tmp_path / "all.nc"))
+    again = az.from_netcdf(str(tmp_path / "all.nc"))
+    assert set(again.groups()) == set(data.groups())
+    assert az.summary(again, var_names=["reward"]).shape[0] == 2
+    az.plot_trace(again, var_names=["reward"])
+    az.plot_forest(again, var_names=["reward"])
+    matplotlib.pyplot.close("all")
+    assert set(to_datatree(draws).children) == set(to_arviz(draws).groups())
+
+
+def test_replicates_have_the_observed_sites_law(problem):
+    """Each is O ~ Bernoulli(exp((r - r_max)/β)); so the prior's replicates are 1 as often as rejection accepts."""
+    target, _, _ = problem
+    draws = importance(target, None, ["", "a"], num_samples=20_000)
+    p = ((draws["reward"] - 1.0) / 0.3).exp()
+    made = replicate(target, draws)["optimal"]
+    assert made.shape == p.shape and set(made.unique().tolist()) == {0.0, 1.0}
+    se = (p * (1 - p)).sum(1).sqrt() / 20_000
+    assert bool(((made.double().mean(1) - p.mean(1)).abs() < 4 * se).all())
+    high = p > p.median()
+    assert float(made[high].double().mean()) > float(made[~high].double().mean()) + 0.1, "each goes with its own text"
+    nothing = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
+    unbounded = bind(tilted, table_lm(5, 4, concentration=1.0, seed=3), reward=nothing, beta=1.0)
+    with pytest.raises(ValueError, match="declare r_max"):
+        replicate(unbounded, importance(unbounded, None, [""], num_samples=2))
 
 
 def test_netcdf_round_trip(problem, tmp_path):

@@ -1,5 +1,7 @@
 """`to_arviz`: draws as what ArviZ reads, in either of its two lives."""
 
+from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -10,109 +12,153 @@ from ppl_lm import __version__
 from ppl_lm.diagnose.drawn import worth
 from ppl_lm.infer import Draws
 
+Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]  # name -> dimensions, values
+DRAWN = ("chain", "draw", "prompt")
 
-def groups(draws: Draws, num_samples: int | None = None) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The groups of `to_arviz` as plain arrays, and the attributes.
 
-    `posterior`: equally weighted numbers, dimensions (chain, draw, prompt, ...): weighted draws are resampled, since
-    ArviZ's summaries know no weights. `completions`: the tokens and text of the same draws. `guide`: the raw draws with
-    their log-probabilities and weights. `sample_stats`: of Markov chains, their acceptance rates.
+def to_arviz(
+    draws: Draws,
+    num_samples: int | None = None,
+    *,
+    prior: Draws | None = None,
+    posterior_predictive: Mapping[str, Tensor] | None = None,
+    constant_data: Mapping[str, Any] | None = None,
+    attributes: Mapping[str, Any] | None = None,
+) -> Any:
+    """An `arviz.InferenceData`, or with ArviZ 1 an `xarray.DataTree`. Its groups, with dimensions (chain, draw, prompt, ...):
+
+    - `posterior`: equally weighted numbers: the reward and the model's other records, lengths, log p of the prior (nats), and
+      latent sites that are no text. Weighted draws are resampled, since ArviZ's summaries know no weights.
+    - `completions`: tokens and text of the same draws; `log_likelihood`: of each observed site, nats; `log_prior`: of the
+      latent sites together, nats: what `az.psens` scales.
+    - `guide`: the raw draws with their tokens, records, log-probabilities and weights, nats. `az.psislw` takes `log_weight`.
+    - `sample_stats`: how each draw came about, such as the acceptance rates of Markov chains.
+    - `prior`, `posterior_predictive`: where they are given, below.
+    - `observed_data`: what the model observed. `constant_data`: `prompt_text`, and what is given.
+
+    Attributes: versions, the draws' kind and cost, how many of the posterior's draws are different ones of the guide's
+    (`unique_fraction`), and what the weighted ones are worth (`weighted_ess`).
+
+    :param num_samples: draws in `posterior`; by default as many as were given.
+    :param prior: draws of the model's prior: `importance(model, None, prompts)`.
+    :param posterior_predictive: replicates of observed sites for each draw: `replicate(model, draws)`.
+    :param constant_data: numbers, texts, or arrays, such as {"beta": 0.2}.
+    :param attributes: more of them, such as {"seed": 0}.
     """
-    chains, count, batch = draws.log_guide.shape
-    n = num_samples or draws.num_samples
-    picks = draws.reweighted(n)  # (S, B or 1)
-    picks = picks.cpu().expand(-1, len(draws.prompts))
-    column = torch.arange(len(draws.prompts))
-    keep_chains = (draws.exact or draws.markov) and n == draws.num_samples
+    import arviz as az
 
-    def posterior(value: Tensor) -> np.ndarray:
-        flat = value.flatten(0, 1).cpu()
-        flat = flat.expand(-1, len(column), *flat.shape[2:])  # what all prompts share is repeated
-        taken = flat[picks, column]
-        shape = (chains, count) if keep_chains else (1, n)
-        return taken.reshape(*shape, *taken.shape[1:]).numpy()
+    extra = (prior, posterior_predictive, constant_data, attributes)
+    if not hasattr(az, "InferenceData"):
+        return to_datatree(draws, num_samples, *extra)
+    return az.InferenceData(warn_on_custom_groups=False, **_datasets(draws, num_samples, *extra))
+
+
+def to_datatree(draws: Draws, num_samples: int | None = None, *extra: Any) -> Any:
+    """The same groups as an `xarray.DataTree`, which ArviZ 1 reads."""
+    import xarray as xr
+
+    return xr.DataTree.from_dict(_datasets(draws, num_samples, *extra))
+
+
+def _datasets(
+    draws: Draws,
+    num_samples: int | None,
+    prior: Draws | None = None,
+    predicted: Mapping[str, Tensor] | None = None,
+    constants: Mapping[str, Any] | None = None,
+    attributes: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    chains, count, batch = *draws.log_guide.shape[:2], len(draws.prompts)
+    n = num_samples or draws.num_samples
+    picks = draws.reweighted(n).cpu().expand(-1, batch)  # (S, B)
+    shape = (chains, count) if (draws.exact or draws.markov) and n == draws.num_samples else (1, n)
+    column = torch.arange(batch)
+
+    def posterior(name: str, value: Tensor) -> tuple[tuple[str, ...], np.ndarray]:
+        taken = _each(value, batch).flatten(0, 1)[picks, column]
+        return _named(name, taken.reshape(*shape, *taken.shape[1:]))
+
+    def raw(name: str, value: Tensor) -> tuple[tuple[str, ...], np.ndarray]:
+        return _named(name, _each(value, batch))
 
     texts = {name: draws.latents[name] for name in draws.texts}
-    scalars: dict[str, np.ndarray] = {}
-    for name, value in (*draws.records.items(), *draws.latents.items()):
-        if name not in texts:
-            scalars[name] = posterior(value.double())
-    vocabulary = draws.prompts.vocabulary
-    completions: dict[str, np.ndarray] = {}
+    completions: Variables = {}
     for name, value in texts.items():
-        prefix = "" if name == "x" else f"{name}_"
-        scalars[f"{prefix}length"] = posterior(vocabulary.lengths(value).double())
-        tokens = posterior(value)
+        dims, tokens = completions[f"{name}_tokens"] = posterior(f"{name}_tokens", value)
         flat = torch.as_tensor(tokens).reshape(-1, tokens.shape[-1])
-        completions[f"{name}_tokens"] = tokens
-        completions[f"{name}_text"] = np.array(vocabulary.decode(flat), dtype=str).reshape(tokens.shape[:-1])
-    scalars["log_prior"] = posterior(draws.log_prior)
-    raw = {
-        "log_prior": draws.log_prior,
-        "log_likelihood": draws.log_likelihood,
-        "log_guide": draws.log_guide,
-        "log_weight": draws.log_weight,
+        decoded = np.array(draws.prompts.vocabulary.decode(flat), dtype=str)
+        completions[f"{name}_text"] = (dims[:-1], decoded.reshape(tokens.shape[:-1]))
+    kept = {k: getattr(draws, k) for k in ("log_prior", "log_likelihood", "log_guide", "log_weight")}
+    kept |= {f"{name}_tokens": value for name, value in texts.items()} | draws.records
+    made: dict[str, Variables] = {
+        "posterior": {k: posterior(k, v) for k, v in _scalars(draws).items()},
+        "completions": completions,
+        "log_likelihood": {k: posterior(k, v) for k, v in draws.log_likelihoods.items()},
+        "log_prior": {"latent": posterior("latent", draws.log_prior)},
+        "guide": {k: raw(k, v) for k, v in kept.items()},
+        "sample_stats": {k: raw(k, v) for k, v in draws.stats.items()},
+        "observed_data": {k: _data(k, v.cpu().numpy(), batch) for k, v in draws.observed.items()},
+        "constant_data": {
+            "prompt_text": (("prompt",), np.array([t if isinstance(t, str) else repr(t) for t in draws.prompts.texts])),
+            **{k: _data(k, np.asarray(v), batch) for k, v in (constants or {}).items()},
+        },
     }
-    guide = {k: v.expand(chains, count, len(draws.prompts)).cpu().numpy() for k, v in raw.items()}
-    for name, value in texts.items():
-        guide[f"{name}_tokens"] = value.cpu().numpy()
-    for name, value in draws.records.items():
-        guide[name] = value.expand(chains, count, len(draws.prompts)).cpu().numpy()
-    unique = [len(set(picks[:, b].tolist())) / n for b in range(picks.shape[1])]
-    attributes = {
-        "ppl_lm_version": __version__,
+    if prior is not None:
+        made["prior"] = {k: _named(k, _each(v, batch)) for k, v in _scalars(prior).items()}
+    if predicted is not None:
+        made["posterior_predictive"] = {k: posterior(k, v) for k, v in predicted.items()}
+    told = {**_attributes(draws, picks), **(attributes or {})}
+    return {name: _dataset(variables, told) for name, variables in made.items() if variables}
+
+
+def _scalars(draws: Draws) -> dict[str, Tensor]:
+    """What is a number, float64, (C, S, B, ...)."""
+    found = {k: v.double() for k, v in (*draws.records.items(), *draws.latents.items()) if k not in draws.texts}
+    for name in draws.texts:
+        prefix = "" if name == "x" else f"{name}_"
+        found[f"{prefix}length"] = draws.prompts.vocabulary.lengths(draws[name]).double()
+    return {**found, "log_prior": draws.log_prior}
+
+
+def _each(value: Tensor, batch: int) -> Tensor:
+    """What all prompts share is repeated."""
+    return value.cpu().expand(*value.shape[:2], batch, *value.shape[3:])
+
+
+def _named(name: str, value: Tensor) -> tuple[tuple[str, ...], np.ndarray]:
+    return (*DRAWN, *(f"{name}_dim_{i}" for i in range(value.dim() - 3))), value.numpy()
+
+
+def _data(name: str, value: np.ndarray, batch: int) -> tuple[tuple[str, ...], np.ndarray]:
+    if value.ndim == 1 and len(value) == batch:
+        return ("prompt",), value
+    return tuple(f"{name}_dim_{i}" for i in range(value.ndim)), value
+
+
+def _attributes(draws: Draws, picks: Tensor) -> dict[str, Any]:
+    versions = {
+        f"{name.replace('-', '_')}_version": version(name) for name in ("torch", "pyro-ppl", "transformers", "arviz")
+    }
+    made: dict[str, Any] = {
+        "inference_library": "ppl_lm",
+        "inference_library_version": __version__,
+        **versions,
         "exact": int(draws.exact),
-        "num_samples": n,
-        "unique_fraction": float(np.mean(unique)),
+        "markov": int(draws.markov),
+        "num_samples": len(picks),
+        "unique_fraction": float(np.mean([len(set(column.tolist())) / len(picks) for column in picks.T])),
         "lm_tokens": draws.cost.lm_tokens,
         "reward_calls": draws.cost.reward_calls,
     }
     ess = [] if draws.markov else [worth(draws.of_prompt(b)) for b in range(draws.log_guide.shape[-1])]
     known = [value for value in ess if value is not None]
     if known:  # ArviZ finds what chains are worth: az.ess
-        attributes["weighted_ess"] = float(np.mean(known))
-    prompts = np.array([t if isinstance(t, str) else repr(t) for t in draws.prompts.texts], dtype=str)
-    made = {
-        "posterior": scalars,
-        "completions": completions,
-        "guide": guide,
-        "sample_stats": {k: v.expand(chains, count, len(draws.prompts)).cpu().numpy() for k, v in draws.stats.items()},
-        "constant_data": {"prompt_text": prompts},
-    }
-    return made, attributes
+        made["weighted_ess"] = float(np.mean(known))
+    return made
 
 
-def to_arviz(draws: Draws, num_samples: int | None = None) -> Any:
-    """An `arviz.InferenceData`, or with ArviZ 1 an `xarray.DataTree`; see `groups` for what is in it.
-
-    :param num_samples: draws in `posterior`; by default as many as were given.
-    """
-    import arviz as az
-
-    if not hasattr(az, "InferenceData"):
-        return to_datatree(draws, num_samples)
-    return az.InferenceData(warn_on_custom_groups=False, **_datasets(draws, num_samples))
-
-
-def to_datatree(draws: Draws, num_samples: int | None = None) -> Any:
-    """The same groups as an `xarray.DataTree`, which ArviZ 1 reads."""
+def _dataset(variables: Variables, attributes: dict[str, Any]) -> Any:
     import xarray as xr
 
-    return xr.DataTree.from_dict(_datasets(draws, num_samples))
-
-
-def _datasets(draws: Draws, num_samples: int | None) -> dict[str, Any]:
-    made, attributes = groups(draws, num_samples)
-    return {name: _dataset(variables, attributes) for name, variables in made.items() if variables}
-
-
-def _dataset(variables: dict[str, np.ndarray], attributes: dict[str, Any]) -> Any:
-    import xarray as xr
-
-    arrays, coords = {}, {}
-    for name, value in variables.items():
-        extra = [f"{name}_dim_{i}" for i in range(value.ndim - 3)]
-        dims = ("chain", "draw", "prompt", *extra) if value.ndim > 1 else ("prompt",)
-        arrays[name] = (dims, value)
-        coords.update({d: np.arange(n) for d, n in zip(dims, value.shape, strict=True)})
-    return xr.Dataset(arrays, coords=coords, attrs=attributes)
+    sizes = {d: n for dims, value in variables.values() for d, n in zip(dims, value.shape, strict=True)}
+    return xr.Dataset(dict(variables), coords={d: np.arange(n) for d, n in sizes.items()}, attrs=attributes)

@@ -12,6 +12,7 @@ from ppl_lm.infer.kernel import SequenceKernel
 from ppl_lm.infer.mcmc import mcmc
 from ppl_lm.infer.quasi_rejection import quality, quasi_rejection
 from ppl_lm.infer.rejection import rejection
+from ppl_lm.infer.replicate import replicate
 from ppl_lm.infer.smc import smc
 from ppl_lm.infer.twist import exact_twist, prefix_likelihood, tempered
 from ppl_lm.infer.twists import fit_twist
@@ -39,6 +40,7 @@ __all__ = [
     "quality",
     "quasi_rejection",
     "rejection",
+    "replicate",
     "resampling",
     "score",
     "smc",

@@ -33,6 +33,8 @@ class Draws:
         the mean weight of each chain, and that alone, is an independent unbiased estimate of Z.
     :param planted: whether each of these chains grew around an exact posterior draw (conditional SMC): then it is 1/Z that
         the mean weights' inverses are unbiased for.
+    :param observed: what the model observed, by site: `optimal` is 1 for each prompt. `log_likelihoods` holds each site's share
+        of `log_likelihood`.
     :param stats: how each draw came about, (C, S, B), such as `acceptance_rate`.
     :param proposals: of a sampler that discards, all that it proposed (without `latents`).
     """
@@ -48,6 +50,8 @@ class Draws:
     markov: bool = False
     interacting: bool = False
     planted: bool = False
+    observed: dict[str, Tensor] = field(default_factory=dict)
+    log_likelihoods: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
     proposals: "Draws | None" = None
     texts: tuple[str, ...] = ()
@@ -108,6 +112,8 @@ class Draws:
             self,
             latents={},
             records={},
+            observed={},
+            log_likelihoods={},
             stats={},
             log_prior=nothing,
             log_likelihood=log_z.unsqueeze(0),
@@ -133,6 +139,7 @@ class Draws:
             prompts=prompts or self.prompts,
             latents={k: pick(v) for k, v in self.latents.items()},
             records={k: pick(v) for k, v in self.records.items()},
+            log_likelihoods={k: pick(v) for k, v in self.log_likelihoods.items()},
             stats={k: pick(v) for k, v in self.stats.items()},
             log_prior=pick(self.log_prior),
             log_likelihood=pick(self.log_likelihood),
@@ -152,6 +159,7 @@ def concatenate(parts: Sequence[Draws], dim: int = 1) -> Draws:
         first,
         latents={k: join(p.latents[k] for p in parts) for k in first.latents},
         records={k: join(p.records[k] for p in parts) for k in first.records},
+        log_likelihoods={k: join(p.log_likelihoods[k] for p in parts) for k in first.log_likelihoods},
         stats={k: join(p.stats[k] for p in parts) for k in first.stats},
         log_prior=join(p.log_prior for p in parts),
         log_likelihood=join(p.log_likelihood for p in parts),

@@ -104,16 +104,24 @@ def as_draws(p: Particles, nesting: int = 1) -> Draws:
     records = {k: record(v) for k, v in p.records.items()}
     return Draws(
         prompts=p.prompts,
-        latents={k: _prompts_first(s, nesting).unsqueeze(0) for k, s in p.guide_sites.items()},
+        latents={k: prompts_first(s, nesting).unsqueeze(0) for k, s in p.guide_sites.items()},
         records={k: v for k, v in records.items() if v is not None},
         log_prior=p.log_prior().unsqueeze(0),
         log_likelihood=p.log_likelihood().unsqueeze(0),
         log_guide=p.log_drawn().unsqueeze(0),
         texts=tuple(k for k, s in p.guide_sites.items() if is_sequence(s)),
+        observed={k: _of_one_particle(s, nesting) for k, s in p.observed_sites.items()},
+        log_likelihoods={k: v.unsqueeze(0) for k, v in p.log_likelihoods().items()},
     )
 
 
-def _prompts_first(site: Site, nesting: int) -> Tensor:
+def _of_one_particle(site: Site, nesting: int) -> Tensor:
+    """An observed value without the dimension of the particles, which all observe the same."""
+    value = site["value"].detach()
+    return value[0] if value.dim() > nesting + site["fn"].event_dim else value
+
+
+def prompts_first(site: Site, nesting: int) -> Tensor:
     """A site's value, (n, *plates, B, *event) as Pyro has it, as (n, B, *plates, *event)."""
     value = site["value"].movedim(nesting, 1)
     used = {f.dim for f in site["cond_indep_stack"]}
@@ -125,7 +133,7 @@ def _prompts_first(site: Site, nesting: int) -> Tensor:
 
 
 class Given(Messenger):
-    """Sites take the values that draws hold, in Pyro's layout: the way back from `_prompts_first`."""
+    """Sites take the values that draws hold, in Pyro's layout: the way back from `prompts_first`."""
 
     def __init__(self, values: dict[str, Tensor], nesting: int):
         super().__init__()

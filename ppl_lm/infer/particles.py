@@ -82,8 +82,15 @@ class Particles:
 
     def log_likelihood(self) -> Tensor:
         """log p of all observed sites, for exp(r/β): what a bounded `Optimality` subtracts is added again."""
-        observed = [name for name in self.log_p if name not in self.guide_sites]
-        return self._by_prompt(self.log_p[name] + log_shift(self.model_sites[name]) for name in observed)
+        return self._by_prompt(self.log_p[n] + log_shift(s) for n, s in self.observed_sites.items())
+
+    def log_likelihoods(self) -> dict[str, Tensor]:
+        """`log_likelihood` site by site."""
+        return {n: self._by_prompt([self.log_p[n] + log_shift(s)]) for n, s in self.observed_sites.items()}
+
+    @property
+    def observed_sites(self) -> dict[str, Site]:
+        return {name: self.model_sites[name] for name in self.log_p if name not in self.guide_sites}
 
     def log_evidence(self) -> Tensor:
         """log p of all observed sites as Pyro has it: `log_likelihood` less what a bounded `Optimality` subtracts."""

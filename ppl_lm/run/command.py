@@ -57,17 +57,18 @@ def fit_and_measure(
     out.print(told(fitted), markup=False)
     if fitted.outcome != "interrupted":
         out.print("measuring", markup=False)
-        measure(programs, path, num_samples, out)
+        measure(programs, path, num_samples, out, settings.seed)
     out.print(f"written: {path}", markup=False)
     return fitted.outcome
 
 
 def measure(
-    programs: folder.Programs, path: Path, num_samples: int | None, out: Console, suffix: str = ""
+    programs: folder.Programs, path: Path, num_samples: int | None, out: Console, seed: int, suffix: str = ""
 ) -> dict[str, Any]:
     """Diagnoses the run's guide; writes `diagnosis.json` and `draws.nc`; returns what `diagnosis.json` holds.
 
     :param num_samples: draws for each prompt; None: 4096, fewer with many prompts.
+    :param seed: that was set, for the record.
     :param suffix: of the two files' names."""
     if num_samples is None:
         num_samples = max(512, min(4096, 16384 // len(programs.prompts)))
@@ -83,7 +84,10 @@ def measure(
             record |= {"kept_verdict": record["verdict"], "verdict": "worse_than_prior"}
             record["sentence"] = f"{sentence} Of the guide that was kept: {record['sentence']}"
     folder.write_json(path / f"diagnosis{suffix}.json", record)
-    folder.save_draws(path / f"draws{suffix}.nc", to_arviz(made.guide))
+    settings = folder.read_settings(path)
+    constants = folder.constant_data(settings, programs.prior)
+    data = to_arviz(made.guide, prior=made.prior, constant_data=constants, attributes={"seed": seed})
+    folder.save_draws(path / f"draws{suffix}.nc", data)
     first = (made.prior.of_prompt(0), made.guide.of_prompt(0), made.exact[0])
     out.print(show.samples(*first))
     if len(made.figures) > 1:

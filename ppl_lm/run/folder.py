@@ -1,5 +1,6 @@
 """A run folder: what was asked (`config.json`), how it went (`metrics.jsonl`), and what came out of it."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -209,6 +210,26 @@ def save_draws(path: Path, data: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     data.to_netcdf(str(temporary))
     os.replace(temporary, path)
+
+
+def constant_data(settings: Settings, prior: LanguageModel) -> dict[str, Any]:
+    """What the posterior was made of, for `to_arviz`."""
+    made = {
+        "model": settings.model,
+        "reward": settings.reward,
+        "beta": settings.beta,
+        "prior_sha256": fingerprint(prior),
+    }
+    return made | {"vocabulary_sha256": prior.vocabulary.fingerprint}
+
+
+def fingerprint(lm: torch.nn.Module) -> str:
+    """A hash of each weight's name, shape and first 1,024 numbers."""
+    digest = hashlib.sha256()
+    for name, weight in lm.state_dict().items():
+        digest.update(repr((name, tuple(weight.shape))).encode())
+        digest.update(weight.flatten()[:1024].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _is_run(folder: Path) -> bool:

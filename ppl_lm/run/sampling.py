@@ -86,8 +86,10 @@ def sample_and_write(
     if not own:
         folder.claim(path, overwrite)
         folder.write_settings(path, settings)
+    constants, told = folder.constant_data(settings, programs.prior), {"seed": settings.seed, "sampler": sampler}
+    data = to_arviz(draws, constant_data=constants, attributes=told)
     folder.write_json(path / f"diagnosis{suffix}.json", record)
-    folder.save_draws(path / f"draws{suffix}.nc", to_arviz(draws))
+    folder.save_draws(path / f"draws{suffix}.nc", data)
     if out is not None:
         out.print(how, markup=False)
     _show(draws, num_samples, out)
