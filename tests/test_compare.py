@@ -84,6 +84,13 @@ def test_evidence_of_two_rewards_is_the_enumerated_one(sampler):
     assert sum(row.probability for row in rows) == pytest.approx(1) and rows[0].difference_se == 0
 
 
+def test_only_runs_are_independent():
+    draws = smc_(target(), [""])
+    found = log_evidence(draws)  # of as many runs
+    for row in compare_models({"a": draws, "b": draws}, same_likelihood=True):
+        assert row.log_z == pytest.approx(float(found.log_z)) and row.se == pytest.approx(float(found.log_z_se))
+
+
 def test_two_priors_and_two_prompts_need_no_bound():
     for models, texts in (
         ({"one": target("one"), "two": target("two")}, (TEXTS, TEXTS)),
