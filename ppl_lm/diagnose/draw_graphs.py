@@ -1,110 +1,109 @@
 """Drawings of `graphs`: matplotlib Axes. Texts are untrusted: shown without markup and without control characters."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import networkx
 
 from ppl_lm.diagnose.show import clean
 
-INK, GREY, PALE = "#222222", "#9a9a9a", "#e9e9e9"
+INK, GREY, SOFT = "#222222", "#8f8f8f", "#666666"
+SHRANK_TO_GREW = ("#7a2f04", "#d9883a", "#d3cdc2", "#45a79b", "#00463d")  # told apart by colour-blind readers too
 SIZE = 9.5  # points, of text
-ROW = 21.0  # points between branches
-GAP = 34.0  # points between a text and what follows it
-DISC = 17.0  # points across, of all the mass
+ROW = 16.0  # points between branches
+GAP = 30.0  # points between a text and what follows it
+BAR = 46.0  # points, of the largest mass but the root's
 FOLDS = 3  # mass that grew or shrank 2**FOLDS times has the strongest colour
 
 
 def draw_prefix_tree(tree: networkx.DiGraph, ax: Any = None) -> Any:
-    """Texts read from left to right. Of each disc the left half is the prior's mass and the right half the posterior's (or the
-    guide's where there is no posterior), in area; colour says how many times the mass grew or shrank, and so do the figures.
+    """Texts read from left to right. Before each piece of text its mass as two bars: grey the prior's, below it the posterior's
+    (or the guide's where there is no posterior), whose colour says how many times the mass grew or shrank.
 
     The branch with the most mass goes straight on. A square is the end of a text, an ellipsis what is not shown.
 
     :param ax: a figure of its own size by default; in a given one all is scaled to fit."""
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.path import Path
-
     laws = tree.graph["laws"]
     after = next((law for law in ("posterior", "guide") if law in laws), None)
-    first = after or "prior"
+    first, colour = after or "prior", _shades(after)
     place: dict[Any, tuple[float, float]] = {}
     ends: dict[Any, float] = {}
     shown: dict[Any, str] = {}
+    slot: dict[Any, float] = {}  # points for the bars, the same for all that follow one prefix
     row = 0
+
+    largest = max(
+        (data[law] for node, data in tree.nodes(data=True) if node != () for law in ("prior", first)), default=1.0
+    )
 
     def put(node: Any, x: float) -> None:
         nonlocal row
         data = tree.nodes[node]
         children = sorted(tree.successors(node), key=lambda c: (-tree.nodes[c][first], -tree.nodes[c]["prior"], c))
-        text = str(tree.graph["prompt"]) if node == () else data["text"]
-        shown[node] = line(text, 34) or ("(empty prompt)" if node == () else "")
+        shown[node] = (
+            line(tree.graph["prompt"], 40) or "(empty prompt)" if node == () else line(data["text"], 34).strip()
+        )
+        shown[node] += "" if data["over"] == "end" or children else " …"
         place[node] = (x, -row * ROW)
-        ends[node] = x + DISC / 2 + 4 + max(_width(shown[node]), _width(_figures(data, after), 0.72))
-        ends[node] += 9 if data["over"] == "end" or not children else 0
+        ends[node] = x + _width(shown[node], weight="bold" if node == () else "normal")
+        if node != ():
+            ends[node] += slot[node] + 5 + (9 if data["over"] == "end" else 0) + 6 + _width(_figures(data, after), 0.76)
+        longest = max((tree.nodes[c][law] for c in children for law in ("prior", first)), default=0.0)
         for n, child in enumerate(children):
             row += n > 0
+            slot[child] = BAR * longest / largest
             put(child, ends[node] + GAP)
 
     put((), 0.0)
-    right, bottom = max(ends.values()), -row * ROW
-    ax, scale = _axes(ax, -DISC, right + 8, bottom - ROW * 0.8, ROW * 0.9)
-    colours, norm = colormaps["BrBG"], Normalize(-FOLDS, FOLDS)
-
-    def colour(data: dict[str, Any]) -> Any:
-        return GREY if after is None else colours(norm(_folds(data, after)))
-
+    heading = (
+        f"Where the {after} puts its mass, text by text" if after else "Where the prior has its mass, text by text"
+    )
+    note = f"% of texts that begin like this: {' → '.join(['prior', *([after] if after else [])])}.  … goes on, ■ ends."
+    root = tree.nodes[()]
+    hidden = " → ".join(_percent(root[f"rest_{law}"]) for law in ("prior", after) if law)
+    note += f"  Other beginnings, not drawn: {hidden}."
+    bottom = -row * ROW
+    wide = max(*ends.values(), _width(heading, 1.25, "bold"), _width(note, 0.85), 300.0)
+    ax, scale = _axes(ax, -8, wide + 8, bottom - (62 if after else 14), 54)
+    _text(ax, 0, 42, heading, SIZE * 1.25 * scale, va="center", weight="bold")
+    _text(ax, 0, 26, note, SIZE * 0.85 * scale, va="center", color=SOFT)
     for parent, child in tree.edges:
-        (_, y), (x, below), data = place[parent], place[child], tree.nodes[child]
-        start = ends[parent] + 3
-        middle = start + (x - start) * 0.55
-        curve = Path([(start, y), (middle, y), (start, below), (x - 3, below)], [1, 4, 4, 4])
-        _line(ax, curve, "#d5d5d5" if after else GREY, (0.8 + 7 * data["prior"]) * scale)
-        if after:
-            _line(ax, curve, colour(data), (0.8 + 7 * data[after]) * scale * 0.55)
+        (_, y), (x, below) = place[parent], place[child]
+        start, end = ends[parent] + 4, x - 2
+        _curve(ax, (start, y), (end, below), colour(tree.nodes[child]), 1.3 * scale)
     for node, (x, y) in place.items():
         data = tree.nodes[node]
-        for law, shade, begin in (("prior", GREY, 90), (after, colour(data), 270)):
-            if law is not None:
-                half = Path.wedge(begin, begin + 180)
-                area = data[law] * (DISC * scale) ** 2
-                ax.scatter([x], [y], s=[area], marker=half, c=[shade], lw=0.4, ec=INK, zorder=3)
-        left = x + DISC / 2 + 4
-        _text(ax, left, y + 1, shown[node], SIZE * scale, va="bottom" if shown[node] else "center", weight="medium")
-        _text(ax, left, y - 1.5, _figures(data, after), SIZE * 0.72 * scale, color="#666666", va="top")
-        tail = left + _width(shown[node]) + 5
+        if node == ():
+            _text(ax, x, y, shown[node], SIZE * scale, va="center", weight="bold")
+            continue
+        high = 4.6
+        _bar(ax, x, y if after else y - high / 2, BAR * data["prior"] / largest, high, GREY)
+        if after:
+            _bar(ax, x, y - high, BAR * data[after] / largest, high, colour(data))
+        left = x + slot[node] + 5
+        _text(ax, left, y, shown[node], SIZE * scale, va="center")
+        left += _width(shown[node])
         if data["over"] == "end":
-            ax.scatter([tail], [y + 5], s=[(4 * scale) ** 2], marker="s", c=[INK], zorder=3)
-        elif not tree[node]:
-            _text(ax, tail - 4, y + 1, "…", SIZE * scale, color="#666666", va="bottom")
+            _bar(ax, left + 3.5, y - 2, 4, 4, INK)
+            left += 9
+        _text(ax, left + 6, y, _figures(data, after), SIZE * 0.76 * scale, color=SOFT, va="center")
     if after:
-        bar = ax.figure.colorbar(
-            ScalarMappable(norm, colours),
-            ax=ax,
-            orientation="horizontal",
-            shrink=0.32,
-            aspect=28,
-            pad=0.02,
-            anchor=(0, 1),
-        )
-        steps = range(-FOLDS, FOLDS + 1)
-        bar.set_ticks(list(steps), labels=[f"÷{2**-s}" if s < 0 else f"×{2**s}" if s else "same" for s in steps])
-        bar.ax.tick_params(labelsize=SIZE * 0.8 * scale, length=2)
-        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-        bar.ax.set_title(f"{after} mass against the prior's", fontsize=SIZE * 0.85 * scale, loc="left", color=INK)
-    lost = {law: sum(data[f"rest_{law}"] for _, data in tree.nodes(data=True)) for law in laws}
-    side = f"left half: prior, right half: {after}" if after else "the prior's mass"
-    hidden = ", ".join(f"{100 * share:.0f}% of the {law}" for law, share in lost.items() if law in ("prior", after))
-    ax.set_title(
-        f"Area is probability ({side}). Not followed to the end here: {hidden}.",
-        fontsize=SIZE * scale,
-        loc="left",
-        color=INK,
-        pad=4,
-    )
+        _key(ax, bottom - 30, after, scale)
     return ax
+
+
+def _key(ax: Any, y: float, after: str, scale: float) -> None:
+    """What bars and colours mean."""
+    _bar(ax, 0, y, 16, 4.6, GREY)
+    _bar(ax, 0, y - 4.6, 16, 4.6, _shades(after)({"prior": 1.0, after: 2.0}))
+    _text(ax, 21, y + 3.5, "prior", SIZE * 0.8 * scale, va="center")
+    _text(ax, 21, y - 5.5, after, SIZE * 0.8 * scale, va="center")
+    x = 86.0
+    for fold in range(-FOLDS, FOLDS + 1):
+        _bar(ax, x, y - 4.6, 26, 9.2, _shades(after)({"prior": 1.0, after: 2.0**fold}))
+        word = f"÷{2**-fold}" if fold < 0 else f"×{2**fold}" if fold else "same"
+        _text(ax, x + 13, y - 8, word, SIZE * 0.76 * scale, ha="center", va="top", color=SOFT)
+        x += 26
+    _text(ax, x + 8, y, f"{after} ÷ prior", SIZE * 0.8 * scale, va="center")
 
 
 def draw_model(graph: networkx.DiGraph, ax: Any = None) -> Any:
@@ -137,7 +136,7 @@ def draw_model(graph: networkx.DiGraph, ax: Any = None) -> Any:
             SIZE * 0.8 * scale,
             ha="right",
             va="bottom",
-            color="#666666",
+            color=SOFT,
         )
     patches = {}
     for node, (x, y) in place.items():
@@ -167,13 +166,13 @@ def draw_automaton(graph: networkx.DiGraph, ax: Any = None) -> Any:
     widest: dict[int, float] = {}  # column -> its longest label
     for (one, two), text in labels.items():
         here = int(min(place[one][0], place[two][0]))
-        widest[here] = max(widest.get(here, 0.0), _width(text, 0.85) / max(1.0, abs(place[one][0] - place[two][0])))
+        widest[here] = max(widest.get(here, 0.0), _width(text) / max(1.0, abs(place[one][0] - place[two][0])))
     at = [0.0]
     for n in range(int(max(x for x, _ in place.values()))):
         at.append(at[-1] + max(column, widest.get(n, 0.0) + 2 * radius + 26))
     place = {n: (at[int(x)], -y * 62) for n, (x, y) in place.items()}
     left, right, low, top = _around(place, radius + 8, radius + 12)
-    loop = max((_width(text, 0.85) / 2 for (one, two), text in labels.items() if one == two), default=0.0)
+    loop = max((_width(text) / 2 for (one, two), text in labels.items() if one == two), default=0.0)
     bends = any(place[two][0] <= place[one][0] or place[two][0] > place[one][0] + 400 for one, two in labels)
     ax, scale = _axes(ax, min(left - 18, -loop), max(right, right - radius + loop), low - 30 * bends, top + 38)
     discs = {}
@@ -196,7 +195,7 @@ def draw_automaton(graph: networkx.DiGraph, ax: Any = None) -> Any:
             _arrow(ax, (x, y), (to, below), bend, scale, discs[one], discs[two])
             where = ((x + to) / 2 + bend * (below - y) / 2, (y + below) / 2 - bend * (to - x) / 2)
         plain: Any = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none"}
-        _text(ax, *where, text, SIZE * 0.85 * scale, ha="center", va="center", color="#00515f", zorder=6, bbox=plain)
+        _text(ax, *where, text, SIZE * scale, ha="center", va="center", color="#00515f", zorder=6, bbox=plain)
     return ax
 
 
@@ -214,23 +213,32 @@ def _folds(data: dict[str, Any], law: str) -> float:
     return max(-FOLDS, min(FOLDS, log2(data[law] / data["prior"])))
 
 
+def _shades(after: str | None) -> Any:
+    """Colour of a node: how its mass under `after` compares with the prior's."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    scale = LinearSegmentedColormap.from_list("shrank_to_grew", SHRANK_TO_GREW)
+    return lambda data: GREY if after is None else scale((_folds(data, after) + FOLDS) / (2 * FOLDS))
+
+
 def _figures(data: dict[str, Any], after: str | None) -> str:
     before = _percent(data["prior"])
     return before if after is None else f"{before} → {_percent(data[after])}"
 
 
 def _percent(share: float) -> str:
-    return (
-        f"{100 * share:.0f}%" if share >= 0.0995 or not share else f"{100 * share:.1f}%" if share >= 0.0005 else "<0.1%"
-    )
+    if 0 < share < 0.0005:
+        return "<0.1"
+    return f"{100 * share:.0f}" if share >= 0.0995 or not share else f"{100 * share:.1f}"
 
 
-def _width(text: str, size: float = 1.0) -> float:
+def _width(text: str, size: float = 1.0, weight: str = "normal") -> float:
     """Points, at `size` times the usual one."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
-    return text_to_path.get_text_width_height_descent(text, FontProperties(size=SIZE * size), False)[0] if text else 0.0
+    font = FontProperties(size=SIZE * size, weight=weight)
+    return text_to_path.get_text_width_height_descent(text, font, False)[0] if text else 0.0
 
 
 def _axes(ax: Any, left: float, right: float, low: float, top: float) -> tuple[Any, float]:
@@ -238,10 +246,8 @@ def _axes(ax: Any, left: float, right: float, low: float, top: float) -> tuple[A
     if ax is None:
         from matplotlib.figure import Figure
 
-        wide, high = max(right - left, 120.0), max(top - low, 60.0)
-        figure = Figure(figsize=(wide / 72, high / 72 + 0.9), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # pyright: ignore
-        ax = figure.add_subplot()
+        figure = Figure(figsize=((right - left) / 72, (top - low) / 72), dpi=144)
+        ax = figure.add_axes((0, 0, 1, 1))
         scale = 1.0
     else:
         box = ax.get_window_extent()
@@ -287,13 +293,24 @@ def _text(ax: Any, x: float, y: float, text: str, size: float, **style: Any) -> 
     ax.text(x, y, text, fontsize=size, parse_math=False, usetex=False, **{"color": INK, "zorder": 4, **style})
 
 
-def _line(ax: Any, curve: Any, colour: Any, width: float) -> None:
+def _bar(ax: Any, x: float, y: float, wide: float, high: float, colour: Any) -> None:
+    from matplotlib.patches import Rectangle
+
+    ax.add_patch(Rectangle((x, y), wide, high, fc=colour, ec="none", zorder=3))
+
+
+def _curve(ax: Any, start: tuple[float, float], end: tuple[float, float], colour: Any, width: float) -> None:
     from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
 
-    ax.add_patch(PathPatch(curve, fc="none", ec=colour, lw=width, capstyle="round", zorder=1))
+    middle = (start[0] + end[0]) / 2
+    path = Path([start, (middle, start[1]), (middle, end[1]), end], [Path.MOVETO, *[Path.CURVE4] * 3])
+    ax.add_patch(PathPatch(path, fc="none", ec=colour, lw=width, capstyle="round", zorder=1))
 
 
-def _arrow(ax: Any, start: Iterable[float], end: Iterable[float], bend: float, scale: float, *patches: Any) -> None:
+def _arrow(
+    ax: Any, start: tuple[float, float], end: tuple[float, float], bend: float, scale: float, *patches: Any
+) -> None:
     """:param patches: those from whose border to whose border it goes, then perhaps a line style."""
     from matplotlib.patches import FancyArrowPatch
 

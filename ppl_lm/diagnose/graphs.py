@@ -46,9 +46,7 @@ def model_graph(model: Callable[..., Any], prompts: Any) -> networkx.DiGraph:
             name,
             kind="deterministic" if record else "observed" if site["is_observed"] else "latent",
             distribution=type(_unwrapped(site["fn"])).__name__,
-            plates=tuple(
-                f.name for f in sorted(site["cond_indep_stack"], key=lambda f: f.dim if f.vectorized else -99)
-            ),
+            plates=tuple(f.name for f in site["cond_indep_stack"]),
         )
         graph.graph["plates"] |= {f.name: f.full_size or f.size for f in site["cond_indep_stack"]}
         law = _unwrapped(site["fn"]) if record else site["fn"]
@@ -118,22 +116,25 @@ def automaton_graph(automaton: Automaton) -> networkx.DiGraph:
         pieces = token_bytes(vocabulary)
     except ValueError:  # what a token writes depends on its neighbours
         pieces = {}
-    to = automaton.to.tolist()
     single = {piece: token for token, piece in pieces.items() if len(piece) == 1}
+    by_byte = {piece: automaton.to[:, token].tolist() for piece, token in single.items()}  # byte -> state -> next state
+
+    def spelled(state: int, piece: bytes) -> int:
+        for i in range(len(piece)):
+            state = by_byte[piece[i : i + 1]][state] if piece[i : i + 1] in by_byte else nowhere
+        return state
+
     graph = networkx.DiGraph()
     for state in range(nowhere):
         ends = bool(automaton.accepting[state])
         graph.add_node(state, start=state == 0, accepting=ends, left=int(automaton.left[state]))
     for state in range(nowhere):
         edges: dict[int, list[int]] = {}
-        for token in (automaton.to[state] < nowhere).nonzero().flatten().tolist():
-            piece = pieces.get(token, b"")
-            steps = [single.get(piece[i : i + 1]) for i in range(len(piece))]
-            here = state
-            for step in steps:
-                here = nowhere if step is None else to[here][step]
-            if len(piece) < 2 or here != to[state][token]:
-                edges.setdefault(to[state][token], []).append(token)
+        row = automaton.to[state]
+        for token in (row < nowhere).nonzero().flatten().tolist():
+            following, piece = int(row[token]), pieces.get(token, b"")
+            if len(piece) < 2 or spelled(state, piece) != following:
+                edges.setdefault(following, []).append(token)
         for following, tokens in edges.items():
             written = [pieces.get(t) or text_of(vocabulary, (t,)).encode() or f"token {t}".encode() for t in tokens]
             graph.add_edge(state, following, tokens=tokens, label=label(written))
@@ -143,8 +144,9 @@ def automaton_graph(automaton: Automaton) -> networkx.DiGraph:
 def label(pieces: list[bytes], most: int = 6) -> str:
     """Pieces of text as a short line: runs of single characters as `a–z`, the others by name, all printable.
 
-    >>> label([b"a", b"b", b"c", b"\\n", b" ", b"good"])
-    'a–c, ␣, \\\\n, good'"""
+    >>> label([b"a", b"b", b"c", b"!", b" ", b"good"])
+    'a–c, ␣, !, good'
+    """
     alone = sorted({p[0] for p in pieces if len(p) == 1})
     longer = sorted({p for p in pieces if len(p) > 1}, key=lambda p: (len(p), p))
     shown: list[str] = []

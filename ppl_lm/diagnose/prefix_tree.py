@@ -36,6 +36,9 @@ def prefix_tree(
     Tokens after which nothing branches are one node: what is lost on the way is below `min_mass` under each law, and is part
     of the rest of the node before them.
 
+    Standard errors are no better than the draws: where weights have a heavy tail (`drawn` says so) or chains stand still for
+    long, they are too small. A mass of 0 has the error 0, though it only says that no draw went there.
+
     :param prior: draws of the model's prior, `importance(model, None, prompts)`; their weights are not used.
     :param guide: draws of a guide, `importance(model, guide, prompts)`, likewise as they come.
     :param posterior: draws of any sampler; exact ones and chains count as they come, others by their normalised weights.
@@ -178,5 +181,7 @@ def _any(columns: list[Tensor], like: Tensor) -> Tensor:
 
 def text_of(vocabulary: Vocabulary, prefix: Prefix) -> str:
     """Of a byte-level BPE, without the character that is not whole yet."""
+    if not prefix:
+        return ""
     (text,) = vocabulary.decode(torch.tensor([prefix], dtype=torch.int64))
     return text.rstrip("\ufffd")
