@@ -7,16 +7,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ppl_lm.diagnose import (
         Calibration,
+        Compared,
         Diagnosis,
         Evidence,
+        PredictiveCheck,
+        Sensitivity,
         Verdict,
+        automaton_graph,
+        compare_models,
+        diversity,
+        draw_automaton,
+        draw_model,
+        draw_prefix_tree,
         drawn,
         ess,
+        frontier,
+        heat_html,
         log_evidence,
+        model_graph,
+        plot_evidence,
+        plot_frontier,
+        plot_heat,
+        plot_sbc,
+        plot_training,
+        plot_weight_tail,
+        power_scale,
+        predictive_check,
+        prefix_tree,
         psis_khat,
         sbc,
         smoothed,
         to_arviz,
+        token_gains,
     )  # fmt: skip
     from ppl_lm.infer import (
         Draws,
@@ -60,10 +82,19 @@ _HOME = {  # public name -> module; imported when first asked for, so that `impo
     **dict.fromkeys(("SequenceKernel", "exact_twist", "fit_twist", "prefix_likelihood", "tempered"), "ppl_lm.infer"),
     **dict.fromkeys(("baselines", "objectives", "off_policy", "resampling", "twists"), "ppl_lm.infer"),
     **dict.fromkeys(
-        ("Calibration", "Diagnosis", "Evidence", "Verdict", "drawn", "ess", "log_evidence", "psis_khat"),
-        "ppl_lm.diagnose",
+        ("Calibration", "Compared", "Diagnosis", "Evidence", "PredictiveCheck", "Sensitivity"), "ppl_lm.diagnose"
     ),
-    **dict.fromkeys(("sbc", "smoothed", "to_arviz"), "ppl_lm.diagnose"),
+    **dict.fromkeys(
+        ("Verdict", "automaton_graph", "compare_models", "diversity", "draw_automaton", "draw_model"), "ppl_lm.diagnose"
+    ),
+    **dict.fromkeys(("draw_prefix_tree", "drawn", "ess", "frontier", "heat_html", "log_evidence"), "ppl_lm.diagnose"),
+    **dict.fromkeys(
+        ("model_graph", "plot_evidence", "plot_frontier", "plot_heat", "plot_sbc", "plot_training"), "ppl_lm.diagnose"
+    ),
+    **dict.fromkeys(
+        ("plot_weight_tail", "power_scale", "predictive_check", "prefix_tree", "psis_khat", "sbc"), "ppl_lm.diagnose"
+    ),
+    **dict.fromkeys(("smoothed", "to_arviz", "token_gains"), "ppl_lm.diagnose"),
     "fit": "ppl_lm.run",
 }
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

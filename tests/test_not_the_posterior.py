@@ -16,8 +16,9 @@ import oracle
 import pytest
 import torch
 
+from ppl_lm.diagnose import drawn, log_evidence
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import NoSupportError, best_of_n, bind, importance, quality, quasi_rejection
+from ppl_lm.infer import NoSupportError, best_of_n, bind, exact, importance, quality, quasi_rejection
 from ppl_lm.lm import TokenSequence
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
@@ -260,3 +261,19 @@ def test_bad_numbers_are_refused(wrong, least):
     name, value = next(iter(wrong.items()))
     with pytest.raises(ValueError, match=f"{name}={value}; give at least {least}"):
         best_of_n(bind(tilted, lm, reward=letters), None, [""], **wrong)
+
+
+def test_the_evidence_of_quasi_rejection_has_its_proposals_error():
+    """Where no weight exceeds the bound all of its weights are equal: the error of log Z is the proposals', not 0."""
+    lm = table_lm(5, 4, concentration=1.0, seed=3)
+    target = bind(tilted, lm, reward=lambda completions, **_: [0.5 * text.count("a") for text in completions], beta=0.5)
+    truth = float(exact(target, None, [""]).log_z[0])
+    off = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        draws = quasi_rejection(target, None, [""], num_samples=100, log_bound=6.0)
+        made, found = drawn(draws), log_evidence(draws)
+        assert made["log_z"] == pytest.approx(float(found.log_z)) and made["log_z_se"] > 0.005
+        assert float(found.elbo_se) > 0.005 and float(found.upper_se) > 0.005
+        off.append((made["log_z"] - truth) / made["log_z_se"])
+    assert 0.6 < float(torch.tensor(off).std()) < 1.4 and abs(sum(off)) / 60**0.5 < 3.5

@@ -19,10 +19,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppl_lm.diagnose import psis_khat, smoothed
+from ppl_lm.diagnose import ess, psis_khat, smoothed
 from ppl_lm.diagnose.weights import weighted_mean
 from ppl_lm.experiments.local_masking import resampled
-from ppl_lm.infer import bind, importance
+from ppl_lm.infer import bind, importance, rejection
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 
@@ -39,7 +39,7 @@ def weighted(draws, log_w):
     zeros, columns = torch.zeros_like(log_w)[None], log_w.shape[1]
     return replace(
         draws, prompts=draws.prompts[:columns], log_prior=zeros, log_likelihood=log_w[None], log_guide=zeros,
-        latents={}, records={}, texts=(),
+        latents={}, records={}, log_likelihoods={}, texts=(),
     )  # fmt: skip
 
 
@@ -132,3 +132,19 @@ def test_chains_and_other_draws_keep_their_shape(draws):
     made = smoothed(by_chain)
     assert made.log_weight.shape == (3, 200, 1)
     torch.testing.assert_close(made.log_weight.flatten(), smoothed(raw).log_weight.flatten(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("top", [95, 105, 119, 140])
+def test_a_tail_whose_upper_part_is_tied_leaves_weights_as_they_are(top):
+    """ArviZ fits the weights above the tail's lower end; where those are all the same it answers NaN and a finite k-hat."""
+    log_w = torch.zeros(2000, dtype=torch.float64)
+    log_w[:top] = 1.0
+    assert psis_khat(log_w) is None
+
+
+def test_exact_draws_are_worth_their_number():
+    lm = table_lm(5, 4, concentration=1.0, seed=3)
+    reward = lambda completions, **_: [-0.5 * text.count("a") for text in completions]  # noqa: E731
+    target = bind(tilted, lm, reward=reward, beta=0.5)
+    draws = rejection(target, None, ["", ""], num_samples=20, log_bound=0.0)
+    assert ess(draws).tolist() == [20.0, 20.0]

@@ -76,6 +76,10 @@ def _figures(draws: Draws, share: float) -> dict[str, Any]:
         se = ((one - made["log_z"]).exp() - one).std(0) / len(one) ** 0.5  # one influence function: same draws
         made["kl_q_p"] = made["log_z"] - float(one.mean())
         made["kl_q_p_se"] = float(se.nan_to_num(math.inf))
+        if draws.proposals is not None:  # quasi-rejection: its law is normalised by an estimate from the proposals
+            made["log_z"], made["log_z_se"] = map(float, log_mean(draws.proposals.log_weight.flatten(0, 1)))
+            made["kl_q_p"] = made["log_z"] - float(one.mean())
+            made["kl_q_p_se"] = math.hypot(float(one.std(0)) / len(one) ** 0.5, made["log_z_se"])
     if kind == "weighted":
         made["khat"] = psis_khat(log_w[:, 0])
     if kind == "markov":

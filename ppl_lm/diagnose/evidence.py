@@ -97,6 +97,14 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
         upper = (share * terms).sum(0)
         upper_se = (share.square() * (terms - upper).square()).sum(0).sqrt()
         kl_p_q_se = (share * (terms - upper - 1) + 1 / n).square().sum(0).sqrt()  # influence of upper less log Z's
+    kl_p_q = upper - log_z
+    if draws.proposals is not None:  # quasi-rejection: its law is normalised by an estimate from the same proposals
+        log_z, log_z_se = log_mean(draws.proposals.log_weight.flatten(0, 1))
+        kl_q_p, kl_p_q = log_z - elbo, upper - log_z
+        elbo_se, iwae_se, upper_se, iwae_upper_se, kl_p_q_se = (
+            torch.hypot(se, log_z_se) for se in (elbo_se, iwae_se, upper_se, iwae_upper_se, kl_p_q_se)
+        )
+        kl_q_p_se = elbo_se
     return Evidence(
         elbo=elbo,
         elbo_se=elbo_se,
@@ -112,7 +120,7 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
         log_z_se=log_z_se,
         kl_q_p=kl_q_p,
         kl_q_p_se=kl_q_p_se,
-        kl_p_q=upper - log_z,
+        kl_p_q=kl_p_q,
         kl_p_q_se=kl_p_q_se,
     )
 

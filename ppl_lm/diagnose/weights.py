@@ -13,9 +13,11 @@ from ppl_lm.infer import Draws
 
 
 def ess(log_w: Float[Tensor, "S *B"] | Draws) -> Float[Tensor, "*B"]:
-    """Effective sample size (Σw)²/Σw² in draws (Kong 1992); 0 where all weights are zero. Of `Draws`: each prompt's;
-    too many of those that came about together, of which `drawn` takes the errors of their means."""
+    """Effective sample size (Σw)²/Σw² in draws (Kong 1992); 0 where all weights are zero. Of `Draws`: each prompt's,
+    all where they are exact; too many of those that came about together, of which `drawn` takes the errors of their means."""
     if isinstance(log_w, Draws):
+        if log_w.exact:
+            return log_w.log_weight.new_full(log_w.log_weight.shape[2:], log_w.num_samples)
         log_w = log_w.log_weight.flatten(0, 1)
     value = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
     return torch.where((log_w == -torch.inf).all(0), 0.0, value)
@@ -36,7 +38,10 @@ def psis_khat(log_w: Float[Tensor, "S"]) -> float | None:
     if tail < 5:
         return None
     largest = w.sort().values[-tail - 1 :]
-    if float(largest[-1] - largest[0]) < 1e-6:
+    largest = largest[
+        largest > largest[0]
+    ]  # ArviZ fits those above the tail's lower end, and fails where they are tied
+    if len(largest) == 0 or float(largest[-1] - largest[0]) < 1e-6:
         return None
     with warnings.catch_warnings():  # a high k̂ is reported, not warned about
         warnings.simplefilter("ignore")
