@@ -73,7 +73,7 @@ def test_the_law_of_a_resampled_text(count):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["collaps"], "'collaps' is unknown; give one of collapse"),
+        (["collaps"], "'collaps' is unknown; give one of calibration"),
         (["grpo", "--lm", "x"], "--lm and --time-limit"),
     ],
 )
