@@ -21,9 +21,13 @@ if TYPE_CHECKING:
         draw_prefix_tree,
         drawn,
         ess,
+        ess_se,
+        from_arviz,
         frontier,
         heat_html,
+        khat_se,
         log_evidence,
+        max_weight,
         model_graph,
         plot_evidence,
         plot_frontier,
@@ -94,6 +98,7 @@ _HOME = {  # public name -> module; imported when first asked for, so that `impo
     **dict.fromkeys(
         ("plot_weight_tail", "power_scale", "predictive_check", "prefix_tree", "psis_khat", "sbc"), "ppl_lm.diagnose"
     ),
+    **dict.fromkeys(("ess_se", "from_arviz", "khat_se", "max_weight"), "ppl_lm.diagnose"),
     **dict.fromkeys(("smoothed", "to_arviz", "token_gains"), "ppl_lm.diagnose"),
     "fit": "ppl_lm.run",
 }

@@ -1,7 +1,8 @@
-"""`ppl-lm fit | sample | diagnose`: the command line."""
+"""`ppl-lm fit | sample | diagnose | report | compare`: the command line."""
 
 import io
 import json
+import shlex
 import sys
 import traceback as tracebacks
 from collections.abc import Iterator
@@ -78,6 +79,7 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
 
 @app.command()
 def fit(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"The posterior: {MODELS}, or FILE.py:NAME.")],
     guide: Annotated[str, typer.Option(help=f"The approximation: {GUIDES}, or FILE.py:NAME.")] = "finetuned",
     objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(OBJECTIVES)}.")] = "reverse_kl",
@@ -107,6 +109,7 @@ def fit(
     """Fit a guide to the posterior, measure how close it came, and write a run folder."""
     from ppl_lm.run import folder
     from ppl_lm.run.command import fit_and_measure
+    from ppl_lm.run.prompts_file import read_prompts
 
     if max_steps is None and time_limit is None:
         time_limit = 110.0
@@ -124,12 +127,13 @@ def fit(
             particles=max(8, 128 // max(1, min(batch_size, len(texts)))) if particles is None else particles,
             learning_rate=learning_rate, max_steps=max_steps, time_limit=time_limit,
         )  # fmt: skip
-        outcome = fit_and_measure(settings, output_dir, num_samples, out, overwrite)
+        outcome = fit_and_measure(settings, output_dir, num_samples, out, overwrite, _typed(context))
     raise typer.Exit({"finished": GOOD, "interrupted": INTERRUPTED}.get(outcome, FAILED))
 
 
 @app.command()
 def sample(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or a posterior as for fit.")],
     sampler: Annotated[str, typer.Option(help="importance: the guide's draws, each with its log weight; rejection: exact "
                                          "posterior draws, from prior draws and the reward's bound; quasi_rejection, "
@@ -165,7 +169,7 @@ def sample(
         path = Path(source) if own else output_dir
         suffix = f"_{sampler}" + ("" if prompts is None else f"_{prompts.stem}") if own else ""
         shown = None if as_json else out
-        sample_and_write(settings, fitted, sampler, num_samples, path, shown, suffix, own, overwrite)
+        sample_and_write(settings, fitted, sampler, num_samples, path, shown, suffix, own, overwrite, _typed(context))
 
 
 @app.command()
@@ -194,6 +198,63 @@ def diagnose(
             print(json.dumps(made, indent=1))
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `ppl-lm fit` or `ppl-lm sample` wrote.")],
+    output: Annotated[Path | None, typer.Option("--output", help="The file.", show_default="RUN/report.html")] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Write a run as one page: verdict, texts side by side, plots, figures, and how to repeat it. One HTML file, which asks the
+    network for nothing."""
+    from ppl_lm.diagnose.report import report as page
+    from ppl_lm.run.folder import write_text
+    from ppl_lm.run.reading import read
+
+    with _errors(traceback):
+        path = run / "report.html" if output is None else output
+        write_text(path, page(read(run)))
+        out.print(f"written: {path}", markup=False)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `ppl-lm fit` or `sample` wrote.")],
+    output: Annotated[Path, typer.Option("--output", help="The file.")] = Path("leaderboard.html"),
+    traceback: Traceback = False,
+) -> None:
+    """Rank runs by how close each came, those of one posterior in one table, on the terminal and as one HTML page."""
+    from ppl_lm.diagnose import show
+    from ppl_lm.diagnose.leaderboard import boards, leaderboard, rows
+    from ppl_lm.run.folder import write_text
+    from ppl_lm.run.reading import read
+
+    with _errors(traceback):
+        found = [read(run) for run in runs]
+        for board in boards(found):
+            asked = board.settings
+            title = f"posterior {asked['model']}, reward {asked['reward']}, beta {asked['beta']}, "
+            title += f"{len(asked['prompts'])} prompt(s), {asked['max_new_tokens']} tokens"
+            if board.fits:
+                out.print(show.board(rows(board), show.clean(title).plain))
+        write_text(output, leaderboard(found))
+        out.print(f"written: {output}", markup=False)
+
+
+def _typed(context: typer.Context) -> str:
+    """The command as it was typed, quoted for a shell."""
+    words = ["ppl-lm", str(context.info_name)]
+    for parameter in context.command.params:
+        name, value = str(parameter.name), context.params.get(str(parameter.name))
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if parameter.param_type_name == "option":
+            words.append(parameter.opts[0])
+        if value is not True:
+            words.append(str(value))
+    return shlex.join(words)
+
+
 def _absolute(spec: str) -> str:
     """`path/to/file.py:name` with its whole path, so that the run is read from anywhere; names as they are."""
     path, name = split(spec)
@@ -207,36 +268,10 @@ def _folder(lm: str | None) -> str | None:
 def _with_prompts(settings: Any, path: Path | None) -> Any:
     if path is None:
         return settings
+    from ppl_lm.run.prompts_file import read_prompts
+
     texts, columns = read_prompts(path)
     return replace(settings, prompts=texts, columns=columns)
-
-
-def read_prompts(path: Path | None) -> tuple[list[Any], dict[str, list[Any]]]:
-    """Prompts and further columns: from a text file, one a line; from JSON lines with the key `prompt`.
-
-    :raises ValueError: if the file is missing, empty or malformed."""
-    if path is None:
-        return [""], {}
-    if not path.is_file():
-        raise ValueError(f"prompts={str(path)!r}: there is no such file")
-    lines = [line.strip("\r") for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    if not lines:
-        raise ValueError(f"prompts={str(path)!r} is empty; give one prompt a line")
-    if path.suffix not in (".jsonl", ".json"):
-        return lines, {}
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"prompts={str(path)!r}, line {number} is not JSON: {error}") from None
-        if not isinstance(rows[-1], dict) or "prompt" not in rows[-1] or rows[-1].keys() != rows[0].keys():
-            given = ", ".join(rows[-1]) if isinstance(rows[-1], dict) else f"{type(rows[-1]).__name__}, no keys"
-            raise ValueError(
-                f"prompts={str(path)!r}, line {number} has {given}; each line needs 'prompt', and the keys of the first line"
-            )
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
-    return columns.pop("prompt"), columns
 
 
 def main() -> None:

@@ -3,10 +3,12 @@
 import arviz as az
 import arviz_base
 import matplotlib.pyplot
+import pyro
 import pytest
 import torch
 
-from ppl_lm.diagnose import to_arviz, to_datatree
+from ppl_lm.diagnose import diagnose, from_arviz, to_arviz, to_datatree
+from ppl_lm.diagnose.summary import exact_among
 from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer import bind, exact, importance, rejection, replicate
 from ppl_lm.lm.table import table_lm
@@ -135,3 +137,56 @@ def test_random_state_is_left_alone(problem):
     first, second = to_arviz(draws), to_arviz(draws)
     assert torch.equal(before, torch.random.get_rng_state())
     assert (first.posterior["reward"] == second.posterior["reward"]).all()
+
+
+@pytest.mark.parametrize("life", [to_arviz, to_datatree], ids=["InferenceData", "DataTree"])
+def test_draws_come_back_from_a_file_as_they_were(problem, tmp_path, life):
+    """What can be said of the draws can be said of those that are read again, to the last bit."""
+    target, guide, _ = problem
+    made = diagnose(target, guide, ["", "a"], num_samples=400)
+    data = to_arviz(made.guide, prior=made.prior)
+    if life is to_arviz:
+        data.to_netcdf(str(tmp_path / "draws.nc"))
+        data = az.from_netcdf(str(tmp_path / "draws.nc"))
+    else:
+        data = to_datatree(made.guide, None, made.prior)
+    prompts = guide.lm.prompts(["", "a"])
+    for group, draws in {"guide": made.guide, "prior": made.prior}.items():
+        again = from_arviz(data, prompts, group)
+        for name in ("log_prior", "log_likelihood", "log_guide"):
+            assert torch.equal(getattr(again, name), getattr(draws, name))
+        assert torch.equal(again["x"], draws["x"]) and torch.equal(again["reward"], draws["reward"])
+        assert again.texts == draws.texts and again.stats.keys() == draws.stats.keys()
+        assert again.text() == draws.text() and again.records.keys() == draws.records.keys()
+    assert again.from_prior and torch.equal(again.stats["log_q"], made.prior.stats["log_q"])
+    for one, other in zip(made.exact, [exact_among(again.of_prompt(b)) for b in range(2)], strict=True):
+        assert other.exact and torch.equal(one["x"], other["x"]) and torch.equal(one.log_guide, other.log_guide)
+    kept = from_arviz(to_arviz(rejection(target, None, ["", "a"], num_samples=30)), prompts)
+    assert kept.exact and kept.num_samples == 30 and kept.cost.lm_tokens > 0
+    with pytest.raises(ValueError, match="prompts"):
+        from_arviz(data, guide.lm.prompts(["a", ""]))
+    with pytest.raises(ValueError, match="no group"):
+        from_arviz(to_arviz(made.guide), prompts, "prior")
+    with pytest.raises(ValueError, match="give one of"):
+        from_arviz(data, prompts, "posterior")
+
+
+def test_a_weight_that_prompts_share_comes_back_as_one(tmp_path):
+    """A latent site outside the prompt plate: only the joint weight exists, and each prompt must not be given it."""
+    lm = table_lm(4, 3, concentration=1.0, seed=3)
+
+    def shared(prompts, lm):
+        z = pyro.sample("z", pyro.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("x", lm(prompts))
+            pyro.factor("f", 0.1 * z * (x == 1).sum(-1))
+
+    def approximate(prompts, lm):
+        pyro.sample("z", pyro.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("x", lm(prompts))
+
+    draws = importance(bind(shared, lm), bind(approximate, lm), ["", "a"], num_samples=50)
+    again = from_arviz(to_arviz(draws), lm.prompts(["", "a"]))
+    assert not again.is_local and torch.equal(again.log_weight, draws.log_weight)
+    assert torch.equal(again["z"][..., :1], draws["z"])

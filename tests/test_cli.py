@@ -15,12 +15,13 @@ from tiny import language_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from ppl_lm.cli import app, read_prompts
+from ppl_lm.cli import app
 from ppl_lm.diagnose.verdict import CODES, DRAWN
 from ppl_lm.named import from_file
 from ppl_lm.run.command import told
 from ppl_lm.run.fit import Fit
 from ppl_lm.run.folder import claim, read_settings
+from ppl_lm.run.prompts_file import read_prompts
 
 runner = CliRunner()
 QUICK = ["--max-steps", "3", "--particles", "8", "--num-samples", "256", "--max-new-tokens", "16"]
@@ -48,7 +49,7 @@ def test_fit_writes_a_whole_run_folder(run):
     folder, output = run
     made = {p.name for p in folder.iterdir() if "_" not in p.name}  # other tests sample from this run
     assert made == {
-        "config.json", "metrics.jsonl", "fit.json", "guide", "draws.nc", "diagnosis.json",
+        "config.json", "metrics.jsonl", "fit.json", "guide", "draws.nc", "diagnosis.json", "samples.json",
     }  # fmt: skip
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]

@@ -4,25 +4,32 @@
 |---|---|---|
 | means, log Z, KL(draws' law ‖ posterior) | the exact figures | 4 of the standard errors that it gives |
 | `ess` | Kong's; of chains the smallest that ArviZ finds | 1e-10 |
+| `ess_bulk_se`, `ess_tail_se`, `r_hat_se` | the jackknife's of a sum over chains and of a mean, by hand | 1e-10 |
+| | their spread over 100 pieces of 8 chains | 30% |
 | verdicts | each one, from draws that deserve it | |
 
-Mutants that are rejected: means of the draws as they come; chains that stand still told as converged.
+Mutants that are rejected: means of the draws as they come; chains that stand still told as converged; effective draws of fewer
+chains that are not scaled back; errors of prompts for that of the worst one.
 """
 
 import json
+import math
+import sys
 from dataclasses import replace
 
 import arviz as az
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
-from ppl_lm.diagnose import drawn, ess, to_arviz
-from ppl_lm.diagnose.drawn import r_hat
+from ppl_lm.diagnose import drawn, ess, psis_khat, to_arviz
+from ppl_lm.diagnose.drawn import FIGURES, _jackknife, r_hat
 from ppl_lm.diagnose.verdict import DRAWN
+from ppl_lm.diagnose.weights import ess_se, khat_se, max_weight
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import best_of_n, bind, exact, importance, mcmc, quasi_rejection, rejection
+from ppl_lm.infer import best_of_n, bind, exact, importance, mcmc, quasi_rejection, rejection, smc
 from ppl_lm.infer.mcmc import independence, suffix
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
@@ -36,6 +43,7 @@ def capped(completions, **_):
 
 
 capped.r_max = 1.0
+STATISTICS = {"bs": lambda texts: [float(text.count("b")) for text in texts]}
 
 
 @pytest.fixture
@@ -82,14 +90,20 @@ KINDS = {
 def test_figures_are_the_posteriors_within_their_errors(problem, sampler, tmp_path):
     target, guide = problem
     truth, draws = exact(target, guide, TEXTS), sampler(target, guide)
-    made = drawn(draws)
+    made = drawn(draws, STATISTICS)
     assert {(made["kind"], made["verdict"])} == {KINDS[sampler]} and made["sentence"]
     assert [figures["prompt"] for figures in made["prompts"]] == TEXTS
     p, x = truth.log_posterior.detach().exp(), truth.latents["x"]
     log_prior = truth.log_joint.detach() - truth.records["reward"] / 0.5
     length = draws.prompts.vocabulary.lengths(x).double()
+    bs = torch.tensor([STATISTICS["bs"](draws.prompts.decode(rows)) for rows in x.unbind(1)]).double().T
     for b, figures in enumerate(made["prompts"]):
-        for name, value in (("reward", truth.records["reward"]), ("length", length), ("log_prior", log_prior)):
+        for name, value in (
+            ("reward", truth.records["reward"]),
+            ("length", length),
+            ("log_prior", log_prior),
+            ("bs", bs),
+        ):
             exactly = float((p * value)[:, b].sum())
             assert 0 < figures[f"{name}_se"] < 0.1 and abs(figures[name] - exactly) < 4 * figures[f"{name}_se"]
         if sampler is importance_:
@@ -110,11 +124,111 @@ def test_figures_are_the_posteriors_within_their_errors(problem, sampler, tmp_pa
         assert made["ess"] == pytest.approx(float(ess(draws).mean()), abs=1e-10)
     elif draws.markov:
         assert made["acceptance_rate"] == pytest.approx(float(draws.stats["acceptance_rate"].mean()))
-        found = az.ess(to_arviz(draws).posterior)
-        least = [min(float(found[name][b]) for name in found.data_vars) for b in range(2)]
-        assert [figures["ess"] for figures in made["prompts"]] == pytest.approx(least, abs=1e-6)
+        posterior = to_arviz(draws).posterior.assign(bs=(("chain", "draw", "prompt"), numbers_of(draws)))
+        for key, method in (("ess", "bulk"), ("ess_bulk", "bulk"), ("ess_tail", "tail")):
+            found = az.ess(posterior, method=method)
+            least = [min(float(found[name][b]) for name in found.data_vars) for b in range(2)]
+            assert [figures[key] for figures in made["prompts"]] == pytest.approx(least, abs=1e-6)
+        assert made["ess_se"] == made["ess_bulk_se"]
     write_json(tmp_path / "d.json", made)
     assert json.loads((tmp_path / "d.json").read_text())["verdict"] == made["verdict"]
+
+
+def numbers_of(draws):
+    """bs, (C, S, B)."""
+    shape = draws.log_guide.shape
+    return np.array([STATISTICS["bs"](texts) for texts in draws.text()]).T.reshape(shape)
+
+
+def smc_(target, guide):
+    return smc(target, None, TEXTS, num_samples=16, num_runs=20)
+
+
+OF_WEIGHTS = ("ess_se", "max_weight", "khat", "khat_se")
+OF_CHAINS = ("ess_se", "ess_bulk", "ess_bulk_se", "ess_tail", "ess_tail_se", "r_hat", "r_hat_se")
+
+
+@pytest.mark.parametrize("sampler", [importance_, rejection_, suffix_, smc_])
+def test_every_key_is_a_figures_or_a_numbers(problem, sampler):
+    draws = sampler(*problem)
+    made = drawn(draws, STATISTICS)
+    one, two = made["prompts"]
+    means = [key for name in ("reward", "length", "log_prior", "bs") for key in (name, f"{name}_se")]
+    assert {*made} == {*FIGURES, *means} - {"prompt"} and {*one} == {*FIGURES, *means} - {"prompts"}
+    have = {"weighted": OF_WEIGHTS, "exact": ("ess_se",), "markov": OF_CHAINS, "interacting": ()}[made["kind"]]
+    for figures in (made, one, two):
+        assert (figures["khat_se"] is None) == (figures["khat"] is None)  # of a tied tail
+        for key in {*OF_WEIGHTS, *OF_CHAINS} - {"khat", "khat_se"}:
+            assert (figures[key] is not None) == (key in have), key
+        assert all(math.isfinite(v) for v in figures.values() if isinstance(v, float))
+    if made["kind"] == "exact":
+        assert made["ess_se"] == 0 and made["ess"] == 2000
+
+
+def test_errors_of_the_worst_prompt(problem):
+    """A mutant has the errors of k-hat averaged as those of means are."""
+    draws = importance(*problem, TEXTS, num_samples=500)
+    x = torch.empty(1, 500, 2, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(0))
+    log_w = x * torch.tensor([0.3, 0.8])
+    made = drawn(replace(draws, log_guide=draws.log_prior + draws.log_likelihood - log_w))
+    one, two = made["prompts"]
+    for b, figures in enumerate(made["prompts"]):
+        own = log_w[0, :, b]
+        of_weights = {"ess": ess, "ess_se": ess_se, "max_weight": max_weight, "khat": psis_khat, "khat_se": khat_se}
+        for key, function in of_weights.items():
+            assert figures[key] == pytest.approx(float(function(own)), rel=1e-9), key
+    assert (made["khat"], made["khat_se"]) == (two["khat"], two["khat_se"]) and one["khat_se"] != two["khat_se"]
+    assert made["max_weight"] == max(one["max_weight"], two["max_weight"])
+    assert made["ess_se"] == pytest.approx(math.hypot(one["ess_se"], two["ess_se"]) / 2)
+
+
+@pytest.mark.parametrize("chains", [4, 7, 32])
+def test_the_jackknife_by_hand(monkeypatch, chains):
+    """Of what adds up over chains, as effective draws do, √C times the deviation of a chain's; of a mean that over √C."""
+    column = np.random.default_rng(0).standard_normal((chains, 5))
+    statistics = {"ess": np.sum, "rhat": np.mean}
+    module = sys.modules[_jackknife.__module__]
+    monkeypatch.setattr(module, "_of_chains", lambda columns, name, _: [statistics[name](columns[0])])
+    pairs = column.reshape(16, 2, 5).mean(1) if chains == 32 else column  # sixteen groups at most
+    deviation, groups = pairs.mean(1).std(ddof=1), len(pairs)
+    assert _jackknife([column], "ess", "bulk") == pytest.approx(deviation * 5 * chains / groups**0.5, abs=1e-10)
+    assert _jackknife([column], "rhat", "rank") == pytest.approx(deviation / groups**0.5, abs=1e-10)
+    assert _jackknife([column[:3]], "ess", "bulk") is None
+
+
+def test_errors_of_convergence_are_as_large_as_they_say(problem):
+    pieces, chains = 100, 8
+    pool = mcmc(*problem, [""], num_samples=150, warmup=20, num_chains=pieces * chains, kernel=suffix)
+    made = [drawn(pool.map(lambda v, i=i: v[i * chains : (i + 1) * chains])) for i in range(pieces)]
+    for key in ("ess_bulk", "ess_tail", "r_hat"):
+        found, se = torch.tensor([[figures[key], figures[f"{key}_se"]] for figures in made]).T
+        print(f"{key}: {found.mean():.4g}, spread {found.std():.4g}, standard error {se.mean():.4g}")
+        assert abs(float(se.mean() / found.std()) - 1) < 0.3, key
+    few = drawn(pool.map(lambda v: v[:3]))
+    assert few["r_hat"] and few["ess_tail"] and few["r_hat_se"] is few["ess_tail_se"] is few["ess_se"] is None
+
+
+def test_statistics_count_as_numbers(problem):
+    """A number of a user's alone finds that chains disagree; it is asked once for each prompt."""
+    draws, calls = independence_(*problem), []
+
+    def steps(texts):  # of another size in each chain
+        calls.append(texts)
+        return [float(i // 300) + 0.1 * (i % 3) for i in range(len(texts))]
+
+    plain, made = drawn(draws), drawn(draws, {"steps": steps})
+    assert plain["verdict"] != "not_converged" == made["verdict"] and made["r_hat"] > 1.5 > plain["r_hat"]
+    assert calls == draws.text() and made["ess"] < plain["ess"] and made["steps"] == pytest.approx(3.6)
+    assert {k: v for k, v in made.items() if k in ("reward", "length_se")}.items() <= plain.items()
+    weighted = importance_(*problem)
+    for name in ("ess", "khat_se", "unique", "prompts", "length", "reward"):
+        with pytest.raises(ValueError, match=rf"\['{name}'\] have the names"):
+            drawn(weighted, {name: steps})
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            drawn(weighted, {"s": lambda texts, wrong=wrong: [wrong] * len(texts)})
+    with pytest.raises(ValueError, match="shape"):
+        drawn(weighted, {"s": lambda texts: [1.0]})
 
 
 def test_the_average_is_over_prompts_and_the_worst_decides(problem):

@@ -8,7 +8,8 @@
 | `automaton_graph` | accepts what the automaton accepts | none |
 | `model_graph` | edges by hand | none |
 
-Mutants that are rejected: the guide's draws without their weights; the prior's taken for the posterior's.
+Mutants that are rejected: the guide's draws without their weights; the prior's taken for the posterior's; rewards that
+depend on their completions alone.
 
 `tutorials/prefix_tree.png` is `picture("tutorials/prefix_tree.png", num_samples=4000)`.
 """
@@ -27,11 +28,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppl_lm.diagnose.draw_graphs import draw_automaton, draw_model, draw_prefix_tree
+from ppl_lm.diagnose.draw_graphs import draw_automaton, draw_model
+from ppl_lm.diagnose.draw_tree import draw_prefix_tree
 from ppl_lm.diagnose.graphs import automaton_graph, label, model_graph, prefix_tree
 from ppl_lm.guides import finetuned
 from ppl_lm.infer import bind, exact, importance, mcmc, rejection, smc
-from ppl_lm.likelihood import Automaton, rewards
+from ppl_lm.likelihood import Automaton, BestOf, Optimality, rewards
 from ppl_lm.lm import LanguageModel
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, power, tilted
@@ -252,6 +254,32 @@ def test_texts_and_other_latents():
     assert {*graph.edges} == edges(graph) == {("x", "y"), ("y", "rating"), ("z", "rating"), ("x", "more")}
     assert graph.nodes["rating"]["plates"] == ("prompts", "raters") and graph.nodes["z"]["plates"] == ()
     assert kinds(graph) == {"z": "latent", "x": "latent", "y": "latent", "rating": "observed", "more": "observed"}
+
+
+def test_a_reward_depends_on_the_texts_in_its_prompts():
+    """With the provenance of the completions alone the edge from the rationale was missing."""
+
+    def reasoned(prompts, prior, reward):
+        with pyro.plate("prompts", len(prompts)):
+            rationale = pyro.sample("rationale", prior(prompts))
+            answer = pyro.sample("answer", prior(prompts.append(rationale)))
+            log_potential = reward(prompts.append(rationale), answer)
+            pyro.sample("optimal", Optimality(log_potential), obs=torch.ones_like(log_potential))
+
+    lm = table_lm(4, 3, max_prompt=4)
+    for reward in (letters, BestOf(letters, lm, n=2, num_references=8)):
+        graph = model_graph(bind(reasoned, lm, reward=reward), ["", "a"])
+        assert {*graph.edges} == edges(graph)
+        assert edges(graph) == {("rationale", "answer"), ("rationale", "optimal"), ("answer", "optimal")}
+
+
+def test_what_a_program_decodes_is_not_seen():
+    def program(prompts, prior):
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("x", prior(prompts))
+            pyro.sample("y", prior(prior.prompts([text[:1] for text in prompts.decode(x)])))
+
+    assert not model_graph(bind(program, LM_OF_TWO), ["", "a"]).edges
 
 
 def test_a_plain_pyro_program_with_plates():

@@ -27,6 +27,7 @@ class FakePrompts:
     texts: list[Any]
     batch_shape: tuple[int, ...]
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    ids: Any = None  # read for the names of the sites that they came from alone
 
     def completion_ids(self, x: Tensor) -> list[list[int]]:
         return [row[: row.index(END) + 1] if END in row else row for row in x.tolist()]

@@ -29,6 +29,8 @@ LOST = {"missing": 0.3, "missing_se": 0.01, "kl_q_p": 0.36, "kl_p_q": math.inf, 
         ({"kl_q_p_se": 0.1}, "poor"),  # nothing good can be said of what is not known
         ({"kl_p_q": 3.0}, "poor"),
         ({"seen": 20.0}, "unknown"),
+        ({"seen": 20.0, "kl_q_p": 0.6}, "poor"),  # what is not seen can only make it worse
+        ({"seen": 20.0, "kl_q_p": 0.6, "kl_q_p_se": 0.2}, "unknown"),
         ({"elbo_gain": -0.5}, "worse_than_prior"),
         ({"elbo_gain": -0.5, "seen": 0.0}, "worse_than_prior"),
         ({"elbo_gain": -0.01, "kl_q_p": 2.0}, "poor"),

@@ -1,4 +1,4 @@
-"""Means by importance weights, and Pareto-smoothed ones.
+"""Means by importance weights, Pareto-smoothed ones, and how well effective sample sizes and k-hat are known.
 
 | what | property | tolerance |
 |---|---|---|
@@ -8,19 +8,24 @@
 | `smoothed` | log Ẑ stays | 1e-10 |
 | | the spread of a posterior mean over 200 repetitions, weights of shape k = 0.7: at most 0.7 of the raw weights' | |
 | | its bias, which smoothing adds to: at most the raw weights' own standard deviation | 4 standard errors |
+| `ess_se` | the spread of the ESS over 400 repetitions, lognormal weights, a third of them zero or none | 20% |
+| | the derivative of the ESS by each draw's share, autograd | 1e-10 |
+| `khat_se` | the spread of k-hat over 400 repetitions, tails of shape -2 to 1, of 20 to 164 weights | 25% |
 
 Mutants that are rejected: an error around zero instead of the mean, one that takes the texts of a run for independent;
-weights as ArviZ normalises them; zeros among the smoothed ones.
+weights as ArviZ normalises them; zeros among the smoothed ones; (Σw)² and Σw² taken for independent, or zeros left out, in the
+error of the ESS; the error of the likeliest k for that of ArviZ's, which is drawn to 1/2.
 """
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from ppl_lm.diagnose import ess, psis_khat, smoothed
-from ppl_lm.diagnose.weights import weighted_mean
+from ppl_lm.diagnose.weights import ess_se, khat_se, max_weight, weighted_mean
 from ppl_lm.experiments.local_masking import resampled
 from ppl_lm.infer import bind, importance, rejection
 from ppl_lm.lm.table import table_lm
@@ -148,3 +153,60 @@ def test_exact_draws_are_worth_their_number():
     target = bind(tilted, lm, reward=reward, beta=0.5)
     draws = rejection(target, None, ["", ""], num_samples=20, log_bound=0.0)
     assert ess(draws).tolist() == [20.0, 20.0]
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.3])
+def test_the_error_of_the_ess_is_its_spread(zeros):
+    """400 repetitions of 1,000 draws, side by side."""
+    generator = torch.Generator().manual_seed(5)
+    log_w = 0.5 * torch.randn(1000, 400, generator=generator, dtype=torch.float64)
+    log_w = torch.where(torch.rand(1000, 400, generator=generator) < zeros, -torch.inf, log_w)
+    spread, se = float(ess(log_w).std()), ess_se(log_w)
+    print(f"zeros {zeros}: ESS {ess(log_w).mean():.1f}, spread {spread:.2f}, standard error {se.mean():.2f}")
+    assert abs(float(se.mean()) / spread - 1) < 0.2
+    w = log_w.softmax(0) * 1000
+    parts = [2 * w.std(0), w.square().std(0) / w.square().mean(0)]
+    independent = ess(log_w) / 1000**0.5 * torch.stack(parts).norm(dim=0)
+    assert abs(float(independent.mean()) / spread - 1) > 0.2, "the mutant: (Σw)² and Σw² as if independent"
+    if zeros:
+        without = [ess_se(column[column > -torch.inf]) for column in log_w.T]
+        assert abs(float(torch.stack(without).mean()) / spread - 1) > 0.2, "the mutant: zeros left out"
+
+
+def test_the_error_of_the_ess_by_its_derivative():
+    """Each draw counted c times: d ESS / dc at c = 1, less its mean, is what one draw adds."""
+    log_w = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    count = torch.ones(50, dtype=torch.float64, requires_grad=True)
+    w, share = log_w.exp(), count / count.sum()
+    (found,) = torch.autograd.grad(50 * (share * w).sum() ** 2 / (share * w**2).sum(), count)
+    torch.testing.assert_close(ess_se(log_w), found.std() * 50**0.5, atol=1e-10, rtol=0)
+    torch.testing.assert_close(ess_se(log_w - 900), ess_se(log_w), atol=1e-10, rtol=0)
+
+
+def test_errors_of_weights_that_are_all_the_same_or_zero():
+    log_w = torch.stack([torch.full((60,), 5.0), torch.full((60,), -torch.inf), torch.zeros(60)], 1).double()
+    log_w[1:, 2] = -torch.inf  # one draw has all the weight
+    torch.testing.assert_close(ess_se(log_w)[:2], torch.zeros(2).double(), atol=1e-10, rtol=0)
+    assert float(ess_se(log_w)[2]) == pytest.approx(1) and float(ess(log_w)[2]) == pytest.approx(1)
+    assert max_weight(log_w).tolist() == pytest.approx([1 / 60, 0, 1]) and khat_se(log_w[:, 0]) is None
+    assert float(max_weight(torch.tensor([1.0, 3.0, 0.0]).double().log())) == pytest.approx(0.75)
+    with pytest.raises(ValueError, match="at least 2"):
+        ess_se(log_w[:1])
+
+
+@pytest.mark.parametrize("count", [100, 3000])
+@pytest.mark.parametrize("shape", [-2.0, 0.3, 0.7, 1.0])
+def test_the_error_of_khat_is_its_spread(count, shape):
+    generator, found = torch.Generator().manual_seed(1), []
+    for _ in range(400):
+        u = torch.rand(count, generator=generator, dtype=torch.float64)
+        log_w = (1 + (u**-shape - 1) / shape).log()  # a generalised Pareto from 1 on, and so above any threshold
+        found.append((psis_khat(log_w), khat_se(log_w)))
+    khat, se = torch.tensor(found).T
+    tail = math.ceil(min(count / 5, 3 * count**0.5))
+    print(f"k {shape}, tail of {tail}: mean {khat.mean():.3f}, spread {khat.std():.4f}, standard error {se.mean():.4f}")
+    assert abs(float(se.mean() / khat.std()) - 1) < 0.25
+    if tail == 20 and shape > 0:
+        assert float(((1 + khat) / tail**0.5).mean() / khat.std()) > 1.25, "the mutant: ArviZ's prior left out"
+    if shape < 0:
+        assert float(((1 + khat).abs() / tail**0.5).mean() / khat.std()) < 0.75, "the mutant: Smith's law below -1/2"

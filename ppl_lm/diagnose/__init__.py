@@ -1,9 +1,10 @@
 """Criticism: how close an approximation is to its posterior."""
 
-from ppl_lm.diagnose.arviz import to_arviz, to_datatree
+from ppl_lm.diagnose.arviz import from_arviz, to_arviz, to_datatree
 from ppl_lm.diagnose.compare import Compared, compare_models
 from ppl_lm.diagnose.diversity import diversity
-from ppl_lm.diagnose.draw_graphs import draw_automaton, draw_model, draw_prefix_tree
+from ppl_lm.diagnose.draw_graphs import draw_automaton, draw_model
+from ppl_lm.diagnose.draw_tree import draw_prefix_tree
 from ppl_lm.diagnose.drawn import drawn
 from ppl_lm.diagnose.evidence import Evidence, log_evidence
 from ppl_lm.diagnose.frontier import frontier, plot_frontier
@@ -12,12 +13,13 @@ from ppl_lm.diagnose.heat import heat_html, pieces, plot_heat, token_gains
 from ppl_lm.diagnose.plots import plot_evidence, plot_sbc, plot_training
 from ppl_lm.diagnose.predictive import PredictiveCheck, predictive_check
 from ppl_lm.diagnose.prefix_tree import prefix_tree
+from ppl_lm.diagnose.samples import samples, variety
 from ppl_lm.diagnose.sbc import Calibration, sbc
 from ppl_lm.diagnose.sensitivity import Sensitivity, power_scale
 from ppl_lm.diagnose.summary import Diagnosis, diagnose
 from ppl_lm.diagnose.tail import plot_weight_tail
 from ppl_lm.diagnose.verdict import Verdict, judge
-from ppl_lm.diagnose.weights import ess, khat_threshold, psis_khat, smoothed
+from ppl_lm.diagnose.weights import ess, ess_se, khat_se, khat_threshold, max_weight, psis_khat, smoothed
 
 __all__ = [
     "Calibration",
@@ -36,11 +38,15 @@ __all__ = [
     "draw_prefix_tree",
     "drawn",
     "ess",
+    "ess_se",
+    "from_arviz",
     "frontier",
     "heat_html",
     "judge",
+    "khat_se",
     "khat_threshold",
     "log_evidence",
+    "max_weight",
     "model_graph",
     "pieces",
     "plot_evidence",
@@ -53,9 +59,11 @@ __all__ = [
     "predictive_check",
     "prefix_tree",
     "psis_khat",
+    "samples",
     "sbc",
     "smoothed",
     "to_arviz",
     "to_datatree",
     "token_gains",
+    "variety",
 ]

@@ -1,6 +1,7 @@
-"""`to_arviz`: draws as what ArviZ reads, in either of its two lives."""
+"""`to_arviz`: draws as what ArviZ reads, in either of its two lives; `from_arviz`: back again."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -11,9 +12,13 @@ from torch import Tensor
 from ppl_lm import __version__
 from ppl_lm.diagnose.drawn import worth
 from ppl_lm.infer import Draws
+from ppl_lm.lm import Prompts
+from ppl_lm.lm.meter import Cost
 
 Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]  # name -> dimensions, values
 DRAWN = ("chain", "draw", "prompt")
+LOG_PROBABILITIES = ("log_prior", "log_likelihood", "log_guide")
+KINDS = ("exact", "markov", "interacting", "planted")
 
 
 def to_arviz(
@@ -31,9 +36,10 @@ def to_arviz(
       latent sites that are no text. Weighted draws are resampled, since ArviZ's summaries know no weights.
     - `completions`: tokens and text of the same draws; `log_likelihood`: of each observed site, nats; `log_prior`: of the
       latent sites together, nats: what `az.psens` scales.
-    - `guide`: the raw draws with their tokens, records, log-probabilities and weights, nats. `az.psislw` takes `log_weight`.
+    - `guide`: the raw draws with their tokens, numbers, log-probabilities and weights, nats. `az.psislw` takes `log_weight`.
     - `sample_stats`: how each draw came about, such as the acceptance rates of Markov chains.
-    - `prior`, `posterior_predictive`: where they are given, below.
+    - `prior`: where it is given, the prior's draws: numbers and log-probabilities; their tokens and texts are in
+      `prior_completions`, how each came about in `sample_stats_prior`. `posterior_predictive`: where it is given, below.
     - `observed_data`: what the model observed. `constant_data`: `prompt_text`, and what is given.
 
     Attributes: versions, the draws' kind and cost, how many of the posterior's draws are different ones of the guide's
@@ -81,43 +87,100 @@ def _datasets(
     def raw(name: str, value: Tensor) -> tuple[tuple[str, ...], np.ndarray]:
         return _named(name, _each(value, batch))
 
-    texts = {name: draws.latents[name] for name in draws.texts}
     completions: Variables = {}
-    for name, value in texts.items():
-        dims, tokens = completions[f"{name}_tokens"] = posterior(f"{name}_tokens", value)
-        flat = torch.as_tensor(tokens).reshape(-1, tokens.shape[-1])
-        decoded = np.array(draws.prompts.vocabulary.decode(flat), dtype=str)
-        completions[f"{name}_text"] = (dims[:-1], decoded.reshape(tokens.shape[:-1]))
-    kept = {k: getattr(draws, k) for k in ("log_prior", "log_likelihood", "log_guide", "log_weight")}
-    kept |= {f"{name}_tokens": value for name, value in texts.items()} | draws.records
+    for name in draws.texts:
+        tokens = completions[f"{name}_tokens"] = posterior(f"{name}_tokens", draws[name])
+        completions[f"{name}_text"] = _text(draws, *tokens)
     made: dict[str, Variables] = {
         "posterior": {k: posterior(k, v) for k, v in _scalars(draws).items()},
         "completions": completions,
         "log_likelihood": {k: posterior(k, v) for k, v in draws.log_likelihoods.items()},
         "log_prior": {"latent": posterior("latent", draws.log_prior)},
-        "guide": {k: raw(k, v) for k, v in kept.items()},
+        "guide": {k: raw(k, v) for k, v in _raw(draws).items()},
         "sample_stats": {k: raw(k, v) for k, v in draws.stats.items()},
         "observed_data": {k: _data(k, v.cpu().numpy(), batch) for k, v in draws.observed.items()},
         "constant_data": {
-            "prompt_text": (("prompt",), np.array([t if isinstance(t, str) else repr(t) for t in draws.prompts.texts])),
+            "prompt_text": (("prompt",), np.array(_prompt_texts(draws.prompts))),
             **{k: _data(k, np.asarray(v), batch) for k, v in (constants or {}).items()},
         },
     }
     if prior is not None:
-        made["prior"] = {k: _named(k, _each(v, batch)) for k, v in _scalars(prior).items()}
+        made["prior"] = {k: raw(k, v) for k, v in {**_scalars(prior), **_log_probabilities(prior)}.items()}
+        tokens = {f"{name}_tokens": raw(f"{name}_tokens", prior[name]) for name in prior.texts}
+        made["prior_completions"] = tokens | {f"{n}_text": _text(prior, *tokens[f"{n}_tokens"]) for n in prior.texts}
+        made["sample_stats_prior"] = {k: raw(k, v) for k, v in prior.stats.items()}
     if predicted is not None:
         made["posterior_predictive"] = {k: posterior(k, v) for k, v in predicted.items()}
     told = {**_attributes(draws, picks), **(attributes or {})}
     return {name: _dataset(variables, told) for name, variables in made.items() if variables}
 
 
+def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
+    """The draws that `to_arviz` put into the group `guide` or `prior`, for another look at them.
+
+    `latents` holds the texts; other numbers of the draws, latent ones too, are `records`. What a sampler discarded, and the
+    share of each observed site in the likelihood, are not in the file.
+
+    :param data: what `to_arviz` made, or `arviz.from_netcdf` read.
+    :param prompts: the same ones, of the same language model: `lm.prompts([...])`.
+    :raises ValueError: if the group is not there, or the prompts are others."""
+    if group not in (known := {"guide": "guide", "prior": "prior_completions"}):
+        raise ValueError(f"group={group!r}; give one of {', '.join(known)}")
+    try:
+        raw, tokens = data[group], data[known[group]]
+    except KeyError:
+        raise ValueError(f"there is no group {known[group]!r}: `to_arviz(..., prior=...)` writes the prior's") from None
+    if (told := data["constant_data"]["prompt_text"].values.tolist()) != _prompt_texts(prompts):
+        raise ValueError(f"the draws are of the prompts {told}, not of {_prompt_texts(prompts)}")
+
+    def read(source: Any, *but: str) -> dict[str, Tensor]:
+        found = {str(k): v.values for k, v in source.data_vars.items() if k not in but}
+        return {k: torch.as_tensor(v) for k, v in found.items() if v.dtype.kind in "fiub"}
+
+    x = {name.removesuffix("_tokens"): v for name, v in read(tokens).items() if name.endswith("_tokens")}
+    numbers = read(raw, "log_weight", *(f"{name}_tokens" for name in x), *map(_length_name, x))
+    log_p: Any = {name: numbers.pop(name)[..., : None if raw.attrs["local"] else 1] for name in LOG_PROBABILITIES}
+    how = "sample_stats_prior" if group == "prior" else "sample_stats"
+    there = set(data.children if hasattr(data, "children") else data.groups())
+    stats = read(data[how]) if how in there else {}
+    made = Draws(prompts, x, numbers, **log_p, stats=stats, texts=tuple(x))
+    if group == "prior":
+        return made
+    kinds: Any = {kind: bool(raw.attrs[kind]) for kind in KINDS}
+    return replace(made, cost=Cost(int(raw.attrs["lm_tokens"]), int(raw.attrs["reward_calls"])), **kinds)
+
+
 def _scalars(draws: Draws) -> dict[str, Tensor]:
     """What is a number, float64, (C, S, B, ...)."""
     found = {k: v.double() for k, v in (*draws.records.items(), *draws.latents.items()) if k not in draws.texts}
     for name in draws.texts:
-        prefix = "" if name == "x" else f"{name}_"
-        found[f"{prefix}length"] = draws.prompts.vocabulary.lengths(draws[name]).double()
+        found[_length_name(name)] = draws.prompts.vocabulary.lengths(draws[name]).double()
     return {**found, "log_prior": draws.log_prior}
+
+
+def _length_name(text: str) -> str:
+    return "length" if text == "x" else f"{text}_length"
+
+
+def _raw(draws: Draws) -> dict[str, Tensor]:
+    """All that is known of each draw, (C, S, B, ...)."""
+    tokens = {f"{name}_tokens": draws[name] for name in draws.texts}
+    numbers = {k: v for k, v in (*draws.records.items(), *draws.latents.items()) if k not in draws.texts}
+    return {**_log_probabilities(draws), "log_weight": draws.log_weight, **tokens, **numbers}
+
+
+def _log_probabilities(draws: Draws) -> dict[str, Tensor]:
+    return {name: getattr(draws, name) for name in LOG_PROBABILITIES}
+
+
+def _text(draws: Draws, dims: tuple[str, ...], tokens: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    flat = torch.as_tensor(tokens).reshape(-1, tokens.shape[-1])
+    decoded = np.array(draws.prompts.vocabulary.decode(flat), dtype=str)
+    return dims[:-1], decoded.reshape(tokens.shape[:-1])
+
+
+def _prompt_texts(prompts: Prompts) -> list[str]:
+    return [t if isinstance(t, str) else repr(t) for t in prompts.texts]
 
 
 def _each(value: Tensor, batch: int) -> Tensor:
@@ -143,8 +206,8 @@ def _attributes(draws: Draws, picks: Tensor) -> dict[str, Any]:
         "inference_library": "ppl_lm",
         "inference_library_version": __version__,
         **versions,
-        "exact": int(draws.exact),
-        "markov": int(draws.markov),
+        **{kind: int(getattr(draws, kind)) for kind in KINDS},
+        "local": int(draws.is_local),
         "num_samples": len(picks),
         "unique_fraction": float(np.mean([len(set(column.tolist())) / len(picks) for column in picks.T])),
         "lm_tokens": draws.cost.lm_tokens,

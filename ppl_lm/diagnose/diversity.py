@@ -51,7 +51,7 @@ def diversity(draws: Draws, name: str | None = None, seed: int = 0) -> dict[str,
     draws = draws.map(lambda v: v.cpu())
     x = draws[name]  # (C, S, B, *inner, T)
     made = [_figures(x[:, :, b], draws, b, seed) for b in range(x.shape[2])]
-    average = {key: _average(key, [figures[key] for figures in made]) for key in made[0] if key != "prompt"}
+    average = {key: over_prompts(key, [figures[key] for figures in made]) for key in made[0] if key != "prompt"}
     return {**average, "prompts": made}
 
 
@@ -146,7 +146,7 @@ def _mean(value: Float[Tensor, "C S 1"], draws: Draws) -> tuple[float, float | N
     return float(centre), float(se)
 
 
-def _average(key: str, column: list[Any]) -> Any:
+def over_prompts(key: str, column: list[Any]) -> Any:
     """Means over prompts; standard errors of means of independent figures."""
     if None in column:
         return None

@@ -1,38 +1,68 @@
 """`drawn`: what draws are worth, whatever sampler made them: figures with errors for each prompt, and a verdict."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_lm.diagnose.statistics import Statistic, numbers, recorded
 from ppl_lm.diagnose.verdict import DRAWN, judge_drawn
-from ppl_lm.diagnose.weights import ess, log_mean, mean, psis_khat, smoothed, weighted_mean
+from ppl_lm.diagnose.weights import ess, ess_se, khat_se, log_mean, max_weight, mean, psis_khat, smoothed, weighted_mean
 from ppl_lm.infer import Draws
 
+GROUPS = 16  # of chains, of which the jackknife leaves out one after the other
+FIGURES = (  # keys that no statistic may have
+    *("prompt", "prompts", "kind", "num_samples", "chains", "possible", "unique", "acceptance_rate"),
+    *("ess", "ess_se", "max_weight", "khat", "khat_se", "log_z", "log_z_se", "kl_q_p", "kl_q_p_se"),
+    *("ess_bulk", "ess_bulk_se", "ess_tail", "ess_tail_se", "r_hat", "r_hat_se"),
+    *("lm_tokens", "reward_calls", "lm_tokens_per_effective_draw", "verdict", "sentence"),
+)
+WORST = ("khat", "r_hat", "max_weight")  # of several prompts it is the largest that counts
 
-def drawn(draws: Draws) -> dict[str, Any]:
-    """Figures averaged over prompts, verdict and sentence, and under `prompts` the same of each prompt.
 
-    `kind`: `exact`, `markov`, `interacting` (SMC: `chains` are its runs, and only they are independent) or `weighted`.
-    `num_samples`, of all `chains`. `ess`: how many independent posterior draws they are worth: Kong's of weights; of chains
-    ArviZ's, and of interacting draws what the errors of their means amount to, the smallest of their numbers'. `reward`,
-    `length`, `log_prior` (nats) and whatever else the model recorded: posterior means, by Pareto-smoothed weights where
-    there are any, each with its Monte Carlo standard error (`_se`). `unique`: the share of draws that are different texts.
-    `lm_tokens`, `reward_calls`: the cost; `lm_tokens_per_effective_draw`.
+def drawn(draws: Draws, statistics: Mapping[str, Statistic] | None = None) -> dict[str, Any]:
+    """Figures averaged over prompts, verdict and sentence, and under `prompts` the same of each `prompt`. None where a figure
+    does not apply. Keys that end in `_se` are Monte Carlo standard errors, in the unit of what they belong to.
 
-    Of weighted draws `log_z`, `kl_q_p` = KL(their own law ‖ posterior), both in nats with `_se`, and `khat`; of interacting
-    ones `log_z`, and as `kl_q_p` the bound log Z - E log Ẑ of a text picked from a run by its weight; of exact ones
-    with their proposals `log_z`; of chains the largest `r_hat` and the mean `acceptance_rate`; None where it does not
-    apply. `verdict` is `exact`, `good`, `unknown`, `unreliable`, `not_converged` or `impossible`; of several prompts the
-    worst.
+    Of all draws:
+
+    - `kind`: `exact`, `markov`, `interacting` (SMC: `chains` are its runs, and only they are independent) or `weighted`.
+    - `num_samples`, of all `chains`; `possible`: the share of them that the posterior allows; `unique`: that are different
+      texts; the mean `acceptance_rate` of Markov chains.
+    - `ess`, `ess_se`: how many independent posterior draws they are worth. Kong's of weights; all, without error, of exact
+      draws; `ess_bulk` of chains; of interacting draws what the errors of their means amount to, the smallest of their
+      numbers', without `ess_se`.
+    - `reward`, `length` (tokens), `log_prior` (nats), whatever else the model recorded, and the `statistics`: posterior means,
+      by Pareto-smoothed weights where there are any, each with `_se`.
+    - `lm_tokens`, `reward_calls`: the cost; `lm_tokens_per_effective_draw`.
+    - `verdict`: `exact`, `good`, `unknown`, `unreliable`, `not_converged` or `impossible`; `sentence`: why. Of several prompts
+      the worst.
+
+    Of weighted draws: `log_z` and `kl_q_p` = KL(their own law ‖ posterior), nats, with `_se`; `khat` with `khat_se`;
+    `max_weight`, the largest weight's share of their sum. Of interacting ones `log_z`, and as `kl_q_p` the bound
+    log Z - E log Ẑ of a text picked from a run by its weight; of exact ones with their proposals `log_z`.
+
+    Of Markov chains: `r_hat`, the largest of any number; `ess_bulk` and `ess_tail`, draws, the fewest of any number; all three
+    ArviZ's rank-normalised ones of split chains (Vehtari et al. 2021), `_se` by the jackknife over chains, or 16 groups of them
+    where there are more, None of fewer than 4.
+
+    Over prompts `khat`, `r_hat` and `max_weight` are the largest, with the errors of that prompt; other figures are means.
+
+    :param statistics: name -> function from texts to one finite number each, in any unit; of the text `x`, or the first. They
+        are further numbers of the draws, in all that is said of these.
+    :raises ValueError: if a statistic is not one finite number a text, or has the name of a figure.
     """
+    taken = sorted({*(statistics or {})} & {*FIGURES})
+    if taken:
+        raise ValueError(f"statistics {taken} have the names of figures; give them other ones")
+    draws = recorded(draws, statistics)
     batch = draws.log_guide.shape[-1]
     made = [_figures(draws.of_prompt(b), 1 / batch) for b in range(batch)]
     worst = max(made, key=lambda figures: DRAWN.index(figures["verdict"]))
-    average = {key: _average(key, [figures[key] for figures in made]) for key in made[0] if key != "prompt"}
+    average = {key: _average(key, made) for key in made[0] if key != "prompt"}
     average |= {"lm_tokens": draws.cost.lm_tokens, "reward_calls": draws.cost.reward_calls}
     total = sum(figures["ess"] or 0.0 for figures in made)
     average["lm_tokens_per_effective_draw"] = draws.cost.lm_tokens / total if total else None
@@ -46,28 +76,18 @@ def drawn(draws: Draws) -> dict[str, Any]:
 def r_hat(draws: Draws) -> float:
     """The largest split R-hat of the numbers that chains are summarised by: rewards, lengths, log p of the prior. NaN where
     none of them ever changes."""
-    return max(_of_chains(draws, "rhat"), default=math.nan)
-
-
-def numbers(draws: Draws) -> dict[str, Tensor]:
-    """What draws are summarised by, float64, (C, S, B): the model's records, the lengths of texts, log p of the prior."""
-    vocabulary, found = draws.prompts.vocabulary, dict(draws.records)
-    for name in draws.texts:
-        if draws[name].dim() == 4:  # one text a prompt
-            found["length" if name == "x" else f"{name}_length"] = vocabulary.lengths(draws[name]).double()
-    found["log_prior"] = draws.log_prior
-    columns = draws.log_guide.shape[-1]
-    return {k: v if v.shape[-1] == columns else v.mean(-1, keepdim=True) for k, v in found.items()}
+    found = _worst(_columns(draws), "rhat")
+    return math.nan if found is None else found
 
 
 def _figures(draws: Draws, share: float) -> dict[str, Any]:
     """Of one prompt, or of all where only their joint weight exists."""
     kind = "exact" if draws.exact else "markov" if draws.markov else "interacting" if draws.interacting else "weighted"
-    made: dict[str, Any] = {"prompt": draws.prompts.texts[0], "kind": kind, "num_samples": draws.num_samples}
+    made: dict[str, Any] = dict.fromkeys(key for key in FIGURES if key != "prompts")
+    made |= {"prompt": draws.prompts.texts[0], "kind": kind, "num_samples": draws.num_samples}
     log_w = draws.log_weight.flatten(0, 1)  # (S, 1)
     possible = made["possible"] = float((log_w > -torch.inf).double().mean())
-    made |= {"chains": len(draws.log_guide), "ess": worth(draws), "khat": None, "r_hat": None, "acceptance_rate": None}
-    made |= dict.fromkeys(("log_z", "log_z_se", "kl_q_p", "kl_q_p_se"))
+    made |= {"chains": len(draws.log_guide), "ess": worth(draws), "ess_se": 0.0 if draws.exact else None}
     behind = {"weighted": draws, "interacting": draws.by_run(), "exact": draws.proposals}.get(kind)
     if behind is not None and possible and behind.num_samples > 1:
         made["log_z"], made["log_z_se"] = map(float, log_mean(behind.log_weight.flatten(0, 1)))
@@ -80,10 +100,15 @@ def _figures(draws: Draws, share: float) -> dict[str, Any]:
             made["log_z"], made["log_z_se"] = map(float, log_mean(draws.proposals.log_weight.flatten(0, 1)))
             made["kl_q_p"] = made["log_z"] - float(one.mean())
             made["kl_q_p_se"] = math.hypot(float(one.std(0)) / len(one) ** 0.5, made["log_z_se"])
-    if kind == "weighted":
-        made["khat"] = psis_khat(log_w[:, 0])
+    if kind == "weighted" and possible:
+        made["khat"], made["khat_se"] = psis_khat(log_w[:, 0]), khat_se(log_w[:, 0])
+        made["max_weight"] = float(max_weight(log_w))
+        made["ess_se"] = float(ess_se(log_w)) if len(log_w) > 1 else None
     if kind == "markov":
-        made["r_hat"] = _known(r_hat(draws))
+        columns = _columns(draws)
+        for key, found in (("r_hat", ("rhat", "rank")), ("ess_bulk", ("ess", "bulk")), ("ess_tail", ("ess", "tail"))):
+            made[key], made[f"{key}_se"] = _worst(columns, *found), _jackknife(columns, *found)
+        made["ess_se"] = made["ess_bulk_se"]
         if "acceptance_rate" in draws.stats:
             made["acceptance_rate"] = float(draws.stats["acceptance_rate"].mean())
     for name, value in numbers(draws).items():
@@ -108,7 +133,7 @@ def worth(draws: Draws) -> float | None:
         return _by_errors(draws)
     if not draws.markov:
         return float(ess(draws))
-    return min(_of_chains(draws, "ess"), default=None)
+    return _worst(_columns(draws), "ess")
 
 
 def _by_errors(draws: Draws) -> float | None:
@@ -131,35 +156,55 @@ def _mean(value: Tensor, draws: Draws) -> tuple[float, float | None]:
     if len(flat) < 2:
         return float(flat), None
     if draws.markov:
-        (error,) = _each_chain([value], "mcse") or [0.0]  # of what never changes
-        return float(flat.mean()), _known(error)
+        (error,) = _of_chains([value[..., 0].cpu().numpy()], "mcse") or [0.0]  # of what never changes
+        return float(flat.mean()), None if math.isnan(error) else error
     centre, se = mean(flat) if draws.exact else weighted_mean(flat, smoothed(draws))
     return float(centre), float(se)
 
 
-def _of_chains(draws: Draws, statistic: str) -> list[float]:
-    values = [v[..., b : b + 1] for v in numbers(draws).values() for b in range(v.shape[-1])]
-    return [v for v in _each_chain(values, statistic) if not math.isnan(v)]
+def _columns(draws: Draws) -> list[np.ndarray]:
+    """Each number of each prompt, (C, S)."""
+    return [v[..., b].cpu().numpy() for v in numbers(draws).values() for b in range(v.shape[-1])]
 
 
-def _each_chain(values: list[Tensor], statistic: str) -> list[float]:
-    """ArviZ's statistic of each number, (C, S, 1), that changes at all."""
+def _worst(columns: list[np.ndarray], statistic: str, method: str | None = None) -> float | None:
+    """The largest R-hat, or the fewest effective draws, of any number; None where none has one."""
+    found = [v for v in _of_chains(columns, statistic, method) if not math.isnan(v)]
+    return (max if statistic == "rhat" else min)(found, default=None)
+
+
+def _jackknife(columns: list[np.ndarray], statistic: str, method: str) -> float | None:
+    """Standard error of `_worst` by its values without one group of chains after the other (Efron & Stein 1981)."""
+    chains = len(columns[0])
+    if chains < 4:
+        return None
+    left = []
+    for group in np.array_split(np.arange(chains), min(chains, GROUPS)):
+        found = _worst([np.delete(column, group, 0) for column in columns], statistic, method)
+        if found is None or not math.isfinite(found):
+            return None
+        # Effective draws add up over chains: what is left out is scaled back.
+        left.append(found * (chains / (chains - len(group)) if statistic == "ess" else 1.0))
+    return float(np.std(left)) * math.sqrt(len(left) - 1)
+
+
+def _of_chains(columns: list[np.ndarray], statistic: str, method: str | None = None) -> list[float]:
+    """ArviZ's statistic of each number, (C, S), that changes at all."""
     import arviz as az
 
-    found: Callable[..., Any] = getattr(az, statistic)
+    function: Callable[..., Any] = getattr(az, statistic)
+    how = {} if method is None else {"method": method}
     with np.errstate(invalid="ignore", divide="ignore"):  # chains that each stay where they are
-        return [float(found(v[..., 0].cpu().numpy())) for v in values if float(v.max() - v.min()) > 0]
+        return [float(function(column, **how)) for column in columns if column.max() > column.min()]
 
 
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _average(key: str, column: list[Any]) -> Any:
-    """Means over prompts; standard errors of means of independent figures; the worst k-hat and R-hat; the first of what
-    prompts share."""
-    if key in ("khat", "r_hat"):
-        return max((v for v in column if v is not None), default=None)
+def _average(key: str, made: list[dict[str, Any]]) -> Any:
+    """Means over prompts; standard errors of means of independent figures; the largest k-hat, R-hat and weight with its
+    error; the first of what prompts share."""
+    if (of := key.removesuffix("_se")) in WORST:
+        known = [figures for figures in made if figures[of] is not None]
+        return max(known, key=lambda figures: figures[of])[key] if known else None
+    column = [figures[key] for figures in made]
     if None in column:
         return None
     if isinstance(column[0], str) or key in ("num_samples", "chains"):

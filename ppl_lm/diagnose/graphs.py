@@ -33,8 +33,9 @@ def model_graph(model: Callable[..., Any], prompts: Any) -> networkx.DiGraph:
 
     Edges have `known`: True where tensors carry the dependence, as they do through texts, `Prompts.append` and rewards (Pyro's
     provenance; Wingate et al. 2011). A value that leaves the tensors, as `int(z)` or `if z > 0` make it, may reach every later
-    site: then `known` is False, and there is such an edge only where no path leads there anyway. What no tensor and no number
-    carries is not seen: a reward that reads its *prompts* depends on them, and a branch that this run did not take."""
+    site: then `known` is False, and there is such an edge only where no path leads there anyway. A reward depends on the texts
+    in its prompts, too, whether or not its function reads them. What no tensor and no number carries is not seen: a text that
+    the program decodes, and a branch that this run did not take."""
     track = _Track()
     with torch.random.fork_rng(), pyro.validation_enabled(False), track, _Watch(track):
         trace = poutine.trace(model).get_trace(prompts)

@@ -106,7 +106,7 @@ def _bracket(ax: "Axes", diagnosis: Mapping[str, Any], last: float) -> list[str]
     ticks = [tick for tick in ax.get_xticks() if 0 <= tick <= last]  # beyond lies no step
     ax.set_xticks(ticks or [0])
     ax.set_xlim(right=last + 0.38 * max(last, 1.0))
-    ax.margins(y=0.14)
+    ax.margins(y=0.2)
     return notes
 
 

@@ -1,7 +1,7 @@
 """Predictive checks: whether texts that a user has could have come from the prior or the posterior, by numbers of texts."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,11 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.diagnose.drawn import worth
+from ppl_lm.diagnose.statistics import Statistic, evaluate, values
 from ppl_lm.diagnose.weights import mean, smoothed, weighted_mean
 from ppl_lm.infer import Draws
 from ppl_lm.infer.draws import NoSupportError
-
-Statistic = Callable[[list[str]], Sequence[float]]  # of each text, in any unit
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,8 @@ def predictive_check(
     texts = draws.prompts.decode(observed) if isinstance(observed, Tensor) else list(observed)
     if not texts or isinstance(observed, str):
         raise ValueError("observed must be a list of at least one text, or their token ids of shape (N, T)")
+    if len(draws.prompts) != 1:
+        raise ValueError(f"draws of {len(draws.prompts)} prompts; give those of one: draws.of_prompt(b)")
     if draws.num_samples < 2:
         raise ValueError("one draw has no standard error; give at least 2")
     if resamples < 1:
@@ -92,10 +93,10 @@ def predictive_check(
             )
         draws = replace(draws, log_likelihood=torch.zeros_like(draws.log_likelihood))
     predicted = evaluate(draws, statistics, name)
-    law = steadied(draws)
+    law = smoothed(draws)
     share = shares(law)
     return [
-        against(key, value, _numbers(key, statistics[key], texts), law, share, resamples, seed)
+        against(key, value, values(key, statistics[key], texts), law, share, resamples, seed)
         for key, value in predicted.items()
     ]
 
@@ -144,20 +145,6 @@ def against(
     )
 
 
-def evaluate(draws: Draws, statistics: Mapping[str, Statistic], name: str | None = None) -> dict[str, Tensor]:
-    """Each statistic of the draws' texts, (C, S, 1) float64.
-
-    :raises ValueError: of more prompts or texts than one, or of what is not a finite number."""
-    name = name or ("x" if "x" in draws.texts or not draws.texts else draws.texts[0])
-    if name not in draws.texts:
-        raise ValueError(f"no site {name!r} is text; those that are: {list(draws.texts)}")
-    shape = draws[name].shape  # (C, S, B, T)
-    if len(shape) != 4 or shape[2] != 1:
-        raise ValueError(f"{name!r} has the shape {tuple(shape)}; one text a draw is needed: draws.of_prompt(b)")
-    (texts,) = draws.text(name)
-    return {key: _numbers(key, function, texts).reshape(*shape[:2], 1) for key, function in statistics.items()}
-
-
 def shares(draws: Draws) -> Float[Tensor, "S"]:
     """Normalised weights of one prompt's draws; equal ones of exact draws and Markov chains.
 
@@ -170,13 +157,6 @@ def shares(draws: Draws) -> Float[Tensor, "S"]:
     if bool((log_w == -torch.inf).all()):
         raise NoSupportError("all weights are zero: no draw of the guide is possible under the posterior")
     return log_w.softmax(0)
-
-
-def steadied(draws: Draws) -> Draws:
-    """The same draws with Pareto-smoothed weights, or as they are where the fit fails: ArviZ's gives NaN where all weights
-    above the tail's lower end are tied."""
-    made = smoothed(draws)
-    return draws if bool(made.log_weight.isnan().any()) else made
 
 
 def posterior_mean(value: Float[Tensor, "C S 1"], draws: Draws) -> tuple[float, float]:
@@ -204,11 +184,3 @@ def uniform(pit: Float[Tensor, "N"], count: float) -> float:
         return 1.0  # the series below needs too many terms, and is 1 to 12 digits
     terms = [(-1) ** (k - 1) * math.exp(-2 * (k * scaled) ** 2) for k in range(1, 101)]
     return min(1.0, max(0.0, 2 * sum(terms)))
-
-
-def _numbers(key: str, function: Statistic, texts: list[str]) -> Float[Tensor, "N"]:
-    made = torch.as_tensor(function(texts), dtype=torch.float64)
-    if made.shape != (len(texts),) or not bool(made.isfinite().all()):
-        wrong = "NaN or infinite numbers" if made.shape == (len(texts),) else f"the shape {tuple(made.shape)}"
-        raise ValueError(f"statistic {key!r} gave {wrong} for {len(texts)} texts; give one finite number a text")
-    return made

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ppl_lm.diagnose.drawn import numbers
+from ppl_lm.diagnose.statistics import numbers
 from ppl_lm.infer import Draws
 
 REPEATS = 2000  # of ranks that are uniform, by which p-values are found

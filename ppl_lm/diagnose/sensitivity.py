@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppl_lm.diagnose.drawn import numbers
-from ppl_lm.diagnose.predictive import Statistic, evaluate, posterior_mean, shares, steadied
-from ppl_lm.diagnose.weights import ess, khat_threshold, psis_khat
+from ppl_lm.diagnose.predictive import posterior_mean, shares
+from ppl_lm.diagnose.statistics import Statistic, numbers, recorded
+from ppl_lm.diagnose.weights import ess, khat_threshold, psis_khat, smoothed
 from ppl_lm.infer import Draws
 
 COMPONENTS = ("likelihood", "prior")
@@ -85,8 +85,8 @@ def power_scale(
     :param draws: posterior draws of any kind, of one prompt: `draws.of_prompt(b)`.
     :param alphas: powers, above 0. A text with likelihood 0 has probability 0 at every one of them.
     :param statistics: name -> function from texts to one finite number each.
-    :raises ValueError: of more prompts than one, an alpha that is not above 0, NaN among log-probabilities, or fewer than 2
-        draws.
+    :raises ValueError: of more prompts than one, an alpha that is not above 0, NaN among log-probabilities, fewer than 2 draws,
+        or a statistic that is not one finite number a text or has the name of one of the draws' own numbers.
     :raises NoSupportError: if all weights are zero.
     """
     bad = [alpha for alpha in alphas if not 0 < alpha < math.inf]
@@ -99,14 +99,14 @@ def power_scale(
     draws = draws.map(lambda v: v.cpu())
     if bool((draws.log_prior.isnan() | draws.log_likelihood.isnan() | draws.log_guide.isnan()).any()):
         raise ValueError("a log-probability is NaN; give draws as a sampler made them")
-    values = {**numbers(draws), **(evaluate(draws, statistics) if statistics else {})}
-    base = steadied(draws)
+    values = numbers(recorded(draws, statistics))
+    base = smoothed(draws)
     share = shares(base)
     wrong = [key for key, value in values.items() if not bool(value.flatten()[share > 0].isfinite().all())]
     if wrong:
         raise ValueError(f"{wrong} are NaN or infinite in possible draws; their means do not exist")
     scaled = [_scaled(draws, component, alpha, values) for component in COMPONENTS for alpha in alphas]
-    steps = {c: [shares(steadied(power(draws, c, a))) for a in (1 / (1 + DELTA), 1 + DELTA)] for c in COMPONENTS}
+    steps = {c: [shares(smoothed(power(draws, c, a))) for a in (1 / (1 + DELTA), 1 + DELTA)] for c in COMPONENTS}
     return Sensitivity(
         means={key: posterior_mean(value, base) for key, value in values.items()},
         scaled=scaled,
@@ -156,7 +156,7 @@ def _scaled(draws: Draws, component: str, alpha: float, values: dict[str, Tensor
     trusted = amount >= FEWEST and (khat is None or khat < khat_threshold(len(log_w)))
     means = None
     if trusted:
-        made = steadied(raw)
+        made = smoothed(raw)
         means = {key: _mean(value, made, draws.markov) for key, value in values.items()}
     return Scaled(component, alpha, khat, amount, means)
 

@@ -46,11 +46,27 @@ def figures(made: dict[str, Any], title: str) -> Table:
     table.add_row("posterior mass missed", f"{made['missing']:.1%} ± {made['missing_se']:.1%}")
     table.add_row("entropy", f"guide {pm('entropy')}, posterior {pm('entropy_posterior')} nats")
     n = made["num_samples"]
-    khat = "not applicable (tied or few weights)" if made["khat"] is None else f"{made['khat']:.2f}"
-    table.add_row(
-        "importance weights", f"ESS {made['ess']:.0f} of {n}; k-hat {khat}, fine below {khat_threshold(n):.2f}"
-    )
+    khat = "not applicable (tied or few weights)"
+    if made["khat"] is not None:
+        khat = f"{made['khat']:.2f} ± {made['khat_se']:.2f}, fine below {khat_threshold(n):.2f}"
+    worth = f"ESS {made['ess']:.0f} ± {made['ess_se']:.0f} of {n}; largest weight {made['max_weight']:.1%} of all"
+    table.add_row("importance weights", worth)
+    table.add_row("tail of the weights", f"k-hat {khat}")
     table.add_row("cost of measuring", f"{made['lm_tokens']:,} LM tokens, {made['reward_calls']:,} reward calls")
+    return table
+
+
+def board(found: list[dict[str, str]], title: str) -> Table:
+    """Runs of one posterior, closest first: `leaderboard.rows`."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    columns = {"name": "run", "verdict": "verdict", "kl_q_p": "KL(q ‖ p)", "behind": "behind", "kl_p_q": "KL(p ‖ q)"}
+    columns |= {"reward": "E(reward)"} if any(row["reward"] != "–" for row in found) else {}
+    for heading in columns.values():
+        table.add_column(heading)
+    for row in found:
+        cells = {key: clean(row[key]) for key in columns}
+        cells["verdict"].stylize(f"bold {COLOURS[row['verdict']]}")
+        table.add_row(*cells.values())
     return table
 
 

@@ -10,7 +10,7 @@ import torch
 from ppl_lm.diagnose.evidence import Evidence, log_evidence
 from ppl_lm.diagnose.pool import Pool
 from ppl_lm.diagnose.verdict import Verdict, judge
-from ppl_lm.diagnose.weights import ess, mean, psis_khat
+from ppl_lm.diagnose.weights import ess, ess_se, khat_se, max_weight, mean, psis_khat
 from ppl_lm.infer import Draws, NoSupportError, importance, score
 from ppl_lm.infer.rejection import accept, likelihood_bound, select
 
@@ -21,18 +21,40 @@ MIN_EXACT = 20  # exact draws for a prompt, below which the upper bound is the a
 class Diagnosis:
     """Figures of each prompt (the keys of `diagnosis.json`), their average, the verdict, and the draws behind them.
 
-    `exact` holds each prompt's exact posterior draws, None where there were too few."""
+    :param prior: the prior's draws. Their `stats` hold `log_q`, what log density the guide gives them, nats, and where the
+        likelihood has a bound `accepted`, 1 for those that rejection keeps as exact posterior draws.
+    :param guide: as many of the guide."""
 
     figures: list[dict[str, Any]]
     average: dict[str, Any]
     verdict: Verdict
     prior: Draws
     guide: Draws
-    exact: list[Draws | None]
+
+    @property
+    def exact(self) -> list[Draws | None]:
+        """Each prompt's exact posterior draws with `log_guide` under the guide, None where there were too few."""
+        return [exact_among(self.prior.of_prompt(b)) for b in range(self.prior.log_guide.shape[-1])]
 
     def as_json(self) -> dict[str, Any]:
         told = {"sentence": self.verdict.sentence, "remedy": self.verdict.remedy}
         return {**self.average, **told, "prompts": self.figures}
+
+
+def exact_among(prior: Draws) -> Draws | None:
+    """The exact posterior draws among the prior's of one prompt, as `Diagnosis.prior` has them; None if they are too few."""
+    if "accepted" not in prior.stats:
+        return None
+    keep = prior.stats["accepted"].flatten(0, 1) > 0  # (S, 1)
+    if int(keep.sum()) < MIN_EXACT:
+        return None
+    proposals = replace(prior, latents={})  # with their weights as proposals
+    return replace(select(scored(prior), keep, int(keep.sum())), proposals=proposals)
+
+
+def scored(prior: Draws) -> Draws:
+    """The same draws with `log_guide` under the guide, as `score(guide, prior)` has them."""
+    return replace(prior, log_guide=prior.stats["log_q"])
 
 
 def diagnose(
@@ -59,25 +81,24 @@ def diagnose(
             f"prompt {worst}: none of {num_samples} draws of the prior and of the guide is possible under the posterior, so "
             "nothing is known of it; draw more (--num-samples), or loosen the constraint"
         )
-    scored = score(guide, from_prior, max_plate_nesting)
-    figures, verdicts, exacts = [], [], []
+    under_guide = score(guide, from_prior, max_plate_nesting)
+    stats = {"log_q": under_guide.log_guide}
+    if keep is not None:
+        stats["accepted"] = keep.reshape(from_prior.log_weight.shape).double()
+    from_prior = replace(from_prior, stats=from_prior.stats | stats, cost=under_guide.cost)
+    figures, verdicts = [], []
     for b in range(from_guide.log_guide.shape[-1]):
-        p, q, exact = scored.of_prompt(b), from_guide.of_prompt(b), None
-        if keep is not None and int(keep[:, b].sum()) >= MIN_EXACT:
-            chosen = select(p, keep[:, b : b + 1], int(keep[:, b].sum()))
-            exact = replace(
-                chosen, proposals=replace(from_prior.of_prompt(b), latents={})
-            )  # with their weights as proposals
-        made, verdict = _figures(p, q, exact, log_evidence(q, exact), bound, 1 / from_guide.log_guide.shape[-1])
+        p, q = from_prior.of_prompt(b), from_guide.of_prompt(b)
+        exact = exact_among(p)
+        made, verdict = _figures(scored(p), q, exact, log_evidence(q, exact), bound, 1 / from_guide.log_guide.shape[-1])
         figures.append({"prompt": q.prompts.texts[0], **made, "verdict": verdict.code})
         verdicts.append(verdict)
-        exacts.append(exact)
     average = _average(figures)
-    cost = scored.cost + from_guide.cost
+    cost = from_prior.cost + from_guide.cost
     average |= {"lm_tokens": cost.lm_tokens, "reward_calls": cost.reward_calls}
     verdict = verdicts[0] if len(verdicts) == 1 else judge(**average)
     average["verdict"] = verdict.code
-    return Diagnosis(figures, average, verdict, from_prior, from_guide, exacts)
+    return Diagnosis(figures, average, verdict, from_prior, from_guide)
 
 
 def require_enough(num_samples: int) -> None:
@@ -87,11 +108,11 @@ def require_enough(num_samples: int) -> None:
 
 
 def _figures(
-    scored: Draws, guide: Draws, exact: Draws | None, evidence: Evidence, bound: float | None, share: float
+    prior: Draws, guide: Draws, exact: Draws | None, evidence: Evidence, bound: float | None, share: float
 ) -> tuple[dict[str, Any], Verdict]:
-    """:param scored: the prior's draws, with `log_guide` under the guide."""
+    """:param prior: the prior's draws, with `log_guide` under the guide."""
     made: dict[str, Any] = {}
-    pool = Pool.of(scored, guide)
+    pool = Pool.of(prior, guide)
 
     def put(name: str, estimate: tuple[Any, Any]) -> None:
         made[name], made[f"{name}_se"] = map(float, estimate)
@@ -121,33 +142,39 @@ def _figures(
     made["possible"] = float((guide.log_weight > -torch.inf).double().mean())
     if "reward" in guide.records:
         put("reward", mean(guide["reward"].flatten(0, 1)))
-        put("reward_prior", mean(scored["reward"].flatten(0, 1)))
-        rewards = torch.stack([d["reward"].flatten().double() for d in (scored, guide)])
+        put("reward_prior", mean(prior["reward"].flatten(0, 1)))
+        rewards = torch.stack([d["reward"].flatten().double() for d in (prior, guide)])
         put("reward_posterior", pool.posterior(rewards))
     log_w = guide.log_weight.flatten()
-    made["ess"] = float(ess(log_w))
-    made["khat"] = psis_khat(log_w)
+    put("ess", (ess(log_w), ess_se(log_w)))
+    made["khat"], made["khat_se"] = psis_khat(log_w), khat_se(log_w)
+    made["max_weight"] = float(max_weight(log_w))
     made["num_samples"] = guide.num_samples
     made["exact_draws"] = 0 if exact is None else exact.num_samples
-    cost = scored.cost + guide.cost  # of drawing for all prompts together
+    cost = prior.cost + guide.cost  # of drawing for all prompts together
     made["lm_tokens"], made["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
     return made, judge(**made)
 
 
 def _average(figures: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over prompts; standard errors of means of independent figures; costs added up; the worst k-hat, the least seen."""
+    """Means over prompts; standard errors of means of independent figures; costs added up; the worst k-hat, with its error, and
+    weight; the least seen."""
     n, average = len(figures), {}
+    heaviest = max(figures, key=lambda f: -math.inf if f["khat"] is None else f["khat"])
     for key, value in figures[0].items():
         column = [f[key] for f in figures]
         if key in ("prompt", "verdict"):
+            continue
+        if key.startswith("khat"):
+            average[key] = heaviest[key]
             continue
         if key.startswith("elbo_gain") and None in column:
             average[key] = None
             continue
         if key.endswith("_se"):
             average[key] = sum(v * v for v in column) ** 0.5 / n
-        elif key == "khat":
-            average[key] = max((v for v in column if v is not None), default=None)
+        elif key == "max_weight":
+            average[key] = max(column)
         elif key == "seen":
             average[key] = min(column)
         elif isinstance(value, bool):

@@ -43,11 +43,10 @@ def plot_weight_tail(draws: Draws | Float[Tensor, "S"], ax: "Axes | None" = None
     ax.plot(w, share, ".", color=SKY, markersize=4, label=label)
     khat, worth = psis_khat(log_w), f"ESS {float(ess(log_w)):.0f} of {count}"
     if khat is None:
-        tail = min(len(w) // 5, math.ceil(3 * math.sqrt(len(w))))
-        why = f"{len(w)} weights are too few" if tail < 5 else "the largest weights are tied (bounded weights)"
+        why = f"{len(w)} weights are too few" if len(w) < 25 else "the largest weights are tied (bounded weights)"
         ax.legend(fontsize=SMALL, loc="lower left")
         return said(ax, [f"k-hat does not apply: {why}; {worth} decides"])
-    tail = min(len(w) // 5, math.ceil(3 * math.sqrt(len(w))))  # as in psis_khat
+    tail = math.ceil(min(len(w) / 5, 3 * math.sqrt(len(w))))  # as in psis_khat
     cutoff = w[tail]
     scale = pareto_scale(w[:tail] - cutoff, khat)
     rank = torch.arange(1, tail + 1, dtype=torch.float64)

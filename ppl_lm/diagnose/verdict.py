@@ -68,9 +68,9 @@ def judge(
     In this order: `collapsed`, with a seventh of the posterior's entropy, or half where it has lost most of the mass, and the
     evidence at least as likely; `worse_than_prior`, with ELBO(q) < ELBO(prior), which needs no log Z, unless all that is wrong
     is the mass that it misses: a guide that is right but for a mass m is -log(1 - m) from the posterior; `misses_mass`;
-    `unknown`, where the prior's draws do not show the posterior, so that nothing would show what the guide misses; `good`,
-    where KL(guide ‖ posterior) + 2 SE is below 15% of the prior's distance or 0.125 nats, and KL(posterior ‖ guide) below
-    twice that; else `poor`.
+    `unknown`, where the prior's draws do not show the posterior, so that nothing would show what the guide misses, unless it is
+    too far off whatever that is; `good`, where KL(guide ‖ posterior) + 2 SE is below 15% of the prior's distance or 0.125 nats,
+    and KL(posterior ‖ guide) below twice that; else `poor`.
 
     Where the posterior rules texts out, KL(guide ‖ posterior) is infinite for any guide that draws one: then the distances are
     KL(posterior ‖ ·).
@@ -114,18 +114,23 @@ def judge(
     tail = ""
     if khat is not None and khat >= khat_threshold(num_samples):
         tail = f" k-hat {khat:.2f} says that its weights have a heavy tail: do not use them weighted."
-    if seen < SEEN:
+    limit = max(GOOD_SHARE * was[0], GOOD_NATS)
+    bound, cover = near[0] + 2 * near[1], kl_p_q + 2 * kl_p_q_se
+    far = (
+        not hard and near[0] - 2 * near[1] > limit
+    )  # what was not seen can only add to log Z, and with it to this distance
+    if seen < SEEN and not far:
         return Verdict(
             "unknown",
             f"{distance}, as far as can be seen: the prior's {num_samples} draws are worth {seen:.0f} of the posterior's, too "
             f"few to show what the guide never visits.{tail}",
             f"Give about {math.ceil(num_samples * SEEN / max(seen, 1))} draws (--num-samples), or compare it with smc's.",
         )
-    limit = max(GOOD_SHARE * was[0], GOOD_NATS)
-    bound, cover = near[0] + 2 * near[1], kl_p_q + 2 * kl_p_q_se
     if (hard or bound <= limit) and cover <= 2 * limit:
         use = "Drop the draws that break the constraint." if possible < 1 else "Use its draws as they are."
         return Verdict("good", f"{distance}: at most {bound:.2f} nats, with 97.5% confidence.{tail}", use)
+    if seen < SEEN:
+        tail = f" More may lie where the prior's draws, worth {seen:.0f} of the posterior's, did not show it.{tail}"
     return Verdict(
         "poor",
         f"{distance}; KL(posterior ‖ guide) {kl_p_q:.2f}. Still some way off.{tail}",

@@ -12,6 +12,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import inf, isfinite, prod
 from numbers import Real
 from typing import Any
@@ -84,9 +85,14 @@ class Reward:
         return f"Reward({self.name}, r_max={self.r_max}, timeout={self.timeout})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`(prompts, x)` with `Prompts` and token ids is `score`; anything else goes to the function as it is."""
+        """`(prompts, x)` with `Prompts` and token ids is `score`, with the provenance of both: `model_graph` and
+        `TraceGraph_ELBO` follow values by it. Anything else goes to the function as it is."""
         if len(args) == 2 and not kwargs and hasattr(args[0], "decode") and isinstance(args[1], Tensor):
-            return self.score(*args)
+            prompts, x = args
+            provenance = get_provenance(x) | get_provenance(prompts.ids)
+            if provenance:
+                prompts, x = replace(prompts, ids=detach_provenance(prompts.ids)), detach_provenance(x)
+            return track_provenance(self.score(prompts, x), provenance)
         return self.function(*args, **kwargs)
 
     def score(self, prompts: Any, x: Int[Tensor, "*S T"]) -> Float[Tensor, "..."]:
@@ -107,7 +113,6 @@ class Reward:
                 f"reward {self.name!r} was given completions of shape {tuple(x.shape)}, whose leading dimensions do "
                 f"not broadcast against the prompts' batch shape {tuple(prompts.batch_shape)}"
             ) from error
-        provenance, x = get_provenance(x), detach_provenance(x)  # TraceGraph_ELBO follows values by this
         n = prod(shape)
         if n == 0:
             return torch.empty(shape, dtype=torch.float64, device=x.device)
@@ -130,8 +135,7 @@ class Reward:
 
         meter.add(reward_calls=n)
         returned = self._call(self._accepted(inputs), first)
-        rewards = torch.tensor(self._checked(returned, texts), dtype=torch.float64, device=x.device).reshape(shape)
-        return track_provenance(rewards, provenance)
+        return torch.tensor(self._checked(returned, texts), dtype=torch.float64, device=x.device).reshape(shape)
 
     def _accepted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Those of `inputs` that the function's signature accepts."""

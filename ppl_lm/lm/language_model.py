@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ppl_lm.embedded import FOLDER
 from ppl_lm.lm import meter
 from ppl_lm.lm.prompts import Prompts
-from ppl_lm.lm.vocabulary import Vocabulary
+from ppl_lm.lm.vocabulary import Vocabulary, text_config
 
 if TYPE_CHECKING:
     from ppl_lm.lm.token_sequence import TokenSequence
@@ -42,20 +42,8 @@ class LanguageModel(nn.Module):
             raise ValueError(f"max_new_tokens={max_new_tokens!r}; give a whole number of tokens, at least 1")
         self.model = model.eval().requires_grad_(False)
         config: Any = model.config
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        ends = _end_ids(model, tokenizer) if end_ids is None else set(end_ids)
-        if not ends:
-            raise ValueError("no end token: neither the model nor its tokenizer names one; pass end_ids=[...]")
-        pads = [getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None), *sorted(ends), 0]
-        bos = [getattr(tokenizer, "bos_token_id", None), getattr(config, "bos_token_id", None)]
-        size = config.vocab_size
-        self.vocabulary = Vocabulary(
-            tokenizer,
-            size=size,
-            end_ids=ends,
-            pad_id=next(i for i in pads if i is not None and 0 <= i < size),
-            bos_id=next((i for i in bos if i is not None and 0 <= i < size), None),
-        )
+        self.vocabulary = Vocabulary.of(tokenizer, config, getattr(model, "generation_config", None), end_ids)
+        config = text_config(config)
         self.max_new_tokens = max_new_tokens
         self.is_checked = False  # set by self_check
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
@@ -284,9 +272,3 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _end_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    sources = [getattr(model, "generation_config", None), model.config, tokenizer]
-    found = [getattr(source, "eos_token_id", None) for source in sources]
-    return {int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, (list, tuple)) else [ids])}

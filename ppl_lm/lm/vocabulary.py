@@ -4,10 +4,13 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ppl_lm.embedded import FOLDER
 
 
 class Vocabulary:
@@ -28,6 +31,40 @@ class Vocabulary:
         for name, ids in {"end_ids": self.end_ids, "pad_id": (pad_id,)}.items():
             if any(not 0 <= i < size for i in ids):
                 raise ValueError(f"{name}={ids} do not fit a vocabulary of {size} tokens; give ids in 0..{size - 1}")
+
+    @classmethod
+    def of(
+        cls, tokenizer: Any, config: Any, generation_config: Any = None, end_ids: Iterable[int] | None = None
+    ) -> "Vocabulary":
+        """Of a language model with this configuration.
+
+        :param end_ids: None: every one that the configurations or the tokenizer name.
+        :raises ValueError: if no end token is named."""
+        sources = [getattr(source, "eos_token_id", None) for source in (generation_config, config, tokenizer)]
+        named = {
+            int(i) for ids in sources if ids is not None for i in (ids if isinstance(ids, (list, tuple)) else [ids])
+        }
+        ends = named if end_ids is None else set(end_ids)
+        if not ends:
+            raise ValueError("no end token: neither the model nor its tokenizer names one; pass end_ids=[...]")
+        config = text_config(config)
+        pads = [getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None), *sorted(ends), 0]
+        bos = [getattr(tokenizer, "bos_token_id", None), getattr(config, "bos_token_id", None)]
+        pad, *_ = (i for i in pads if i is not None and 0 <= i < config.vocab_size)
+        first = next((i for i in bos if i is not None and 0 <= i < config.vocab_size), None)
+        return cls(tokenizer, size=config.vocab_size, end_ids=ends, pad_id=pad, bos_id=first)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path = FOLDER) -> "Vocabulary":
+        """That of a language model in a folder or on the hub, whose weights are not read."""
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+        config = AutoConfig.from_pretrained(name_or_folder)
+        try:
+            generation: Any = GenerationConfig.from_pretrained(name_or_folder)
+        except OSError:  # not every model has one
+            generation = None
+        return cls.of(AutoTokenizer.from_pretrained(name_or_folder), config, generation)
 
     def is_end(self, x: Tensor) -> Tensor:
         """True where a token is an end token; any shape, bool."""
@@ -108,3 +145,8 @@ class Vocabulary:
                 f"{what} use different tokenizers ({self.size} and {other.size} tokens, end ids {self.end_ids} and "
                 f"{other.end_ids}); their token ids do not mean the same text: build both from the same tokenizer"
             )
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's configuration that is about text."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ppl_lm.diagnose import diagnose, show, to_arviz
+from ppl_lm.diagnose import diagnose, samples, show, to_arviz, variety
 from ppl_lm.diagnose.summary import require_enough
 from ppl_lm.infer.objectives import objective as objective_named
 from ppl_lm.run import folder
@@ -19,9 +19,16 @@ from ppl_lm.run.fit import fit as fit_guide
 
 
 def fit_and_measure(
-    settings: folder.Settings, path: Path, num_samples: int | None, out: Console, overwrite: bool = False
+    settings: folder.Settings,
+    path: Path,
+    num_samples: int | None,
+    out: Console,
+    overwrite: bool = False,
+    command: str = "",
 ) -> str:
     """Fits, writes the run folder, measures, prints. Returns the fit's outcome.
+
+    :param command: how it was called, for the record.
 
     Nothing is written before the first step has succeeded."""
     folder.require_free(path, overwrite)
@@ -32,7 +39,7 @@ def fit_and_measure(
         require_enough(num_samples)
     objective = objective_named(settings.objective, settings.beta)
     programs = folder.build(settings)
-    with _Log(path, settings, programs, out, overwrite) as log:
+    with _Log(path, settings, programs, out, overwrite, command) as log:
         fitted = fit_guide(
             programs.model,
             programs.guide,
@@ -65,15 +72,15 @@ def fit_and_measure(
 def measure(
     programs: folder.Programs, path: Path, num_samples: int | None, out: Console, seed: int, suffix: str = ""
 ) -> dict[str, Any]:
-    """Diagnoses the run's guide; writes `diagnosis.json` and `draws.nc`; returns what `diagnosis.json` holds.
+    """Diagnoses the run's guide; writes `diagnosis.json`, `draws.nc` and `samples.json`; returns what `diagnosis.json` holds.
 
     :param num_samples: draws for each prompt; None: 4096, fewer with many prompts.
     :param seed: that was set, for the record.
-    :param suffix: of the two files' names."""
+    :param suffix: of the files' names."""
     if num_samples is None:
         num_samples = max(512, min(4096, 16384 // len(programs.prompts)))
     made = diagnose(programs.model, programs.guide, programs.prompts, num_samples)
-    record = made.as_json()
+    record = {**made.as_json(), "diversity": variety(made)}
     sentence = None
     if (path / "fit.json").is_file():
         fitted = json.loads((path / "fit.json").read_text())
@@ -88,6 +95,7 @@ def measure(
     constants = folder.constant_data(settings, programs.prior)
     data = to_arviz(made.guide, prior=made.prior, constant_data=constants, attributes={"seed": seed})
     folder.save_draws(path / f"draws{suffix}.nc", data)
+    folder.write_json(path / f"samples{suffix}.json", samples(made, programs.model, programs.guide))
     first = (made.prior.of_prompt(0), made.guide.of_prompt(0), made.exact[0])
     out.print(show.samples(*first))
     if len(made.figures) > 1:
@@ -138,8 +146,17 @@ def _save_fault(path: Path, programs: folder.Programs, kept: str) -> None:
 class _Log:
     """Writes a line of `metrics.jsonl` and moves the bar, each step; makes the run folder at the first."""
 
-    def __init__(self, path: Path, settings: folder.Settings, programs: folder.Programs, out: Console, overwrite: bool):
+    def __init__(
+        self,
+        path: Path,
+        settings: folder.Settings,
+        programs: folder.Programs,
+        out: Console,
+        overwrite: bool,
+        command: str,
+    ):
         self.path, self.settings, self.programs, self.out, self.overwrite = path, settings, programs, out, overwrite
+        self.command = command
         self.file: Any = None
         self.told = time.monotonic()
         columns = (BarColumn(24), TextColumn("{task.description}"), TimeRemainingColumn())
@@ -159,7 +176,7 @@ class _Log:
         if self.file is None:
             folder.require_savable(self.programs.model, self.programs.guide)
             folder.claim(self.path, self.overwrite)
-            folder.write_settings(self.path, self.settings)
+            folder.write_settings(self.path, self.settings, self.programs, self.command)
             of = f"posterior {self.settings.model}, guide {self.settings.guide}, {len(self.programs.prompts)} prompt(s)"
             self.out.print(f"{of}; fitting", markup=False)
             self.file = (self.path / "metrics.jsonl").open("w", encoding="utf-8")

@@ -1,22 +1,29 @@
 """A run folder: what was asked (`config.json`), how it went (`metrics.jsonl`), and what came out of it."""
 
 import hashlib
+import inspect
 import itertools
 import json
 import os
+import platform
 import shutil
 import tempfile
+import textwrap
 import time
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import networkx
 import pyro
 import torch
 from pyro.params.param_store import _MODULE_NAMESPACE_DIVIDER
 
 from ppl_lm import __version__
+from ppl_lm.diagnose import model_graph
 from ppl_lm.infer import Bound
+from ppl_lm.likelihood import Reward
 from ppl_lm.lm import LanguageModel, Prompts
 from ppl_lm.lm.language_model import quiet
 from ppl_lm.run.programs import model_and_guide, resolve
@@ -112,7 +119,7 @@ def claim(folder: Path, overwrite: bool) -> None:
     """Makes a run folder, or empties an earlier run's if that may be overwritten."""
     require_free(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("guide", "draws*.nc", "diagnosis*.json", "metrics.jsonl", "fit.json", MARK)
+    names = ("guide", "draws*.nc", "diagnosis*.json", "samples*.json", "metrics.jsonl", "fit.json", "report.html", MARK)
     for path in [path for name in names for path in folder.glob(name)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -132,12 +139,38 @@ def fitted_guide(folder: Path) -> Path:
     return folder / "guide"
 
 
-def write_settings(folder: Path, settings: Settings) -> None:
-    import transformers
+def write_settings(folder: Path, settings: Settings, programs: Programs, command: str) -> None:
+    """What was asked, with the programs as they are now, and what it takes to ask it again."""
+    packages = ("torch", "pyro-ppl", "transformers", "arviz", "networkx")
+    versions = {"ppl_lm": __version__, "python": platform.python_version()} | {p: version(p) for p in packages}
+    reward = next(
+        (programs.model.arguments[k] for k in ("reward", "constraint") if k in programs.model.arguments), None
+    )
+    functions: dict[str, Any] = {"model": programs.model.program, "guide": programs.guide.program}
+    functions["reward"] = reward.function if isinstance(reward, Reward) else None
+    asked: dict[str, Any] = {"written_by": "ppl_lm", "command": command, "settings": asdict(settings)}
+    asked |= {"versions": versions, "platform": platform.platform(), "device": str(programs.prior.device)}
+    asked["sources"] = {name: _source(function) for name, function in functions.items()}
+    asked["graph"] = _graph(programs)
+    write_json(folder / MARK, asked)
 
-    versions = {"ppl_lm": __version__, "torch": torch.__version__, "pyro": pyro.__version__}
-    versions["transformers"] = transformers.__version__
-    write_json(folder / MARK, {"written_by": "ppl_lm", "settings": asdict(settings), "versions": versions})
+
+def _source(function: Any) -> str | None:
+    try:
+        return textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):  # built-ins, and what was made at run time
+        return None
+
+
+def _graph(programs: Programs) -> dict[str, Any] | None:
+    """`model_graph` as networkx writes graphs; None of a program that cannot be run for it."""
+    try:
+        graph = model_graph(programs.model, programs.prompts[:1])
+    except Exception:  # whatever a user's program does when its values carry their provenance: the fit is worth more
+        return None
+    if "prompts" in graph.graph["plates"]:
+        graph.graph["plates"]["prompts"] = len(programs.prompts)
+    return networkx.node_link_data(graph, edges="edges")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -150,8 +183,13 @@ def write_json(path: Path, value: Any) -> None:
             return [clean(w) for w in v]
         return None if isinstance(v, float) and not (abs(v) < float("inf")) else v
 
+    write_text(path, json.dumps(clean(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(clean(value), indent=1, allow_nan=False) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

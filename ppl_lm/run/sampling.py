@@ -59,6 +59,7 @@ def sample_and_write(
     suffix: str = "",
     own: bool = False,
     overwrite: bool = False,
+    command: str = "",
 ) -> None:
     """Draws, writes `draws.nc` and `diagnosis.json`, and prints. Nothing is written if drawing fails.
 
@@ -85,7 +86,7 @@ def sample_and_write(
         path = folder.by_time(f"{settings.model.rpartition(':')[2]}-{sampler}")
     if not own:
         folder.claim(path, overwrite)
-        folder.write_settings(path, settings)
+        folder.write_settings(path, settings, programs, command)
     constants, told = folder.constant_data(settings, programs.prior), {"seed": settings.seed, "sampler": sampler}
     data = to_arviz(draws, constant_data=constants, attributes=told)
     folder.write_json(path / f"diagnosis{suffix}.json", record)

@@ -1,0 +1,140 @@
+"""`leaderboard`: runs side by side, those of one posterior in one table, closest first, as a page and as rows."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ppl_lm.diagnose.frontier import plot_frontier
+from ppl_lm.diagnose.page import picture, pm, render
+from ppl_lm.diagnose.plots import number, plot_evidence
+from ppl_lm.diagnose.report import Run, points
+
+POSTERIOR = ("model", "lm", "reward", "beta", "prompts", "columns", "max_new_tokens")  # settings that make it
+
+
+@dataclass(frozen=True)
+class Board:
+    """Runs of one posterior.
+
+    :param fits: closest first: by KL(guide ‖ posterior), or KL(posterior ‖ guide) under a hard constraint (`hard`), mean over
+        prompts; `worse_than_prior` runs among them, by the guide that was kept.
+    :param draws: of samplers, the cheapest independent draw first."""
+
+    settings: dict[str, Any]
+    hard: bool
+    fits: list[Run]
+    draws: list[Run]
+
+
+def boards(runs: Sequence[Run]) -> list[Board]:
+    """Runs by posterior, in the order in which each posterior first comes. Two runs have the same one if they have the same
+    program, reward, β, prior weights, prompts and longest length."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = {name: run.asked["settings"][name] for name in POSTERIOR}
+        sources = {name: run.asked["sources"].get(name) for name in ("model", "reward")}
+        groups.setdefault(json.dumps([settings, sources, run.hashes], sort_keys=True), []).append(run)
+    made = []
+    for group in groups.values():
+        fits = [run for run in group if run.prior is not None]
+        hard = any(run.diagnosis["kl_prior_p"] == math.inf for run in fits)
+        key = "kl_p_q" if hard else "kl_q_p"
+        made.append(
+            Board(
+                settings=group[0].asked["settings"],
+                hard=hard,
+                fits=sorted(fits, key=lambda run: run.diagnosis[key]),
+                draws=sorted(
+                    (run for run in group if run.prior is None),
+                    key=lambda run: run.diagnosis["lm_tokens_per_effective_draw"] or math.inf,
+                ),
+            )
+        )
+    return made
+
+
+def leaderboard(runs: Sequence[Run]) -> str:
+    """The page, HTML; what was said of `report` holds here too."""
+    found = boards(runs)
+    return render(
+        "leaderboard.html",
+        boards=[{"settings": b.settings, "fits": rows(b), "draws": _draws(b), "plots": _plots(b)} for b in found],
+        versions=runs[0].asked["versions"],
+        commands=[run.asked["command"] for run in runs],
+    )
+
+
+def rows(board: Board) -> list[dict[str, str]]:
+    """Of the fits: their figures with errors, and `behind`, how far each is behind the closest."""
+    key, made = "kl_p_q" if board.hard else "kl_q_p", []
+    for run in board.fits:
+        d, best = run.diagnosis, board.fits[0].diagnosis
+        gap = number(d[key]) - number(best[key])
+        error = math.hypot(number(d[f"{key}_se"]), number(best[f"{key}_se"]))
+        behind = "closest" if run is board.fits[0] else pm(gap, error) + (" (within error)" if gap < 2 * error else "")
+        made.append(
+            {
+                "name": run.name,
+                "guide": run.asked["settings"]["guide"],
+                "objective": run.asked["settings"]["objective"],
+                "verdict": d["verdict"],
+                "behind": behind,
+                **{k: pm(d.get(k), d.get(f"{k}_se")) for k in ("kl_q_p", "kl_p_q", "reward")},
+                "bracket": " ≤ ".join(f"{number(d[k]):.2f}" for k in ("elbo", "log_z", "upper")),
+                "khat": pm(d["khat"], d.get("khat_se")),
+                "ess": f"{d['ess']:,.0f} of {d['num_samples']:,}",
+                "cost": _cost(run),
+            }
+        )
+    return made
+
+
+def _draws(board: Board) -> list[dict[str, str]]:
+    return [
+        {
+            "name": run.name,
+            "sampler": d.get("sampler", ""),
+            "verdict": d["verdict"],
+            "log_z": pm(d["log_z"], d["log_z_se"]),
+            "reward": pm(d.get("reward"), d.get("reward_se")),
+            "ess": f"{pm(d['ess'])} of {d['num_samples']:,}",
+            "each": pm(d["lm_tokens_per_effective_draw"]),
+        }
+        for run in board.draws
+        for d in [run.diagnosis]
+    ]
+
+
+def _plots(board: Board) -> list[dict[str, str]]:
+    if not board.fits:
+        return []
+    named = {f"{n + 1}. {run.name}": run for n, run in enumerate(board.fits)}
+    made = [
+        picture(
+            lambda: plot_evidence({name: run.diagnosis for name, run in named.items()}),
+            "The evidence bracket of each run; the same figures are in the table above.",
+            "The evidence from both sides by each run's guide: the narrower, the closer. The gap below log Z is "
+            "KL(guide ‖ posterior).",
+        )
+    ]
+    prior = board.fits[0].prior
+    if prior is not None and "reward" in prior.records:
+        beta = board.settings["beta"]
+        found = {name: points(run.diagnosis)["guide"] for name, run in named.items()}
+        found["posterior"] = points(board.fits[0].diagnosis)["posterior"]
+        made.append(
+            picture(
+                lambda: plot_frontier(prior, found, betas=[2 * beta, beta, beta / 2]),
+                "Reward against KL from the prior: each run's guide, and the posterior on the frontier.",
+                "Reward against distance from the prior. No law can be above the curve; the posterior lies on it.",
+            )
+        )
+    return made
+
+
+def _cost(run: Run) -> str:
+    if run.fit is None or "steps" not in run.fit:
+        return "–"
+    return f"{run.fit['seconds']:.0f} s, {sum(row['lm_tokens'] for row in run.metrics) / 1e6:.2f} M tokens"

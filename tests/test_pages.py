@@ -1,0 +1,298 @@
+"""The pages that `ppl-lm report` and `ppl-lm compare` write: what is on them, that untrusted text stays text, and how they look
+in a browser.
+
+The browser is a Chromium that the system has; without one its tests are skipped. Pictures of the pages are left in
+runs/screenshots.
+
+Mutants that are rejected: `autoescape=False`; prompts or sources that are not passed through `shown` or `lines`; a picture by
+its address instead of its data; the policy left out (the script that a hostile completion brings runs then).
+"""
+
+import html
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ppl_lm.cli import app
+from ppl_lm.diagnose.leaderboard import boards, leaderboard, rows
+from ppl_lm.diagnose.page import lines, pm, shown
+from ppl_lm.diagnose.report import LABELS, OF_DRAWS, formula, report
+from ppl_lm.diagnose.verdict import CODES, DRAWN
+from ppl_lm.run.reading import read
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SCRIPT = "<script>document.title='run'</script><img src=http://127.0.0.1:9/x onerror=\"document.title='run'\">"
+OVERRIDE = "\u202eecalpmi\u202c"
+QUICK = ["--max-steps", "3", "--particles", "8", "--num-samples", "256", "--max-new-tokens", "12"]
+
+
+def call(*args):
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A run whose prompt, reward's source and file name are hostile, and some of whose texts are made so."""
+    folder = tmp_path_factory.mktemp("<b>&amp;")
+    (folder / "mine.py").write_text(
+        f"def reward(completions, **_):\n    # {SCRIPT} {OVERRIDE}\n    return [float('good' in c) for c in completions]\n\n\n"
+        "reward.r_max = 1.0\n"
+    )
+    (folder / "prompts.txt").write_text(f"The soup was {SCRIPT}\nThe {OVERRIDE} soup\n")
+    run = folder / "run"
+    call("fit", "tilted", *QUICK, "--reward", f"{folder}/mine.py:reward", "--prompts", folder / "prompts.txt",
+         "--output-dir", run)  # fmt: skip
+    texts = json.loads((run / "samples.json").read_text())
+    texts[0]["guide"][0]["tokens"][:2] = [SCRIPT, OVERRIDE]
+    (run / "samples.json").write_text(json.dumps(texts))
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run with one prompt, a sampler's draws beside it and another measurement in its folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    run, draws = folder / "plain", folder / "draws"
+    call("fit", "tilted", *QUICK, "--output-dir", run)
+    (folder / "held.txt").write_text("The soup was\n")
+    call("diagnose", run, "--prompts", folder / "held.txt", "--num-samples", 200)
+    call("sample", run, "--num-samples", 128)
+    call("sample", "tilted", "--sampler", "smc", "--max-new-tokens", 12, "--num-samples", 128, "--output-dir", draws)
+    return run, draws
+
+
+class Page(HTMLParser):
+    """Elements, what they would fetch, and the text that a reader sees."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.seen: list[str] = []
+        self.open: list[str] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.open.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href", "srcset", "data", "action", "poster") and v]
+        assert not [k for k, _ in attrs if k.startswith("on")], "an element has a handler"
+        if tag in ("meta", "img", "br"):
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        if self.open[-1:] not in (["style"], []):
+            self.seen.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.seen).split())
+
+
+def test_the_page_of_a_fit_has_every_part(plain):
+    run = read(plain[0])
+    page = Page(report(run))
+    assert not page.open and "script" not in page.tags
+    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert page.tags.count("img") >= 6, "graph, tree, training, evidence, frontier, tail"
+    made = run.diagnosis
+    assert page.text.index(LABELS[made["verdict"]]) < page.text.index("What was asked"), "the verdict comes first"
+    for said in (
+        *(made["sentence"], made["remedy"], pm(made["kl_q_p"], made["kl_q_p_se"]), pm(made["ess"], made["ess_se"])),
+        *("p(x | prompt, O=1) ∝ prior(x | prompt) · exp(reward(prompt, x) / beta)", "def tilted(", "def vader("),
+        *(
+            "ppl-lm fit tilted --max-new-tokens 12 --max-steps 3",
+            run.asked["versions"]["torch"],
+            run.hashes["prior_sha256"],
+            "Seed 0",
+        ),
+        *("distinct-2", "self-BLEU", "held", "importance", f"{made['lm_tokens']:,} LM tokens"),
+    ):
+        assert " ".join(said.split()) in page.text, said
+    for law in ("prior", "guide", "posterior"):
+        for text in run.samples[0][law]:
+            assert "".join(text["tokens"]).split()[0] in page.text
+            assert text["gains"] is not None and len(text["gains"]) == len(text["tokens"])
+
+
+def test_heat_is_the_gain_of_each_token(plain):
+    """The colour's number is log q - log p0 of that token over 2 nats, from -1 to 1."""
+    run = read(plain[0])
+    text = run.samples[0]["guide"][0]
+    text["gains"][:3] = [1.0, -3.0, 0.0]
+    spans = re.findall(r'<span class="token (\w+)" dir="auto" style="--v:(-?[\d.]+)"', report(run))
+    assert ("up", "0.500") in spans and ("down", "-1.000") in spans and ("zero", "0.000") in spans
+
+
+def test_untrusted_text_stays_text(hostile):
+    """Of prompts, completions, sources and paths: no element of theirs, and no character that turns text around."""
+    source = report(read(hostile))
+    page = Page(source)
+    assert "script" not in page.tags and page.tags.count("b") == 0
+    assert "127.0.0.1" not in "".join(page.links) and html.escape(SCRIPT) in source
+    assert "\u202e" not in source and "⟨U+202E⟩ecalpmi⟨U+202C⟩" in page.text
+    assert "return [float('good' in c) for c in completions]" in page.text
+    board = leaderboard([read(hostile)] * 2)
+    assert "script" not in Page(board).tags and "\u202e" not in board
+
+
+def test_a_page_says_what_cannot_be_drawn(hostile):
+    """The guide's draws are enough for the tail; there are too few exact ones for ranks."""
+    run = read(hostile)
+    run = replace(run, prior=replace(run.prior, stats={"log_q": run.prior.stats["log_q"]}))  # as without a bound
+    page = Page(report(run))
+    assert "Not drawn: there are too few exact posterior draws to rank" in page.text
+    assert "the guide's draws, weighted" in page.text
+
+
+def test_a_page_of_draws_without_a_fit(plain):
+    run = read(plain[1])
+    page = Page(report(run))
+    assert OF_DRAWS[run.diagnosis["verdict"]] in page.text and "What are these draws worth?" in page.text
+    assert "log weight" in page.text and "bulk ESS" not in page.text and page.tags.count("img") >= 1
+
+
+def test_runs_of_one_posterior_stand_together_closest_first(plain, hostile):
+    one, draws, other = read(plain[0]), read(plain[1]), read(hostile)
+    far = replace(one, name="far", diagnosis=one.diagnosis | {"kl_q_p": one.diagnosis["kl_q_p"] + 5.0})
+    near = replace(one, name="near", diagnosis=one.diagnosis | {"kl_q_p": one.diagnosis["kl_q_p"] + 1e-4})
+    found = boards([far, one, other, near, draws])
+    assert [[run.name for run in board.fits] for board in found] == [["plain", "near", "far"], ["run"]]
+    assert [[run.name for run in board.draws] for board in found] == [["draws"], []]
+    first, second, third = rows(found[0])
+    assert first["behind"] == "closest" and "within error" in second["behind"] and "within" not in third["behind"]
+    hotter = replace(one, asked=one.asked | {"settings": one.asked["settings"] | {"beta": 0.3}})
+    assert len(boards([one, hotter])) == 2, "another β is another posterior"
+    edited = replace(one, asked=one.asked | {"sources": one.asked["sources"] | {"reward": "def other(): ..."}})
+    assert len(boards([one, edited])) == 2, "and so is a reward whose file was changed"
+    page = Page(leaderboard([far, one, other, near, draws]))
+    assert "These runs are of 2 posteriors" in page.text and page.text.index("near") < page.text.index("far")
+
+
+def test_under_a_hard_constraint_the_other_kl_decides(tmp_path):
+    """KL(guide ‖ posterior) is infinite there, which JSON has as null: the page says ∞, and runs are ranked by the other."""
+    run = tmp_path / "run"
+    call("fit", "constrained", *QUICK, "--reward", "contains:the", "--objective", "forward_kl", "--output-dir", run)
+    made = read(run)
+    assert made.diagnosis["kl_q_p"] == math.inf == made.diagnosis["prompts"][0]["kl_prior_p"]
+    page = Page(report(made))
+    assert "KL(guide ‖ posterior) ∞" in page.text and "ELBO −∞" in page.text and "KL(posterior ‖ guide)" in page.text
+    far = replace(made, name="far", diagnosis=made.diagnosis | {"kl_p_q": made.diagnosis["kl_p_q"] + 1.0})
+    (board,) = boards([far, made])
+    assert board.hard and [row["name"] for row in rows(board)] == ["run", "far"]
+    assert rows(board)[1]["behind"].startswith("1.0") and rows(board)[0]["kl_q_p"] == "∞"
+
+
+def test_the_commands_write_pages_and_refuse_what_is_no_run(plain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "report.html" in call("report", plain[0]) and (plain[0] / "report.html").is_file()
+    table = call("compare", *plain, "--output", "board.html")
+    assert "closest" in table and "plain" in table and Path("board.html").is_file()
+    for command in ("report", "compare"):
+        refused = CliRunner().invoke(app, [command, str(tmp_path)])
+        assert refused.exit_code == 2 and "not a run folder" in refused.stderr
+    bare = shutil.copytree(plain[0], tmp_path / "bare")
+    (bare / "samples.json").unlink()
+    refused = CliRunner().invoke(app, ["report", str(bare)])
+    assert refused.exit_code == 2 and "ppl-lm diagnose" in refused.stderr
+
+
+def test_small_parts():
+    assert set(LABELS) == set(CODES) and set(OF_DRAWS) == set(DRAWN)
+    assert pm(float("inf")) == "∞" and pm(float("-inf"), 0.1) == "−∞" and pm(-1.5, 0.25) == "−1.50 ± 0.25"
+    assert pm(12_345.678, 120.0) == "12,346 ± 120" and pm(7, None) == "7" and pm(0.25, float("inf")) == "0.250"
+    assert (
+        shown("") == "(empty)"
+        and shown([{"role": "user"}]) == "[{'role': 'user'}]"
+        and shown("a\x1b[31m") == "a⟨U+001B⟩[31m"
+    )
+    assert lines("a\n\n\tb\u202e") == "a\n\n    b⟨U+202E⟩"
+    assert formula(None) == formula("lambda x: x") == formula("def f(: 1") == formula("def f():\n    pass") == ""
+
+
+# in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium, which is not installed here (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def pages(plain, hostile, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    made = {"report": report(read(plain[0])), "hostile": report(read(hostile)), "draws": report(read(plain[1]))}
+    made["leaderboard"] = leaderboard([read(plain[0]), read(hostile), read(plain[1])])
+    for name, text in made.items():
+        (folder / f"{name}.html").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("name", ["report", "hostile", "draws", "leaderboard"])
+def test_in_a_browser(browser, pages, name, width, scheme):
+    """No console error, no request but for the page itself, every picture drawn, no script run, nothing wider than the screen,
+    and no fault that axe finds."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    address = (pages / f"{name}.html").as_uri()
+    page.goto(address)
+    title = page.title()
+    page.wait_for_timeout(100)
+    assert said == [] and [url for url in asked if not url.startswith("data:")] == [address]
+    drawn = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 100)")
+    assert drawn and all(drawn)
+    assert page.title() == title != "run"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    screenshots = ROOT / "runs" / "screenshots"
+    screenshots.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=str(screenshots / f"{name}_{width}_{scheme}.png"), full_page=True)
+    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    assert not found, [(v["id"], v["nodes"][0]["html"][:200], v["nodes"][0]["failureSummary"]) for v in found]
+    context.close()
+
+
+def test_the_policy_stops_a_script_that_got_through(browser, pages):
+    """Escaping is one wall; this is the other."""
+    text = (pages / "report.html").read_text(encoding="utf-8")
+    broken = pages / "broken.html"
+    broken.write_text(text.replace("<main>", f"<main>{SCRIPT}"), encoding="utf-8")
+    page = browser.new_page()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("requestfailed", lambda request: asked.remove(request.url) if "csp" in (request.failure or "") else None)
+    page.goto(broken.as_uri())
+    page.wait_for_timeout(200)
+    assert page.title() != "run" and not [url for url in asked if url.startswith("http")]
+    without = pages / "without.html"
+    without.write_text(re.sub(r"<meta http-equiv[^>]*>", "", broken.read_text(encoding="utf-8")), encoding="utf-8")
+    page.goto(without.as_uri())
+    page.wait_for_timeout(200)
+    assert page.title() == "run", "without the policy the script runs: this test can fail"
+    page.close()
