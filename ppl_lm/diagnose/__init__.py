@@ -16,7 +16,7 @@ from ppl_lm.diagnose.prefix_tree import prefix_tree
 from ppl_lm.diagnose.samples import samples, variety
 from ppl_lm.diagnose.sbc import Calibration, sbc
 from ppl_lm.diagnose.sensitivity import Sensitivity, power_scale
-from ppl_lm.diagnose.summary import Diagnosis, diagnose
+from ppl_lm.diagnose.summary import Diagnosis, diagnose, exact_among
 from ppl_lm.diagnose.tail import plot_weight_tail
 from ppl_lm.diagnose.verdict import Verdict, judge
 from ppl_lm.diagnose.weights import ess, ess_se, khat_se, khat_threshold, max_weight, psis_khat, smoothed
@@ -39,6 +39,7 @@ __all__ = [
     "drawn",
     "ess",
     "ess_se",
+    "exact_among",
     "from_arviz",
     "frontier",
     "heat_html",

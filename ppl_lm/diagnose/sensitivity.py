@@ -61,6 +61,17 @@ class Sensitivity:
             return "β hardly matters for it" + (": the prior decides" if of_prior >= THRESHOLD else "")
         return "β decides it, against the prior" if of_prior >= THRESHOLD else "β decides it, the prior hardly matters"
 
+    def __str__(self) -> str:
+        """A line for each number, and below it its means at each power."""
+        lines = []
+        for name, (value, se) in self.means.items():
+            lines.append(f"{name} {value:.3f} ± {se:.3f}: {self.word(name)}")
+            for one in self.scaled:
+                found = None if one.means is None else one.means[name]
+                told = f"not known: ESS {one.ess:.0f}" if found is None else f"{found[0]:.3f} ± {found[1]:.3f}"
+                lines.append(f"    {one.component} to the power {one.alpha:g}: {told}")
+        return "\n".join(lines)
+
 
 def power_scale(
     draws: Draws, alphas: Sequence[float] = (0.8, 1.25), statistics: Mapping[str, Statistic] | None = None
