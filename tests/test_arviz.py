@@ -5,9 +5,11 @@ import arviz_base
 import matplotlib.pyplot
 import pyro
 import pytest
+import tiny
 import torch
 
 from ppl_lm.diagnose import diagnose, from_arviz, to_arviz, to_datatree
+from ppl_lm.diagnose.arviz import _storable
 from ppl_lm.diagnose.summary import exact_among
 from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer import bind, exact, importance, rejection, replicate
@@ -190,3 +192,19 @@ def test_a_weight_that_prompts_share_comes_back_as_one(tmp_path):
     again = from_arviz(to_arviz(draws), lm.prompts(["", "a"]))
     assert not again.is_local and torch.equal(again.log_weight, draws.log_weight)
     assert torch.equal(again["z"][..., :1], draws["z"])
+
+
+def test_what_no_string_can_hold_is_written_all_the_same(tmp_path):
+    """A byte-level vocabulary writes a NUL now and then, and a prompt from JSON may hold half of a surrogate pair."""
+    lm = tiny.language_model("gpt2", max_new_tokens=3)
+    nul = lm.vocabulary.tokenizer.convert_tokens_to_ids("\N{LATIN CAPITAL LETTER A WITH MACRON}")
+    assert lm.vocabulary.decode(torch.tensor([[nul, 2, 0]])) == ["\0"]
+    quiet = bind(tilted, lm, reward=capped, beta=0.3)
+    draws = importance(quiet, None, ["the\0soup"], num_samples=30)
+    draws.latents["x"][0, 0, 0] = torch.tensor([nul, 2, 0])
+    data = to_arviz(draws, prior=draws)
+    data.to_netcdf(str(tmp_path / "draws.nc"))
+    again = az.from_netcdf(str(tmp_path / "draws.nc"))
+    assert again.prior_completions["x_text"].values[0, 0, 0] == "\N{SYMBOL FOR NULL}"
+    assert torch.equal(from_arviz(again, draws.prompts, "prior")["x"], draws["x"]), "the tokens are what counts"
+    assert _storable("a\ud800b") == "a?b"

@@ -175,12 +175,17 @@ def _log_probabilities(draws: Draws) -> dict[str, Tensor]:
 
 def _text(draws: Draws, dims: tuple[str, ...], tokens: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
     flat = torch.as_tensor(tokens).reshape(-1, tokens.shape[-1])
-    decoded = np.array(draws.prompts.vocabulary.decode(flat), dtype=str)
+    decoded = np.array([_storable(text) for text in draws.prompts.vocabulary.decode(flat)], dtype=str)
     return dims[:-1], decoded.reshape(tokens.shape[:-1])
 
 
 def _prompt_texts(prompts: Prompts) -> list[str]:
-    return [t if isinstance(t, str) else repr(t) for t in prompts.texts]
+    return [_storable(t if isinstance(t, str) else repr(t)) for t in prompts.texts]
+
+
+def _storable(text: str) -> str:
+    """What NetCDF's strings can hold: no NUL, which a byte-level vocabulary may write, and no half of a surrogate pair."""
+    return text.replace("\0", "\N{SYMBOL FOR NULL}").encode("utf-8", "replace").decode()
 
 
 def _each(value: Tensor, batch: int) -> Tensor:
