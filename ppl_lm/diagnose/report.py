@@ -240,7 +240,7 @@ def _places(run: Run) -> list[dict[str, Any]]:
 
 
 def _tree(prior: Draws, guide: Draws, exact: Draws | None) -> Any:
-    return draw_prefix_tree(prefix_tree(prior, guide, exact or guide, max_nodes=24))
+    return draw_prefix_tree(prefix_tree(prior, guide, exact or guide, max_nodes=24, min_mass=0.02))
 
 
 def _tail(draws: Draws, b: int) -> dict[str, str]:
