@@ -41,7 +41,10 @@ def _errors(traceback: bool) -> Iterator[None]:
     except Exception as error:  # whatever a user's program, reward or model raises
         if traceback:
             tracebacks.print_exc()
-        err.print(f"ppl-lm: {_message(error)}", markup=False, style="red", soft_wrap=True)
+        said = "".join(
+            c if c.isprintable() or c == "\n" else " " for c in _message(error)
+        )  # it may quote untrusted text
+        err.print(f"ppl-lm: {said}", markup=False, style="red", soft_wrap=True)
         raise typer.Exit(BAD_INPUT) from None
     except KeyboardInterrupt:
         err.print("ppl-lm: interrupted")
@@ -224,18 +227,22 @@ def compare(
 ) -> None:
     """Rank runs by how close each came, those of one posterior in one table, on the terminal and as one HTML page."""
     from ppl_lm.diagnose import show
-    from ppl_lm.diagnose.leaderboard import boards, leaderboard, rows
+    from ppl_lm.diagnose.leaderboard import boards, drawn_rows, leaderboard, rows
     from ppl_lm.run.folder import write_text
     from ppl_lm.run.reading import read
 
     with _errors(traceback):
         found = [read(run) for run in runs]
+        names = [run.name for run in found]
+        found = [replace(run, name=run.path) if names.count(run.name) > 1 else run for run in found]
         for board in boards(found):
             asked = board.settings
-            title = f"posterior {asked['model']}, reward {asked['reward']}, beta {asked['beta']}, "
-            title += f"{len(asked['prompts'])} prompt(s), {asked['max_new_tokens']} tokens"
+            title = ", ".join(f"{k} {asked[k]}" for k in ("model", "reward", "beta") if asked[k] is not None)
+            title += f", {len(asked['prompts'])} prompt(s), {asked['max_new_tokens']} tokens"
             if board.fits:
-                out.print(show.board(rows(board), show.clean(title).plain))
+                out.print(show.board(rows(board), show.FITS, title))
+            if board.draws:
+                out.print(show.board(drawn_rows(board), show.DRAWS, title))
         write_text(output, leaderboard(found))
         out.print(f"written: {output}", markup=False)
 

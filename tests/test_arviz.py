@@ -8,11 +8,12 @@ import pytest
 import tiny
 import torch
 
-from ppl_lm.diagnose import diagnose, from_arviz, to_arviz, to_datatree
+from ppl_lm.diagnose import diagnose, drawn, from_arviz, to_arviz, to_datatree
 from ppl_lm.diagnose.arviz import _storable
 from ppl_lm.diagnose.summary import exact_among
 from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer import bind, exact, importance, rejection, replicate
+from ppl_lm.likelihood import Optimality
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 
@@ -173,25 +174,40 @@ def test_draws_come_back_from_a_file_as_they_were(problem, tmp_path, life):
         from_arviz(data, prompts, "posterior")
 
 
-def test_a_weight_that_prompts_share_comes_back_as_one(tmp_path):
-    """A latent site outside the prompt plate: only the joint weight exists, and each prompt must not be given it."""
+def test_what_prompts_share_and_what_is_no_text_come_back_as_they_were(tmp_path):
+    """Sites outside the prompt plate: only the joint weight exists, and no prompt must be given it for itself. Vectors, whole
+    numbers, a site below a scope, and a record that has the name of a log-probability."""
     lm = table_lm(4, 3, concentration=1.0, seed=3)
-
-    def shared(prompts, lm):
-        z = pyro.sample("z", pyro.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0))
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("x", lm(prompts))
-            pyro.factor("f", 0.1 * z * (x == 1).sum(-1))
+    half = torch.full((2,), 0.5, dtype=torch.float64)
 
     def approximate(prompts, lm):
-        pyro.sample("z", pyro.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        pyro.sample("k", pyro.distributions.Categorical(half))
         with pyro.plate("prompts", len(prompts)):
+            pyro.sample("a/z", pyro.distributions.Normal(0 * half, 1.0).to_event(1))
             pyro.sample("x", lm(prompts))
 
-    draws = importance(bind(shared, lm), bind(approximate, lm), ["", "a"], num_samples=50)
-    again = from_arviz(to_arviz(draws), lm.prompts(["", "a"]))
-    assert not again.is_local and torch.equal(again.log_weight, draws.log_weight)
-    assert torch.equal(again["z"][..., :1], draws["z"])
+    def shared(prompts, lm):
+        k = pyro.sample("k", pyro.distributions.Categorical(half))
+        with pyro.plate("prompts", len(prompts)):
+            z = pyro.sample("a/z", pyro.distributions.Normal(0 * half, 1.0).to_event(1))
+            x = pyro.sample("x", lm(prompts))
+            pyro.deterministic("log_prior", 0 * x.sum(-1) - 1.0, event_dim=0)
+            pyro.deterministic("length", 0 * x.sum(-1) + 7.0, event_dim=0)
+            log_p = 0.1 * z.sum(-1) * (x == 1).sum(-1) - 0.1 * k - 5.0
+            pyro.sample("o", Optimality(log_p.clamp_max(0.0)), obs=torch.ones_like(log_p), infer={"log_bound": 0.0})
+
+    made = diagnose(bind(shared, lm), bind(approximate, lm), ["", "a"], num_samples=200)
+    path = str(tmp_path / "draws.nc")
+    to_arviz(made.guide, prior=made.prior).to_netcdf(path)
+    for group, draws in {"guide": made.guide, "prior": made.prior}.items():
+        again = from_arviz(az.from_netcdf(path), lm.prompts(["", "a"]), group)
+        assert not again.is_local and torch.equal(again.log_weight, draws.log_weight)
+        assert set(again.latents) == {"k", "a.z", "x"} and again["a.z"].shape == draws["a/z"].shape == (1, 200, 2, 2)
+        assert torch.equal(again["a.z"], draws["a/z"]) and torch.equal(again["k"].long(), draws["k"].long())
+        assert all(torch.equal(again.stats[name], draws.stats[name]) for name in draws.stats)
+        assert drawn(again)["ess"] == drawn(draws)["ess"]
+    guide = from_arviz(az.from_netcdf(path), lm.prompts(["", "a"]))
+    assert "log_prior" not in guide.records and bool((guide["length"] == 7).all())
 
 
 def test_what_no_string_can_hold_is_written_all_the_same(tmp_path):

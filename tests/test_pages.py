@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from ppl_lm.cli import app
 from ppl_lm.diagnose.leaderboard import boards, leaderboard, rows
 from ppl_lm.diagnose.page import lines, pm, shown
-from ppl_lm.diagnose.report import LABELS, OF_DRAWS, formula, report
+from ppl_lm.diagnose.report import LABELS, OF_DRAWS, _distances, formula, report
 from ppl_lm.diagnose.verdict import CODES, DRAWN
 from ppl_lm.run.reading import read
 
@@ -179,7 +179,7 @@ def test_runs_of_one_posterior_stand_together_closest_first(plain, hostile):
     edited = replace(one, asked=one.asked | {"sources": one.asked["sources"] | {"reward": "def other(): ..."}})
     assert len(boards([one, edited])) == 2, "and so is a reward whose file was changed"
     page = Page(leaderboard([far, one, other, near, draws]))
-    assert "These runs are of 2 posteriors" in page.text and page.text.index("near") < page.text.index("far")
+    assert "These runs are of 2 posteriors" in page.text and page.text.index(" near ") < page.text.index(" far ")
 
 
 def test_under_a_hard_constraint_the_other_kl_decides(tmp_path):
@@ -208,6 +208,100 @@ def test_the_commands_write_pages_and_refuse_what_is_no_run(plain, tmp_path, mon
     (bare / "samples.json").unlink()
     refused = CliRunner().invoke(app, ["report", str(bare)])
     assert refused.exit_code == 2 and "ppl-lm diagnose" in refused.stderr
+
+
+def test_a_fit_that_went_wrong_is_told_as_such_and_the_kept_guide_beside_it(tmp_path):
+    run = tmp_path / "run"
+    wrong = ["--max-steps", "8", "--particles", "8", "--num-samples", "256", "--max-new-tokens", "12"]
+    result = CliRunner().invoke(app, ["fit", "tilted", *wrong, "--learning-rate", "0.3", "--output-dir", str(run)])
+    assert result.exit_code == 1, result.output
+    made = read(run)
+    assert made.diagnosis["verdict"] == "worse_than_prior" and "worse_than_prior:" not in made.diagnosis["sentence"]
+    page = Page(report(made))
+    assert LABELS["worse_than_prior"] in page.text and "What to do. Lower --learning-rate" in page.text
+    assert f"The guide that was kept is called {made.diagnosis['kept_verdict']}" in page.text
+    assert page.text.count("Lower --learning-rate") == 1
+
+
+def test_the_draws_of_every_sampler_have_a_page_and_a_rank(tmp_path):
+    """Best verdict first, whatever it cost; a reward in brackets is no markup of the terminal's."""
+    runs = []
+    for sampler in ("importance", "rejection", "independence_mh", "best_of_n"):
+        runs.append(tmp_path / sampler)
+        call("sample", "tilted", "--sampler", sampler, "--reward", "contains:[/b]", "--beta", 5, "--max-new-tokens", 4,
+             "--num-samples", 200, "--output-dir", runs[-1])  # fmt: skip
+    for run in map(read, runs):
+        page = Page(report(run))
+        assert f"drawn by {run.name}" in page.text and "no value" not in page.text
+        texts = re.findall(r'<div class="heat">(.*?)</div>', report(run), re.S)
+        assert len(texts) == 16 and len(set(texts)) > 4, "of all chains, not of the first alone"
+        assert "+0.000 nats" not in report(run)
+    (board,) = boards([read(run) for run in runs])
+    order = [DRAWN.index(run.diagnosis["verdict"]) for run in board.draws]
+    assert board.draws[0].name == "rejection" and order == sorted(order)
+    assert "contains:[/b]" in call("compare", *runs, "--output", tmp_path / "board.html")
+
+
+MODELS = '''
+import pyro, torch
+from ppl_lm import Optimality
+
+def other(prompts, prior, reward):
+    """p(x) ∝ prior(x) · exp(-|x|/2)"""
+    with pyro.plate("prompts", len(prompts)):
+        x = pyro.sample("x", prior(prompts))
+        pyro.deterministic("reward", reward(prompts, x), event_dim=0)
+        much = -0.5 * (x != 0).sum(-1).double()
+        pyro.sample("o", Optimality(much), obs=torch.ones_like(much), infer={"log_bound": 0.0})
+'''
+
+
+def test_a_posterior_that_is_not_the_rewards_is_not_set_on_its_frontier(tmp_path):
+    """And no temperature is said of a program that takes none."""
+    (tmp_path / "mine.py").write_text(MODELS)
+    run = tmp_path / "run"
+    call("fit", f"{tmp_path}/mine.py:other", *QUICK, "--output-dir", run)
+    page = Page(report(read(run)))
+    assert "E[reward] of the guide" in page.text and "Reward against distance" not in page.text
+    assert "β =" not in page.text and "p(x) ∝ prior(x) · exp(-|x|/2)" in page.text
+    cold = replace(read(run), asked=read(run).asked | {"settings": read(run).asked["settings"] | {"beta": 9.0}})
+    assert len(boards([read(run), cold])) == 1, "a β that nothing takes makes no other posterior"
+
+
+def test_a_damaged_or_foreign_folder_is_refused_in_a_line(plain, tmp_path):
+    def refused(file, text, command="report"):
+        bare = tmp_path / f"bare{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(plain[0], bare)
+        if text is None:
+            (shutil.rmtree if (bare / file).is_dir() else Path.unlink)(bare / file)
+        else:
+            (bare / file).write_text(text)
+        result = CliRunner().invoke(app, [command, str(bare)])
+        assert result.exit_code == 2 and result.stderr.startswith("ppl-lm: ") and not list(bare.glob(".*"))
+        return result.stderr
+
+    assert "metrics.jsonl" in refused("metrics.jsonl", '{"step": 0}\n{"ste') and "damaged" in refused("fit.json", "{")
+    assert "no fitted guide" in " ".join(refused("guide", None).split())
+    vocabulary = json.loads((plain[0] / "guide" / "tokenizer.json").read_text())
+    ids = vocabulary["model"]["vocab"]
+    one, other = list(ids)[-2:]
+    ids[one], ids[other] = ids[other], ids[one]
+    assert "not that of the draws" in " ".join(refused("guide/tokenizer.json", json.dumps(vocabulary)).split())
+    copy = shutil.copytree(plain[0], tmp_path / "notes")
+    (copy / "diagnosis_notes.json").write_text('["mine"]')
+    assert "written" in call("report", copy, "--output", tmp_path / "new" / "page.html")
+    folder = CliRunner().invoke(app, ["report", str(copy), "--output", str(tmp_path)])
+    assert folder.exit_code == 2 and "is a folder" in folder.stderr
+
+
+def test_bars_of_distances_that_are_nothing():
+    """Of a reward that is always the same both are 0 but for rounding."""
+    zero = dict.fromkeys(("kl_prior_p", "kl_q_p", "kl_p_prior", "kl_p_q"), -1e-9)
+    bars = _distances(zero | {f"{key}_se": 0.0 for key in zero})
+    assert [bar["width"] for bar in bars] == ["0.0", "0.0", "100.0"]
+    hard = {"kl_prior_p": math.inf, "kl_q_p": math.inf, "kl_p_prior": 2.0, "kl_p_q": 0.4}
+    bars = _distances(hard | {f"{key}_se": 0.0 for key in hard})
+    assert bars[-1]["value"].startswith("0.600"), "twice 15% of 2 nats, as the verdict has it"
 
 
 def test_small_parts():

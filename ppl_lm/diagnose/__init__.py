@@ -1,6 +1,6 @@
 """Criticism: how close an approximation is to its posterior."""
 
-from ppl_lm.diagnose.arviz import from_arviz, to_arviz, to_datatree
+from ppl_lm.diagnose.arviz import to_arviz, to_datatree
 from ppl_lm.diagnose.compare import Compared, compare_models
 from ppl_lm.diagnose.diversity import diversity
 from ppl_lm.diagnose.draw_graphs import draw_automaton, draw_model
@@ -13,6 +13,7 @@ from ppl_lm.diagnose.heat import heat_html, pieces, plot_heat, token_gains
 from ppl_lm.diagnose.plots import plot_evidence, plot_sbc, plot_training
 from ppl_lm.diagnose.predictive import PredictiveCheck, predictive_check
 from ppl_lm.diagnose.prefix_tree import prefix_tree
+from ppl_lm.diagnose.read_arviz import from_arviz
 from ppl_lm.diagnose.samples import samples, variety
 from ppl_lm.diagnose.sbc import Calibration, sbc
 from ppl_lm.diagnose.sensitivity import Sensitivity, power_scale

@@ -1,7 +1,6 @@
-"""`to_arviz`: draws as what ArviZ reads, in either of its two lives; `from_arviz`: back again."""
+"""`to_arviz`: draws as what ArviZ reads, in either of its two lives."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -13,9 +12,9 @@ from ppl_lm import __version__
 from ppl_lm.diagnose.drawn import worth
 from ppl_lm.infer import Draws
 from ppl_lm.lm import Prompts
-from ppl_lm.lm.meter import Cost
 
-Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]  # name -> dimensions, values
+Variable = tuple[tuple[str, ...], np.ndarray, dict[str, int]]  # dimensions, values, attributes
+Variables = dict[str, Variable]
 DRAWN = ("chain", "draw", "prompt")
 LOG_PROBABILITIES = ("log_prior", "log_likelihood", "log_guide")
 KINDS = ("exact", "markov", "interacting", "planted")
@@ -80,17 +79,19 @@ def _datasets(
     shape = (chains, count) if (draws.exact or draws.markov) and n == draws.num_samples else (1, n)
     column = torch.arange(batch)
 
-    def posterior(name: str, value: Tensor) -> tuple[tuple[str, ...], np.ndarray]:
+    def posterior(name: str, value: Tensor) -> Variable:
         taken = _each(value, batch).flatten(0, 1)[picks, column]
         return _named(name, taken.reshape(*shape, *taken.shape[1:]))
 
-    def raw(name: str, value: Tensor) -> tuple[tuple[str, ...], np.ndarray]:
-        return _named(name, _each(value, batch))
+    def raw(name: str, value: Tensor) -> Variable:
+        """With what it takes to read it back: whether it is a latent site, and whether all prompts share it."""
+        role = {"latent": int(name in draws.latents), "shared": int(value.shape[2] < batch)}
+        return (*_named(name, _each(value, batch))[:2], role)
 
     completions: Variables = {}
     for name in draws.texts:
         tokens = completions[f"{name}_tokens"] = posterior(f"{name}_tokens", draws[name])
-        completions[f"{name}_text"] = _text(draws, *tokens)
+        completions[f"{name}_text"] = _text(draws, tokens)
     made: dict[str, Variables] = {
         "posterior": {k: posterior(k, v) for k, v in _scalars(draws).items()},
         "completions": completions,
@@ -100,14 +101,14 @@ def _datasets(
         "sample_stats": {k: raw(k, v) for k, v in draws.stats.items()},
         "observed_data": {k: _data(k, v.cpu().numpy(), batch) for k, v in draws.observed.items()},
         "constant_data": {
-            "prompt_text": (("prompt",), np.array(_prompt_texts(draws.prompts))),
+            "prompt_text": (("prompt",), np.array(prompt_texts(draws.prompts)), {}),
             **{k: _data(k, np.asarray(v), batch) for k, v in (constants or {}).items()},
         },
     }
     if prior is not None:
         made["prior"] = {k: raw(k, v) for k, v in {**_scalars(prior), **_log_probabilities(prior)}.items()}
         tokens = {f"{name}_tokens": raw(f"{name}_tokens", prior[name]) for name in prior.texts}
-        made["prior_completions"] = tokens | {f"{n}_text": _text(prior, *tokens[f"{n}_tokens"]) for n in prior.texts}
+        made["prior_completions"] = tokens | {f"{n}_text": _text(prior, tokens[f"{n}_tokens"]) for n in prior.texts}
         made["sample_stats_prior"] = {k: raw(k, v) for k, v in prior.stats.items()}
     if predicted is not None:
         made["posterior_predictive"] = {k: posterior(k, v) for k, v in predicted.items()}
@@ -115,71 +116,37 @@ def _datasets(
     return {name: _dataset(variables, told) for name, variables in made.items() if variables}
 
 
-def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
-    """The draws that `to_arviz` put into the group `guide` or `prior`, for another look at them.
-
-    `latents` holds the texts; other numbers of the draws, latent ones too, are `records`. What a sampler discarded, and the
-    share of each observed site in the likelihood, are not in the file.
-
-    :param data: what `to_arviz` made, or `arviz.from_netcdf` read.
-    :param prompts: the same ones, of the same language model: `lm.prompts([...])`.
-    :raises ValueError: if the group is not there, or the prompts are others."""
-    if group not in (known := {"guide": "guide", "prior": "prior_completions"}):
-        raise ValueError(f"group={group!r}; give one of {', '.join(known)}")
-    try:
-        raw, tokens = data[group], data[known[group]]
-    except KeyError:
-        raise ValueError(f"there is no group {known[group]!r}: `to_arviz(..., prior=...)` writes the prior's") from None
-    if (told := data["constant_data"]["prompt_text"].values.tolist()) != _prompt_texts(prompts):
-        raise ValueError(f"the draws are of the prompts {told}, not of {_prompt_texts(prompts)}")
-
-    def read(source: Any, *but: str) -> dict[str, Tensor]:
-        found = {str(k): v.values for k, v in source.data_vars.items() if k not in but}
-        return {k: torch.as_tensor(v) for k, v in found.items() if v.dtype.kind in "fiub"}
-
-    x = {name.removesuffix("_tokens"): v for name, v in read(tokens).items() if name.endswith("_tokens")}
-    numbers = read(raw, "log_weight", *(f"{name}_tokens" for name in x), *map(_length_name, x))
-    log_p: Any = {name: numbers.pop(name)[..., : None if raw.attrs["local"] else 1] for name in LOG_PROBABILITIES}
-    how = "sample_stats_prior" if group == "prior" else "sample_stats"
-    there = set(data.children if hasattr(data, "children") else data.groups())
-    stats = read(data[how]) if how in there else {}
-    made = Draws(prompts, x, numbers, **log_p, stats=stats, texts=tuple(x))
-    if group == "prior":
-        return made
-    kinds: Any = {kind: bool(raw.attrs[kind]) for kind in KINDS}
-    return replace(made, cost=Cost(int(raw.attrs["lm_tokens"]), int(raw.attrs["reward_calls"])), **kinds)
-
-
 def _scalars(draws: Draws) -> dict[str, Tensor]:
     """What is a number, float64, (C, S, B, ...)."""
     found = {k: v.double() for k, v in (*draws.records.items(), *draws.latents.items()) if k not in draws.texts}
     for name in draws.texts:
-        found[_length_name(name)] = draws.prompts.vocabulary.lengths(draws[name]).double()
+        found[length_name(name)] = draws.prompts.vocabulary.lengths(draws[name]).double()
     return {**found, "log_prior": draws.log_prior}
 
 
-def _length_name(text: str) -> str:
+def length_name(text: str) -> str:
     return "length" if text == "x" else f"{text}_length"
 
 
 def _raw(draws: Draws) -> dict[str, Tensor]:
-    """All that is known of each draw, (C, S, B, ...)."""
+    """All that is known of each draw, (C, S, B, ...). A record that has the name of a log-probability gives way to it."""
     tokens = {f"{name}_tokens": draws[name] for name in draws.texts}
     numbers = {k: v for k, v in (*draws.records.items(), *draws.latents.items()) if k not in draws.texts}
-    return {**_log_probabilities(draws), "log_weight": draws.log_weight, **tokens, **numbers}
+    return {**numbers, **tokens, **_log_probabilities(draws), "log_weight": draws.log_weight}
 
 
 def _log_probabilities(draws: Draws) -> dict[str, Tensor]:
     return {name: getattr(draws, name) for name in LOG_PROBABILITIES}
 
 
-def _text(draws: Draws, dims: tuple[str, ...], tokens: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+def _text(draws: Draws, variable: Variable) -> Variable:
+    dims, tokens, _ = variable
     flat = torch.as_tensor(tokens).reshape(-1, tokens.shape[-1])
     decoded = np.array([_storable(text) for text in draws.prompts.vocabulary.decode(flat)], dtype=str)
-    return dims[:-1], decoded.reshape(tokens.shape[:-1])
+    return dims[:-1], decoded.reshape(tokens.shape[:-1]), {}
 
 
-def _prompt_texts(prompts: Prompts) -> list[str]:
+def prompt_texts(prompts: Prompts) -> list[str]:
     return [_storable(t if isinstance(t, str) else repr(t)) for t in prompts.texts]
 
 
@@ -193,14 +160,14 @@ def _each(value: Tensor, batch: int) -> Tensor:
     return value.cpu().expand(*value.shape[:2], batch, *value.shape[3:])
 
 
-def _named(name: str, value: Tensor) -> tuple[tuple[str, ...], np.ndarray]:
-    return (*DRAWN, *(f"{name}_dim_{i}" for i in range(value.dim() - 3))), value.numpy()
+def _named(name: str, value: Tensor) -> Variable:
+    return (*DRAWN, *(f"{name}_dim_{i}" for i in range(value.dim() - 3))), value.numpy(), {}
 
 
-def _data(name: str, value: np.ndarray, batch: int) -> tuple[tuple[str, ...], np.ndarray]:
+def _data(name: str, value: np.ndarray, batch: int) -> Variable:
     if value.ndim == 1 and len(value) == batch:
-        return ("prompt",), value
-    return tuple(f"{name}_dim_{i}" for i in range(value.ndim)), value
+        return ("prompt",), value, {}
+    return tuple(f"{name}_dim_{i}" for i in range(value.ndim)), value, {}
 
 
 def _attributes(draws: Draws, picks: Tensor) -> dict[str, Any]:
@@ -212,7 +179,6 @@ def _attributes(draws: Draws, picks: Tensor) -> dict[str, Any]:
         "inference_library_version": __version__,
         **versions,
         **{kind: int(getattr(draws, kind)) for kind in KINDS},
-        "local": int(draws.is_local),
         "num_samples": len(picks),
         "unique_fraction": float(np.mean([len(set(column.tolist())) / len(picks) for column in picks.T])),
         "lm_tokens": draws.cost.lm_tokens,
@@ -228,5 +194,11 @@ def _attributes(draws: Draws, picks: Tensor) -> dict[str, Any]:
 def _dataset(variables: Variables, attributes: dict[str, Any]) -> Any:
     import xarray as xr
 
-    sizes = {d: n for dims, value in variables.values() for d, n in zip(dims, value.shape, strict=True)}
-    return xr.Dataset(dict(variables), coords={d: np.arange(n) for d, n in sizes.items()}, attrs=attributes)
+    plain = {stored(k): (tuple(map(stored, dims)), value, role) for k, (dims, value, role) in variables.items()}
+    sizes = {d: n for dims, value, _ in plain.values() for d, n in zip(dims, value.shape, strict=True)}
+    return xr.Dataset(plain, coords={d: np.arange(n) for d, n in sizes.items()}, attrs=attributes)
+
+
+def stored(name: str) -> str:
+    """A site's name in NetCDF, where "/" (of Pyro's `scope`, say) parts groups: "." instead."""
+    return name.replace("/", ".")

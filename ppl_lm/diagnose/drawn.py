@@ -35,8 +35,8 @@ def drawn(draws: Draws, statistics: Mapping[str, Statistic] | None = None) -> di
     - `ess`, `ess_se`: how many independent posterior draws they are worth. Kong's of weights; all, without error, of exact
       draws; `ess_bulk` of chains; of interacting draws what the errors of their means amount to, the smallest of their
       numbers', without `ess_se`.
-    - `reward`, `length` (tokens), `log_prior` (nats), whatever else the model recorded, and the `statistics`: posterior means,
-      by Pareto-smoothed weights where there are any, each with `_se`.
+    - `reward`, `length` (tokens), `log_prior` (nats), whatever else the model recorded (as NAME_recorded where that is the name
+      of a figure), and the `statistics`: posterior means, by Pareto-smoothed weights where there are any, each with `_se`.
     - `lm_tokens`, `reward_calls`: the cost; `lm_tokens_per_effective_draw`.
     - `verdict`: `exact`, `good`, `unknown`, `unreliable`, `not_converged` or `impossible`; `sentence`: why. Of several prompts
       the worst.
@@ -112,6 +112,7 @@ def _figures(draws: Draws, share: float) -> dict[str, Any]:
         if "acceptance_rate" in draws.stats:
             made["acceptance_rate"] = float(draws.stats["acceptance_rate"].mean())
     for name, value in numbers(draws).items():
+        name = f"{name}_recorded" if name in FIGURES else name  # a record must not pass for a figure
         made[name], made[f"{name}_se"] = _mean(value, draws) if possible else (None, None)
     x = torch.cat([draws[name].flatten(0, 1).flatten(1) for name in draws.texts], -1)  # (S, tokens)
     made["unique"] = len(x.unique(dim=0)) / len(x)

@@ -11,13 +11,13 @@ DISTANCES = {
         "%",
         "in texts that the guide draws less than a hundredth as often as it should",
     ),
-    "entropy": ("entropy of the guide", "nats", "of whole texts"),
-    "entropy_posterior": ("entropy of the posterior", "nats", "of whole texts; a collapsed guide has much less"),
+    "entropy": ("entropy of the guide", "nats", "of a whole draw"),
+    "entropy_posterior": ("entropy of the posterior", "nats", "of a whole draw; a collapsed guide has much less"),
 }
 BRACKET = {
     "elbo": ("ELBO", "nats", "lower bound of log Z from the guide's draws"),
     "iwae": ("IWAE", "nats", "the same from the mean of up to 64 weights: a tighter one"),
-    "log_z": ("log Z", "nats", "the log evidence, of exp(r/β)"),
+    "log_z": ("log Z", "nats", "the log evidence: of the prior times the likelihood"),
     "iwae_upper": ("reverse IWAE", "nats", "upper bound from the mean of weights, a posterior draw's among them"),
     "upper": ("EUBO", "nats", "upper bound of log Z from posterior draws"),
     "elbo_gain": ("ELBO(guide) − ELBO(prior)", "nats", "how much closer the guide is than the prior was"),
@@ -36,21 +36,20 @@ WEIGHTS = {
     "exact_draws": ("exact draws", "draws", "of the posterior, behind the upper bounds"),
     "num_samples": ("draws", "draws", "of the prior and of the guide each, for every prompt"),
 }
-COST = {
-    "lm_tokens": ("LM tokens", "tokens", "forwarded through any language model"),
-    "reward_calls": ("reward calls", "texts", ""),
-}
-MEASURED = DISTANCES | BRACKET | REWARDS | WEIGHTS
 DRAWN = {  # of `drawn`
     "reward": ("E[reward] of the posterior", "", "by these draws, in the reward's own unit"),
     "length": ("E[length] of the posterior", "tokens", "the end token included"),
     "log_prior": ("E[log p0] of the posterior", "nats", "how probable the prior finds its texts"),
-    "log_z": ("log Z", "nats", "the log evidence, of exp(r/β)"),
-    "kl_q_p": ("KL(draws' own law ‖ posterior)", "nats", "without the weights"),
+    "log_z": ("log Z", "nats", "the log evidence: of the prior times the likelihood"),
+    "kl_q_p": (
+        "KL(drawn ‖ posterior)",
+        "nats",
+        "of the draws without their weights; of SMC an upper bound, for a text picked by weight",
+    ),
     "ess": ("effective sample size", "draws", "how many independent posterior draws they are worth"),
     "khat": ("k-hat", "", "shape of the weights' tail"),
     "max_weight": ("largest weight", "%", "of the sum of all"),
-    "r_hat": ("R-hat", "", "whether the chains agree: 1 if they do"),
+    "r_hat": ("R-hat", "", "near 1 where the chains agree, which does not prove that they are right"),
     "ess_bulk": ("bulk ESS", "draws", "for means; the fewest of any number"),
     "ess_tail": ("tail ESS", "draws", "for 5% and 95% quantiles; the fewest of any number"),
     "acceptance_rate": ("acceptance rate", "%", "of the chains' proposals"),

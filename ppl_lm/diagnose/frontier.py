@@ -54,7 +54,7 @@ def plot_frontier(
     for n, (name, (kl, kl_se, value, se)) in enumerate((points or {}).items()):
         x, x_se, y, y_se = map(number, (kl, kl_se, value, se))
         if not (math.isfinite(x) and math.isfinite(y)):
-            notes.append(f"{name} has no finite KL or reward")
+            notes.append(f"{plain(name)} has no finite KL or reward")
             continue
         errors = [0.0 if not math.isfinite(e) else e for e in (x_se, y_se)]
         marker = "osD^v<>"[n % 7]

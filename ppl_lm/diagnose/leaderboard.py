@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ppl_lm.diagnose.frontier import plot_frontier
 from ppl_lm.diagnose.page import picture, pm, render
+from ppl_lm.diagnose.pictures import frontier, is_tilted, points
 from ppl_lm.diagnose.plots import number, plot_evidence
-from ppl_lm.diagnose.report import Run, points
-
-POSTERIOR = ("model", "lm", "reward", "beta", "prompts", "columns", "max_new_tokens")  # settings that make it
+from ppl_lm.diagnose.record import Run
+from ppl_lm.diagnose.verdict import DRAWN
 
 
 @dataclass(frozen=True)
 class Board:
     """Runs of one posterior.
 
+    :param settings: `Run.posterior` of each of them.
     :param fits: closest first: by KL(guide ‖ posterior), or KL(posterior ‖ guide) under a hard constraint (`hard`), mean over
         prompts; `worse_than_prior` runs among them, by the guide that was kept.
-    :param draws: of samplers, the cheapest independent draw first."""
+    :param draws: of samplers, best verdict first, and of one verdict the cheapest effective draw."""
 
     settings: dict[str, Any]
     hard: bool
@@ -30,29 +30,26 @@ class Board:
 
 def boards(runs: Sequence[Run]) -> list[Board]:
     """Runs by posterior, in the order in which each posterior first comes. Two runs have the same one if they have the same
-    program, reward, β, prior weights, prompts and longest length."""
+    `Run.posterior`, source of the program and of the reward, prior weights and vocabulary; what the sources call is not
+    compared."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        settings = {name: run.asked["settings"][name] for name in POSTERIOR}
-        sources = {name: run.asked["sources"].get(name) for name in ("model", "reward")}
-        groups.setdefault(json.dumps([settings, sources, run.hashes], sort_keys=True), []).append(run)
+        sources = {name: run.asked["sources"][name] for name in ("model", "reward")}
+        groups.setdefault(json.dumps([run.posterior, sources, run.hashes], sort_keys=True), []).append(run)
     made = []
     for group in groups.values():
         fits = [run for run in group if run.prior is not None]
         hard = any(run.diagnosis["kl_prior_p"] == math.inf for run in fits)
         key = "kl_p_q" if hard else "kl_q_p"
-        made.append(
-            Board(
-                settings=group[0].asked["settings"],
-                hard=hard,
-                fits=sorted(fits, key=lambda run: run.diagnosis[key]),
-                draws=sorted(
-                    (run for run in group if run.prior is None),
-                    key=lambda run: run.diagnosis["lm_tokens_per_effective_draw"] or math.inf,
-                ),
-            )
-        )
+        fits.sort(key=lambda run: run.diagnosis[key])
+        draws = sorted((run for run in group if run.prior is None), key=_worth)
+        made.append(Board(group[0].posterior, hard, fits, draws))
     return made
+
+
+def _worth(run: Run) -> tuple[int, float]:
+    each = run.diagnosis["lm_tokens_per_effective_draw"]
+    return DRAWN.index(run.diagnosis["verdict"]), each or math.inf
 
 
 def leaderboard(runs: Sequence[Run]) -> str:
@@ -60,8 +57,7 @@ def leaderboard(runs: Sequence[Run]) -> str:
     found = boards(runs)
     return render(
         "leaderboard.html",
-        boards=[{"settings": b.settings, "fits": rows(b), "draws": _draws(b), "plots": _plots(b)} for b in found],
-        versions=runs[0].asked["versions"],
+        boards=[{"settings": b.settings, "fits": rows(b), "draws": drawn_rows(b), "plots": _plots(b)} for b in found],
         commands=[run.asked["command"] for run in runs],
     )
 
@@ -82,7 +78,7 @@ def rows(board: Board) -> list[dict[str, str]]:
                 "verdict": d["verdict"],
                 "behind": behind,
                 **{k: pm(d.get(k), d.get(f"{k}_se")) for k in ("kl_q_p", "kl_p_q", "reward")},
-                "bracket": " ≤ ".join(f"{number(d[k]):.2f}" for k in ("elbo", "log_z", "upper")),
+                "bracket": _bracket(d),
                 "khat": pm(d["khat"], d.get("khat_se")),
                 "ess": f"{d['ess']:,.0f} of {d['num_samples']:,}",
                 "cost": _cost(run),
@@ -91,7 +87,7 @@ def rows(board: Board) -> list[dict[str, str]]:
     return made
 
 
-def _draws(board: Board) -> list[dict[str, str]]:
+def drawn_rows(board: Board) -> list[dict[str, str]]:
     return [
         {
             "name": run.name,
@@ -99,11 +95,11 @@ def _draws(board: Board) -> list[dict[str, str]]:
             "verdict": d["verdict"],
             "log_z": pm(d["log_z"], d["log_z_se"]),
             "reward": pm(d.get("reward"), d.get("reward_se")),
-            "ess": f"{pm(d['ess'])} of {d['num_samples']:,}",
-            "each": pm(d["lm_tokens_per_effective_draw"]),
+            "ess": "–" if d["ess"] is None else f"{d['ess']:,.0f} of {d['num_samples']:,}",
+            "each": "–" if each is None else f"{each:,.0f}",
         }
         for run in board.draws
-        for d in [run.diagnosis]
+        for d, each in [(run.diagnosis, run.diagnosis["lm_tokens_per_effective_draw"])]
     ]
 
 
@@ -119,22 +115,19 @@ def _plots(board: Board) -> list[dict[str, str]]:
             "KL(guide ‖ posterior).",
         )
     ]
-    prior = board.fits[0].prior
-    if prior is not None and "reward" in prior.records:
-        beta = board.settings["beta"]
+    if is_tilted(board.fits[0]):
         found = {name: points(run.diagnosis)["guide"] for name, run in named.items()}
         found["posterior"] = points(board.fits[0].diagnosis)["posterior"]
-        made.append(
-            picture(
-                lambda: plot_frontier(prior, found, betas=[2 * beta, beta, beta / 2]),
-                "Reward against KL from the prior: each run's guide, and the posterior on the frontier.",
-                "Reward against distance from the prior. No law can be above the curve; the posterior lies on it.",
-            )
-        )
+        made.append(frontier(board.fits[0], found, "each run's guide, and the posterior on the frontier."))
     return made
+
+
+def _bracket(d: dict[str, Any]) -> str:
+    low, middle, high = (f"{number(d[key]):.2f}" for key in ("elbo", "log_z", "upper"))
+    return f"{low} ≤ {middle} {'≤' if d['upper_exact'] else '≲'} {high}"
 
 
 def _cost(run: Run) -> str:
     if run.fit is None or "steps" not in run.fit:
         return "–"
-    return f"{run.fit['seconds']:.0f} s, {sum(row['lm_tokens'] for row in run.metrics) / 1e6:.2f} M tokens"
+    return f"{run.fit['seconds']:.0f} s, {run.fit_tokens / 1e6:.2f} M tokens"

@@ -5,9 +5,12 @@ is spelt out."""
 import base64
 import io
 import math
+import shlex
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ppl_lm import __version__
 from ppl_lm.diagnose.heat import heat_html, visible
 
 if TYPE_CHECKING:
@@ -32,12 +35,14 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     pages.filters |= {
+        "quoted": shlex.quote,
         "shown": shown,
         "lines": lines,
         "number": plain_number,
         "signed": lambda v: f"{v:+.2f}".replace("-", "−"),
     }
-    pages.globals["heat"] = lambda tokens, gains: Markup(heat_html(tokens, gains or [0.0] * len(tokens), SCALE))
+    pages.globals["heat"] = lambda tokens, gains: Markup(heat_html(tokens, gains or [math.nan] * len(tokens), SCALE))
+    pages.globals["version"] = __version__
     return pages.get_template(template).render(**values)
 
 
@@ -77,14 +82,18 @@ def picture(draw: Callable[[], "Axes | None"], alt: str, caption: str) -> dict[s
     """What a plot shows, for the page: `src`, or `why` there is none; `alt`, which says it in words, and `caption`."""
     made = {"alt": alt, "caption": caption, "src": "", "why": ""}
     try:
-        ax = draw()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")
+            ax = draw()
     except ValueError as error:  # of plots that these draws do not have
         return made | {"why": str(error)}
     if ax is None:
         return made | {"why": "not measured"}
     stream = io.BytesIO()
     figure: Any = ax.figure
-    figure.savefig(stream, format="png", dpi=DPI, transparent=True, metadata={"Software": None})
+    with warnings.catch_warnings():  # a script that the font lacks is drawn as boxes; the texts are on the page as well
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(stream, format="png", dpi=DPI, transparent=True, metadata={"Software": None})
     width, height = figure.get_size_inches()
     size = {"width": f"{round(96 * width)}", "height": f"{round(96 * height)}"}
     return made | size | {"src": "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()}

@@ -52,6 +52,12 @@ def laws(diagnosis: Diagnosis, b: int, count: int) -> dict[str, Draws | None]:
     return {name: None if draws is None else draws.map(lambda v: v[:, :count]) for name, draws in found.items()}
 
 
+def some(draws: Draws, count: int) -> Draws:
+    """So many of each prompt, of all chains alike, as one chain: of Markov chains the newest, else the first."""
+    last = draws.map(lambda v: v.transpose(0, 1).flatten(0, 1).unsqueeze(0))
+    return last.map(lambda v: v[:, -count:] if draws.markov else v[:, :count])
+
+
 def _together(parts: list[Draws | None], seed: int) -> dict[str, Any] | None:
     made = [diversity(draws, seed=seed) for draws in parts if draws is not None]
     if not made:

@@ -56,11 +56,21 @@ def figures(made: dict[str, Any], title: str) -> Table:
     return table
 
 
-def board(found: list[dict[str, str]], title: str) -> Table:
-    """Runs of one posterior, closest first: `leaderboard.rows`."""
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    columns = {"name": "run", "verdict": "verdict", "kl_q_p": "KL(q ‖ p)", "behind": "behind", "kl_p_q": "KL(p ‖ q)"}
-    columns |= {"reward": "E(reward)"} if any(row["reward"] != "–" for row in found) else {}
+FITS = {"name": "run", "verdict": "verdict", "kl_q_p": "KL(q ‖ p)", "behind": "behind", "kl_p_q": "KL(p ‖ q)"}
+DRAWS = {
+    "name": "run",
+    "sampler": "sampler",
+    "verdict": "verdict",
+    "log_z": "log Z",
+    "ess": "ESS",
+    "each": "tokens a draw",
+}
+
+
+def board(found: list[dict[str, str]], columns: dict[str, str], title: str) -> Table:
+    """Rows of a `leaderboard`, with the columns `FITS` or `DRAWS`."""
+    table = Table(title=clean(title), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    columns = columns | ({"reward": "E(reward)"} if any(row["reward"] != "–" for row in found) else {})
     for heading in columns.values():
         table.add_column(heading)
     for row in found:

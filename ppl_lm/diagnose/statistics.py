@@ -20,7 +20,7 @@ def numbers(draws: Draws) -> dict[str, Tensor]:
             found["length" if name == "x" else f"{name}_length"] = vocabulary.lengths(draws[name]).double()
     found["log_prior"] = draws.log_prior
     columns = draws.log_guide.shape[-1]
-    return {k: v if v.shape[-1] == columns else v.mean(-1, keepdim=True) for k, v in found.items()}
+    return {k: v.double() if v.shape[-1] == columns else v.double().mean(-1, keepdim=True) for k, v in found.items()}
 
 
 def recorded(draws: Draws, statistics: Mapping[str, Statistic] | None) -> Draws:

@@ -49,10 +49,10 @@ def exact_among(prior: Draws) -> Draws | None:
     if int(keep.sum()) < MIN_EXACT:
         return None
     proposals = replace(prior, latents={})  # with their weights as proposals
-    return replace(select(scored(prior), keep, int(keep.sum())), proposals=proposals)
+    return replace(select(_scored(prior), keep, int(keep.sum())), proposals=proposals)
 
 
-def scored(prior: Draws) -> Draws:
+def _scored(prior: Draws) -> Draws:
     """The same draws with `log_guide` under the guide, as `score(guide, prior)` has them."""
     return replace(prior, log_guide=prior.stats["log_q"])
 
@@ -90,7 +90,9 @@ def diagnose(
     for b in range(from_guide.log_guide.shape[-1]):
         p, q = from_prior.of_prompt(b), from_guide.of_prompt(b)
         exact = exact_among(p)
-        made, verdict = _figures(scored(p), q, exact, log_evidence(q, exact), bound, 1 / from_guide.log_guide.shape[-1])
+        made, verdict = _figures(
+            _scored(p), q, exact, log_evidence(q, exact), bound, 1 / from_guide.log_guide.shape[-1]
+        )
         figures.append({"prompt": q.prompts.texts[0], **made, "verdict": verdict.code})
         verdicts.append(verdict)
     average = _average(figures)

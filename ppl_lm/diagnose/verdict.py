@@ -7,6 +7,7 @@ from ppl_lm.diagnose.weights import khat_threshold
 
 GOOD_SHARE = 0.15  # of the prior's distance from the posterior that a good guide may be away, error included
 GOOD_NATS = 0.125  # or this much in absolute terms
+COVER = 2.0  # times as far KL(posterior ‖ guide) may be
 MISSED = 0.03  # posterior mass, error included, above which a guide that hardly ever draws it misses it
 LOST = 0.1  # that a collapsed guide has lost at the least
 COLLAPSED = (
@@ -35,6 +36,12 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"{self.code}: {self.sentence} {self.remedy}".rstrip()
+
+
+def good_limit(was: float) -> float:
+    """Nats that a good guide may be away, error included, where the prior is `was` nats away: KL(guide ‖ posterior), and COVER
+    times as much KL(posterior ‖ guide), which alone decides under a hard constraint."""
+    return max(GOOD_SHARE * was, GOOD_NATS)
 
 
 def judge(
@@ -114,7 +121,7 @@ def judge(
     tail = ""
     if khat is not None and khat >= khat_threshold(num_samples):
         tail = f" k-hat {khat:.2f} says that its weights have a heavy tail: do not use them weighted."
-    limit = max(GOOD_SHARE * was[0], GOOD_NATS)
+    limit = good_limit(was[0])
     bound, cover = near[0] + 2 * near[1], kl_p_q + 2 * kl_p_q_se
     far = (
         not hard and near[0] - 2 * near[1] > limit
@@ -126,7 +133,7 @@ def judge(
             f"few to show what the guide never visits.{tail}",
             f"Give about {math.ceil(num_samples * SEEN / max(seen, 1))} draws (--num-samples), or compare it with smc's.",
         )
-    if (hard or bound <= limit) and cover <= 2 * limit:
+    if (hard or bound <= limit) and cover <= COVER * limit:
         use = "Drop the draws that break the constraint." if possible < 1 else "Use its draws as they are."
         return Verdict("good", f"{distance}: at most {bound:.2f} nats, with 97.5% confidence.{tail}", use)
     if seen < SEEN:

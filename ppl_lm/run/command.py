@@ -17,6 +17,8 @@ from ppl_lm.run import folder
 from ppl_lm.run.fit import Fit
 from ppl_lm.run.fit import fit as fit_guide
 
+LOWER = "Lower --learning-rate, or raise --particles."
+
 
 def fit_and_measure(
     settings: folder.Settings,
@@ -88,14 +90,16 @@ def measure(
         if fitted["outcome"] == "worse_than_prior":
             whole: Any = {k: math.nan if v is None else v for k, v in fitted.items()}
             sentence = told(Fit(**whole))
-            record |= {"kept_verdict": record["verdict"], "verdict": "worse_than_prior"}
-            record["sentence"] = f"{sentence} Of the guide that was kept: {record['sentence']}"
-    folder.write_json(path / f"diagnosis{suffix}.json", record)
+            what = sentence.removeprefix("worse_than_prior: ").removesuffix(LOWER).rstrip()
+            kept = f"Of the guide that was kept: {record['verdict']}. {record['sentence']}"
+            record |= {"kept_verdict": record["verdict"], "verdict": "worse_than_prior", "remedy": LOWER}
+            record["sentence"] = f"{what[:1].upper()}{what[1:]} {kept}"
     settings = folder.read_settings(path)
     constants = folder.constant_data(settings, programs.prior)
     data = to_arviz(made.guide, prior=made.prior, constant_data=constants, attributes={"seed": seed})
     folder.save_draws(path / f"draws{suffix}.nc", data)
     folder.write_json(path / f"samples{suffix}.json", samples(made, programs.model, programs.guide))
+    folder.write_json(path / f"diagnosis{suffix}.json", record)
     first = (made.prior.of_prompt(0), made.guide.of_prompt(0), made.exact[0])
     out.print(show.samples(*first))
     if len(made.figures) > 1:
@@ -123,16 +127,13 @@ def told(fitted: Fit) -> str:
     sign, what_fell = (-1, "KL(posterior ‖ guide)") if fitted.covers else (1, "ELBO")
     against = f"{what_fell} {sign * fitted.gain:+.2f} ± {fitted.gain_se:.2f} nats a prompt against the prior's"
     if fitted.outcome == "diverged":
-        return (
-            f"diverged: {took} a gradient was not finite. Kept is the best guide seen, {kept}, {against}. "
-            "Lower --learning-rate, or raise --particles."
-        )
+        return f"diverged: {took} a gradient was not finite. Kept is the best guide seen, {kept}, {against}. {LOWER}"
     if fitted.outcome == "worse_than_prior":
         worse = f"{what_fell} {sign * fitted.last_gain:+.2f} nats against the prior's"
         lost = f"has {worse}" if math.isfinite(fitted.last_gain) else "is lost"
         return (
             f"worse_than_prior: {took} the last guide is further from the posterior than the prior: it {lost}. Kept is "
-            f"the best guide seen, {kept}. Lower --learning-rate, or raise --particles."
+            f"the best guide seen, {kept}. {LOWER}"
         )
     what = "interrupted" if fitted.outcome == "interrupted" else "fitted"
     return f"{what} {took}; the guide kept is {kept}, {against}"

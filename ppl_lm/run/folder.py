@@ -150,6 +150,7 @@ def write_settings(folder: Path, settings: Settings, programs: Programs, command
     functions["reward"] = reward.function if isinstance(reward, Reward) else None
     asked: dict[str, Any] = {"written_by": "ppl_lm", "command": command, "settings": asdict(settings)}
     asked |= {"versions": versions, "platform": platform.platform(), "device": str(programs.prior.device)}
+    asked["arguments"] = [*programs.model.arguments, *programs.model.networks]
     asked["sources"] = {name: _source(function) for name, function in functions.items()}
     asked["graph"] = _graph(programs)
     write_json(folder / MARK, asked)
@@ -188,9 +189,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; give the name of a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_guide(folder: Path, guide: Bound, probes: Prompts) -> None:

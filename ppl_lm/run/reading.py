@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ppl_lm.diagnose import from_arviz
-from ppl_lm.diagnose.report import Run
+from ppl_lm.diagnose.record import Run
 from ppl_lm.embedded import FOLDER
 from ppl_lm.lm import Prompts
 from ppl_lm.lm.vocabulary import Vocabulary
@@ -16,36 +16,53 @@ from ppl_lm.run import folder
 def read(path: Path) -> Run:
     """What `ppl-lm fit` or `ppl-lm sample` wrote, measured.
 
-    :raises ValueError: if the folder is not a run, or was not measured yet."""
+    :raises ValueError: if the folder is not a run, was not measured yet, or does not go with its language model any more."""
     import arviz as az
-
-    import ppl_lm.lm.table  # noqa: F401  so that a fitted table's configuration is known
 
     settings = folder.read_settings(path)
     asked = _json(path / folder.MARK)
-    fitted = (path / "fit.json").is_file()
-    needed = [path / name for name in ("diagnosis.json", "draws.nc", *(("samples.json",) if fitted else ()))]
+    if "arguments" not in asked:
+        raise ValueError(f"{str(path)!r} was written by an earlier version of ppl_lm; fit it again")
+    fitted = (path / "metrics.jsonl").is_file()
+    if fitted:
+        folder.fitted_guide(path)  # a run that was killed has none
+    needed = [path / name for name in ("draws.nc", *(("samples.json", "fit.json") if fitted else ()), "diagnosis.json")]
     if missing := [file.name for file in needed if not file.is_file()]:
         raise ValueError(f"{str(path)!r} has no {missing[0]}; measure it first: ppl-lm diagnose {path}")
-    if "sources" not in asked:
-        raise ValueError(f"{str(path)!r} was written by an earlier version of ppl_lm; fit it again")
     network = path / "guide" if (path / "guide").is_dir() else settings.lm or FOLDER
-    prompts = Prompts.make({"prompt": settings.prompts, **settings.columns}, Vocabulary.from_pretrained(network))
+    vocabulary = _vocabulary(network)
     data = az.from_netcdf(str(path / "draws.nc"))
-    constants = data["constant_data"]
-    others = {p.stem.removeprefix("diagnosis_"): _json(p) for p in sorted(path.glob("diagnosis_*.json"))}
+    hashes = {name: str(data["constant_data"][name].values) for name in ("prior_sha256", "vocabulary_sha256")}
+    if hashes["vocabulary_sha256"] != vocabulary.fingerprint:
+        raise ValueError(
+            f"the tokenizer in {str(network)!r} is not that of the draws any more: their texts cannot be read"
+        )
+    prompts = Prompts.make({"prompt": settings.prompts, **settings.columns}, vocabulary)
+    found = {p.stem.removeprefix("diagnosis_"): _json(p) for p in sorted(path.glob("diagnosis_*.json"))}
     return Run(
         name=path.resolve().name,
+        path=str(path),
         asked=asked,
         diagnosis=_restored(_json(path / "diagnosis.json")) if fitted else _json(path / "diagnosis.json"),
         draws=from_arviz(data, prompts),
         prior=from_arviz(data, prompts, "prior") if fitted else None,
         samples=_json(path / "samples.json") if fitted else [],
         fit=_json(path / "fit.json") if fitted else None,
-        metrics=[json.loads(line) for line in _lines(path / "metrics.jsonl")],
-        hashes={name: str(constants[name].values) for name in ("prior_sha256", "vocabulary_sha256")},
-        others=others,
+        metrics=_json(path / "metrics.jsonl") if fitted else [],
+        hashes=hashes,
+        others={name: made for name, made in found.items() if isinstance(made, dict) and "sentence" in made},
     )
+
+
+def _vocabulary(network: Path | str) -> Vocabulary:
+    import ppl_lm.lm.table  # noqa: F401  so that a fitted table's configuration is known
+
+    if isinstance(network, str) and Path(network).is_absolute() and not Path(network).is_dir():
+        raise ValueError(f"the run's language model was in {network!r}, which is gone: its tokenizer is needed")
+    try:
+        return Vocabulary.from_pretrained(network)
+    except Exception as error:  # transformers, tokenizers and the hub have dozens
+        raise ValueError(f"the tokenizer of {str(network)!r} could not be read: {error}") from error
 
 
 def _restored(made: dict[str, Any]) -> dict[str, Any]:
@@ -56,8 +73,11 @@ def _restored(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Of JSON lines a list.
 
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    :raises ValueError: of what is not JSON, by the file's name."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}") from None

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from ppl_lm.diagnose import drawn, show, to_arviz
+from ppl_lm.diagnose.samples import some
 from ppl_lm.infer import Draws, NoSupportError
 from ppl_lm.lm import meter
 from ppl_lm.named import is_file, shipped
@@ -89,8 +90,8 @@ def sample_and_write(
         folder.write_settings(path, settings, programs, command)
     constants, told = folder.constant_data(settings, programs.prior), {"seed": settings.seed, "sampler": sampler}
     data = to_arviz(draws, constant_data=constants, attributes=told)
-    folder.write_json(path / f"diagnosis{suffix}.json", record)
     folder.save_draws(path / f"draws{suffix}.nc", data)
+    folder.write_json(path / f"diagnosis{suffix}.json", record)
     if out is not None:
         out.print(how, markup=False)
     _show(draws, num_samples, out)
@@ -101,9 +102,8 @@ def sample_and_write(
 
 
 def _show(draws: Draws, num_samples: int, out: Console | None) -> None:
-    """`num_samples` draws of each prompt: of Markov chains the newest of all chains, else the first."""
-    last = draws.map(lambda v: v.transpose(0, 1).flatten(0, 1).unsqueeze(0))
-    draws = last.map(lambda v: v[:, -num_samples:] if draws.markov else v[:, :num_samples])
+    """`num_samples` draws of each prompt."""
+    draws = some(draws, num_samples)
     columns = {name: value[0] for name, value in draws.records.items()}  # (S, B)
     if not (draws.exact or draws.markov):
         columns["log_weight"] = draws.log_weight[0].expand(-1, len(draws.prompts))

@@ -1,0 +1,161 @@
+"""The pictures of a run, as its pages show them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import networkx
+
+from ppl_lm.diagnose.draw_graphs import draw_model
+from ppl_lm.diagnose.draw_tree import draw_prefix_tree
+from ppl_lm.diagnose.evidence import log_evidence
+from ppl_lm.diagnose.frontier import plot_frontier
+from ppl_lm.diagnose.page import picture, pm, shown
+from ppl_lm.diagnose.plots import number, plot_evidence, plot_sbc, plot_training
+from ppl_lm.diagnose.prefix_tree import prefix_tree
+from ppl_lm.diagnose.record import Run
+from ppl_lm.diagnose.sbc import sbc
+from ppl_lm.diagnose.summary import exact_among
+from ppl_lm.diagnose.tail import plot_weight_tail
+from ppl_lm.infer import Draws
+
+PROMPTS = 3  # of which trees and tails are drawn
+RANKED = 19  # draws among which an exact one is ranked, if there are so many
+
+
+def plots(run: Run) -> list[dict[str, str]]:
+    made, prior = run.diagnosis, run.prior
+    assert prior is not None
+    bracket = f"ELBO {pm(made['elbo'], made['elbo_se'])}, log Z {pm(made['log_z'], made['log_z_se'])}"
+    bracket += f", EUBO {pm(made['upper'], made['upper_se'])} nats"
+    pictures = [
+        picture(
+            lambda: plot_training(run.metrics, made) if run.metrics else None,
+            f"The ELBO by step of fitting, and the evidence bracket at its end: {bracket}.",
+            "Training: each step's ELBO, and at the end the bracket of the guide that was kept. The gap below log Z is "
+            "KL(guide ‖ posterior), the gap above KL(posterior ‖ guide).",
+        ),
+        picture(
+            lambda: plot_evidence({"prior": _evidence(prior, prior), "guide": made}),
+            f"The evidence bracket of the prior and of the guide: {bracket}.",
+            "The evidence from both sides, by the prior as it was and by the guide. The narrower, the closer.",
+        ),
+    ]
+    if is_tilted(run):
+        text = f"the guide has {pm(made['reward'])} at {pm(made['kl_q_prior'])} nats, the posterior "
+        text += f"{pm(made['reward_posterior'])} at {pm(made['kl_p_prior'])} nats."
+        pictures.append(frontier(run, points(made), text))
+    return pictures
+
+
+def is_tilted(run: Run) -> bool:
+    """Whether the posterior is p0 exp(r/β)/Z, so that it lies on the frontier: on the prior's draws the log likelihood is the
+    reward over β, up to a constant."""
+    beta, prior = run.posterior["beta"], run.prior
+    if prior is None or "reward" not in prior.records or beta is None:
+        return False
+    rest = prior.log_likelihood - prior["reward"].double() / beta
+    return bool(rest.isfinite().all()) and float(rest.max() - rest.min()) < 1e-3
+
+
+def frontier(run: Run, found: Mapping[str, tuple[float, float, float, float]], text: str) -> dict[str, str]:
+    """`plot_frontier` with the run's prior, and β, its double and its half marked.
+
+    :param text: the points in words."""
+    beta, prior = run.posterior["beta"], run.prior
+    assert prior is not None
+    return picture(
+        lambda: plot_frontier(prior, found, betas=[2 * beta, beta, beta / 2]),
+        f"Reward against KL from the prior: {text}",
+        "Reward against distance from the prior. No law can be above the curve; the posterior lies on it.",
+    )
+
+
+def points(made: Mapping[str, Any]) -> dict[str, tuple[float, float, float, float]]:
+    """For `plot_frontier`: KL from the prior and reward, each with its error, of the guide and of the posterior."""
+    keys = {"guide": ("kl_q_prior", "reward"), "posterior": ("kl_p_prior", "reward_posterior")}
+    return {
+        name: (number(made[x]), number(made[f"{x}_se"]), number(made[y]), number(made[f"{y}_se"]))
+        for name, (x, y) in keys.items()
+    }
+
+
+def _evidence(draws: Draws, prior: Draws) -> Any:
+    """The bracket with the prior for a guide; of several prompts each with its exact draws, averaged."""
+    parts = []
+    for b in range(prior.log_guide.shape[-1]):
+        exact = exact_among(prior.of_prompt(b))
+        own = None if exact is None else replace(exact, log_guide=exact.log_prior)
+        parts.append(log_evidence(draws.of_prompt(b), own))
+    mean = {}
+    for key in ("elbo", "iwae", "log_z", "iwae_upper", "upper"):
+        mean[key] = sum(float(getattr(p, key)) for p in parts) / len(parts)
+        mean[f"{key}_se"] = math.hypot(*(float(getattr(p, f"{key}_se")) for p in parts)) / len(parts)
+    return mean | {"upper_exact": all(p.upper_exact for p in parts), "num_samples": prior.num_samples}
+
+
+def places(run: Run) -> list[dict[str, Any]]:
+    """Of each of the first prompts: where mass moved, the tail of the weights, the ranks."""
+    prior, guide = run.prior, run.draws
+    assert prior is not None
+    made, prompts = [], run.diagnosis["prompts"]
+    for b, figures in list(enumerate(prompts))[:PROMPTS]:
+        of = f" After the prompt “{shown(figures['prompt'])}”." if len(prompts) > 1 else ""
+        exact = exact_among(prior.of_prompt(b))
+        tree = partial(_tree, prior.of_prompt(b), guide.of_prompt(b), exact)
+        kind = "exact posterior draws" if exact is not None else "the guide's draws, weighted"
+        pictures = [
+            picture(
+                tree,
+                "A tree of the texts' beginnings: the share of each under the prior, and under the posterior.",
+                f"Where the mass of texts moved: the posterior by {kind}.",
+            ),
+            tail(guide, b, of),
+            picture(
+                partial(_ranks, exact, guide.of_prompt(b)),
+                f"The ECDF of the ranks of exact posterior draws among the guide's, less the uniform's.{of}",
+                "Calibration of the guide's own draws: ranks of exact posterior draws among them. Inside the band, nothing "
+                f"tells them apart.{of}",
+            ),
+        ]
+        made.append({"prompt": figures["prompt"], "pictures": pictures})
+    return made
+
+
+def _tree(prior: Draws, guide: Draws, exact: Draws | None) -> Any:
+    return draw_prefix_tree(prefix_tree(prior, guide, exact or guide, max_nodes=24, min_mass=0.02))
+
+
+def tail(draws: Draws, b: int, of: str = "") -> dict[str, str]:
+    return picture(
+        lambda: plot_weight_tail(draws.of_prompt(b)),
+        f"The tail of the importance weights, on two logarithmic axes, with the generalised Pareto that fits it.{of}",
+        "The tail of the weights: a power law is a straight line, and the flatter it falls the less can averages by weights be "
+        f"trusted.{of}",
+    )
+
+
+def _ranks(exact: Draws | None, guide: Draws) -> Any:
+    if exact is None:
+        raise ValueError("there are too few exact posterior draws to rank")
+    count = min(exact.num_samples, max(20, guide.num_samples // RANKED))
+    few = exact.map(lambda v: v[:, :count])
+    ranked = max(1, min(RANKED, guide.num_samples // count))
+    return plot_sbc(sbc(few, guide, ranked, statistics=lambda d: {"log_q": d.log_guide}))
+
+
+def program(data: Any) -> dict[str, str] | None:
+    if data is None:
+        return None
+
+    def draw() -> Any:
+        graph = networkx.node_link_graph(data, edges="edges")
+        for _, node in graph.nodes(data=True):
+            node["plates"] = tuple(node["plates"])
+        return draw_model(graph)
+
+    sites = ", ".join(f"{node['id']} ({node['kind']})" for node in data["nodes"])
+    alt = f"The program's sites and what depends on what: {shown(sites)}."
+    return picture(draw, alt, "The program as a graph: filled sites are observed, dashed ones computed.")
