@@ -12,7 +12,7 @@ from ppl_lm.diagnose import diagnose, drawn, from_arviz, to_arviz, to_datatree
 from ppl_lm.diagnose.arviz import _storable
 from ppl_lm.diagnose.summary import exact_among
 from ppl_lm.guides import finetuned, prior
-from ppl_lm.infer import bind, exact, importance, rejection, replicate
+from ppl_lm.infer import bind, exact, importance, quasi_rejection, rejection, replicate
 from ppl_lm.likelihood import Optimality
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
@@ -56,7 +56,16 @@ def test_groups_and_dimensions(problem):
     target, guide, start = problem
     data = to_arviz(rejection(target, start, ["", ""], num_samples=40))
     assert set(data.groups()) == {
-        *("posterior", "completions", "log_likelihood", "log_prior", "guide", "observed_data", "constant_data")
+        *(
+            "posterior",
+            "completions",
+            "log_likelihood",
+            "log_prior",
+            "guide",
+            "proposals",
+            "observed_data",
+            "constant_data",
+        )
     }
     assert data.posterior["reward"].dims == ("chain", "draw", "prompt") and data.posterior.sizes["draw"] == 40
     assert {"reward", "length", "log_prior"} <= set(data.posterior.data_vars)
@@ -166,6 +175,15 @@ def test_draws_come_back_from_a_file_as_they_were(problem, tmp_path, life):
         assert other.exact and torch.equal(one["x"], other["x"]) and torch.equal(one.log_guide, other.log_guide)
     kept = from_arviz(to_arviz(rejection(target, None, ["", "a"], num_samples=30)), prompts)
     assert kept.exact and kept.num_samples == 30 and kept.cost.lm_tokens > 0
+    bound = torch.tensor(1.0)
+    kinds = [rejection(target, None, ["", "a"], num_samples=30)]
+    kinds.append(quasi_rejection(target, guide, ["", "a"], num_samples=30, log_bound=bound))
+    for draws in kinds:
+        told, again = drawn(draws), drawn(from_arviz(to_arviz(draws), prompts))
+        assert {k: again[k] for k in told if k != "prompts"} == {k: told[k] for k in told if k != "prompts"}, (
+            "log Z too"
+        )
+    assert drawn(from_arviz(data, prompts, "prior"))["lm_tokens"] == made.prior.cost.lm_tokens
     with pytest.raises(ValueError, match="prompts"):
         from_arviz(data, guide.lm.prompts(["a", ""]))
     with pytest.raises(ValueError, match="no group"):

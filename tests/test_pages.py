@@ -155,7 +155,7 @@ def test_a_page_says_what_cannot_be_drawn(hostile):
     run = replace(run, prior=replace(run.prior, stats={"log_q": run.prior.stats["log_q"]}))  # as without a bound
     page = Page(report(run))
     assert "Not drawn: there are too few exact posterior draws to rank" in page.text
-    assert "the guide's draws, weighted" in page.text
+    assert "draws of prior and guide, weighted" in page.text
 
 
 def test_a_page_of_draws_without_a_fit(plain):

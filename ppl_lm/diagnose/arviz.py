@@ -36,6 +36,7 @@ def to_arviz(
     - `completions`: tokens and text of the same draws; `log_likelihood`: of each observed site, nats; `log_prior`: of the
       latent sites together, nats: what `az.psens` scales.
     - `guide`: the raw draws with their tokens, numbers, log-probabilities and weights, nats. `az.psislw` takes `log_weight`.
+    - `proposals`: log-probabilities of all that a sampler proposed, which discards some, and by which its evidence is known.
     - `sample_stats`: how each draw came about, such as the acceptance rates of Markov chains.
     - `prior`: where it is given, the prior's draws: numbers and log-probabilities; their tokens and texts are in
       `prior_completions`, how each came about in `sample_stats_prior`. `posterior_predictive`: where it is given, below.
@@ -110,10 +111,15 @@ def _datasets(
         tokens = {f"{name}_tokens": raw(f"{name}_tokens", prior[name]) for name in prior.texts}
         made["prior_completions"] = tokens | {f"{n}_text": _text(prior, tokens[f"{n}_tokens"]) for n in prior.texts}
         made["sample_stats_prior"] = {k: raw(k, v) for k, v in prior.stats.items()}
+    if draws.proposals is not None:
+        made["proposals"] = {k: raw(k, v) for k, v in _log_probabilities(draws.proposals).items()}
     if predicted is not None:
         made["posterior_predictive"] = {k: posterior(k, v) for k, v in predicted.items()}
     told = {**_attributes(draws, picks), **(attributes or {})}
-    return {name: _dataset(variables, told) for name, variables in made.items() if variables}
+    own: dict[str, Any] = {}
+    if prior is not None:
+        own = dict.fromkeys(("prior", "prior_completions", "sample_stats_prior"), _cost(prior))
+    return {name: _dataset(variables, told | own.get(name, {})) for name, variables in made.items() if variables}
 
 
 def _scalars(draws: Draws) -> dict[str, Tensor]:
@@ -181,14 +187,17 @@ def _attributes(draws: Draws, picks: Tensor) -> dict[str, Any]:
         **{kind: int(getattr(draws, kind)) for kind in KINDS},
         "num_samples": len(picks),
         "unique_fraction": float(np.mean([len(set(column.tolist())) / len(picks) for column in picks.T])),
-        "lm_tokens": draws.cost.lm_tokens,
-        "reward_calls": draws.cost.reward_calls,
+        **_cost(draws),
     }
     ess = [] if draws.markov else [worth(draws.of_prompt(b)) for b in range(draws.log_guide.shape[-1])]
     known = [value for value in ess if value is not None]
     if known:  # ArviZ finds what chains are worth: az.ess
         made["weighted_ess"] = float(np.mean(known))
     return made
+
+
+def _cost(draws: Draws) -> dict[str, int]:
+    return {"lm_tokens": draws.cost.lm_tokens, "reward_calls": draws.cost.reward_calls}
 
 
 def _dataset(variables: Variables, attributes: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from ppl_lm.diagnose.evidence import log_evidence
 from ppl_lm.diagnose.frontier import plot_frontier
 from ppl_lm.diagnose.page import picture, pm, shown
 from ppl_lm.diagnose.plots import number, plot_evidence, plot_sbc, plot_training
+from ppl_lm.diagnose.pool import pooled
 from ppl_lm.diagnose.prefix_tree import prefix_tree
 from ppl_lm.diagnose.record import Run
 from ppl_lm.diagnose.sbc import sbc
@@ -105,7 +106,7 @@ def places(run: Run) -> list[dict[str, Any]]:
         of = f" After the prompt “{shown(figures['prompt'])}”." if len(prompts) > 1 else ""
         exact = exact_among(prior.of_prompt(b))
         tree = partial(_tree, prior.of_prompt(b), guide.of_prompt(b), exact)
-        kind = "exact posterior draws" if exact is not None else "the guide's draws, weighted"
+        kind = "exact posterior draws" if exact is not None else "draws of prior and guide, weighted"
         pictures = [
             picture(
                 tree,
@@ -125,7 +126,7 @@ def places(run: Run) -> list[dict[str, Any]]:
 
 
 def _tree(prior: Draws, guide: Draws, exact: Draws | None) -> Any:
-    return draw_prefix_tree(prefix_tree(prior, guide, exact or guide, max_nodes=24, min_mass=0.02))
+    return draw_prefix_tree(prefix_tree(prior, guide, exact or pooled(prior, guide), max_nodes=24, min_mass=0.02))
 
 
 def tail(draws: Draws, b: int, of: str = "") -> dict[str, str]:

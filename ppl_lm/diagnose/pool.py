@@ -1,7 +1,7 @@
 """`Pool`: draws of the prior and of the guide taken together, which see what either of them sees."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -9,9 +9,20 @@ from torch import Tensor
 
 from ppl_lm.diagnose.weights import ess, khat_threshold, psis_khat
 from ppl_lm.infer import Draws
+from ppl_lm.infer.draws import concatenate
 
 FAR = math.log(100.0)  # nats by which the posterior must exceed the guide where the guide is said to miss it
 FEWEST = 30  # posterior draws that the prior's must be worth, for the posterior to be taken as seen
+
+
+def pooled(prior: Draws, guide: Draws) -> Draws:
+    """Draws of both, of one prompt, weighted to the posterior's by the balance heuristic (see `Pool`): they show what the guide
+    never visits, too. `log_guide` is the density of the mixture.
+
+    :param prior: draws of the prior, with `log_q` under the guide in their `stats`, as `Diagnosis.prior` has them."""
+    both = concatenate([guide, prior])
+    log_q = torch.cat([guide.log_guide, prior.stats["log_q"]], 1)
+    return replace(both, log_guide=torch.logaddexp(both.log_prior, log_q) - math.log(2))
 
 
 @dataclass(frozen=True)

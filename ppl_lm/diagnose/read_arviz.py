@@ -15,8 +15,8 @@ from ppl_lm.lm.meter import Cost
 def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
     """The draws that `to_arviz` put into the group `guide` or `prior`, for another look at them.
 
-    What a sampler discarded, and the share of each observed site in the likelihood, are not in the file; nor are records that
-    have the name of a log-probability.
+    The share of each observed site in the likelihood is not in the file; nor are records that have the name of a
+    log-probability.
 
     :param data: what `to_arviz` made, or `arviz.from_netcdf` read.
     :param prompts: the same ones, of the same language model: `lm.prompts([...])`.
@@ -51,8 +51,10 @@ def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
     how = "sample_stats_prior" if group == "prior" else "sample_stats"
     groups = set(data.children if hasattr(data, "children") else data.groups())
     stats = read(data[how]) if how in groups else {}
-    made = Draws(prompts, {**latents, **x}, records, **log_p, stats=stats, texts=tuple(x))
+    cost = Cost(int(raw.attrs["lm_tokens"]), int(raw.attrs["reward_calls"]))
+    made = Draws(prompts, {**latents, **x}, records, **log_p, cost=cost, stats=stats, texts=tuple(x))
     if group == "prior":
         return made
     kinds: Any = {kind: bool(raw.attrs[kind]) for kind in KINDS}
-    return replace(made, cost=Cost(int(raw.attrs["lm_tokens"]), int(raw.attrs["reward_calls"])), **kinds)
+    all_of: Any = read(data["proposals"]) if "proposals" in groups else None
+    return replace(made, proposals=None if all_of is None else Draws(prompts, {}, {}, **all_of), **kinds)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ppl_lm.diagnose.diversity import diversity, over_prompts
 from ppl_lm.diagnose.heat import pieces
+from ppl_lm.diagnose.pool import pooled
 from ppl_lm.diagnose.summary import Diagnosis
 from ppl_lm.infer import Draws, NoSupportError
 from ppl_lm.infer.token_gains import token_gains
@@ -45,10 +46,10 @@ def variety(diagnosis: Diagnosis, seed: int = 0) -> dict[str, dict[str, Any] | N
 
 
 def laws(diagnosis: Diagnosis, b: int, count: int) -> dict[str, Draws | None]:
-    """`count` draws of prompt b by `prior`, `guide` and `posterior`: exact ones as far as there are, or else resampled by their
-    weights, None where none is possible."""
+    """`count` draws of prompt b by `prior`, `guide` and `posterior`: exact ones as far as there are, or else draws of the
+    prior and of the guide together, resampled by their weights; None where none is possible."""
     prior, guide, exact = diagnosis.prior.of_prompt(b), diagnosis.guide.of_prompt(b), diagnosis.exact[b]
-    found = {"prior": prior, "guide": guide, "posterior": exact or _resampled(guide, count) or _resampled(prior, count)}
+    found = {"prior": prior, "guide": guide, "posterior": exact or _resampled(pooled(prior, guide), count)}
     return {name: None if draws is None else draws.map(lambda v: v[:, :count]) for name, draws in found.items()}
 
 

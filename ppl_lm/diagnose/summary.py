@@ -9,7 +9,7 @@ import torch
 
 from ppl_lm.diagnose.evidence import Evidence, log_evidence
 from ppl_lm.diagnose.pool import Pool
-from ppl_lm.diagnose.verdict import Verdict, judge
+from ppl_lm.diagnose.verdict import Verdict, judge, of_prompts
 from ppl_lm.diagnose.weights import ess, ess_se, khat_se, max_weight, mean, psis_khat
 from ppl_lm.infer import Draws, NoSupportError, importance, score
 from ppl_lm.infer.rejection import accept, likelihood_bound, select
@@ -98,7 +98,8 @@ def diagnose(
     average = _average(figures)
     cost = from_prior.cost + from_guide.cost
     average |= {"lm_tokens": cost.lm_tokens, "reward_calls": cost.reward_calls}
-    verdict = verdicts[0] if len(verdicts) == 1 else judge(**average)
+    names = [str(f["prompt"]) for f in figures]
+    verdict = verdicts[0] if len(verdicts) == 1 else of_prompts(judge(**average), verdicts, names)
     average["verdict"] = verdict.code
     return Diagnosis(figures, average, verdict, from_prior, from_guide)
 
@@ -140,7 +141,7 @@ def _figures(
     made["log_likelihood_prior"] = -math.inf if few[0] else float(rows[0].mean())
     put("log_likelihood", (-math.inf, 0.0) if few[1] else mean(rows[1]))
     made["log_likelihood_posterior"] = pool.posterior(pool.log_likelihood)[0]
-    made["seen"] = pool.seen(bound)
+    made["seen"], made["bounded"] = pool.seen(bound), bound is not None
     made["possible"] = float((guide.log_weight > -torch.inf).double().mean())
     if "reward" in guide.records:
         put("reward", mean(guide["reward"].flatten(0, 1)))

@@ -1,6 +1,7 @@
 """Verdicts: what the figures amount to, in a word, a sentence and something to do."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ppl_lm.diagnose.weights import khat_threshold
@@ -20,6 +21,7 @@ CONVERGED = 1.05  # R-hat below which chains are taken to agree
 FEWEST = 100  # draws by which weights or chains can be judged at all
 RUNS = 8  # independent runs by which interacting draws can be judged
 WORTH = 30  # independent draws that a standard error needs
+FAILED = ("collapsed", "misses_mass", "worse_than_prior")
 CODES = ("good", "poor", "collapsed", "misses_mass", "worse_than_prior", "unknown")
 DRAWN = ("exact", "good", "unknown", "unreliable", "not_converged", "impossible")  # codes of `judge_drawn`, best first
 
@@ -68,6 +70,7 @@ def judge(
     seen: float,
     khat: float | None,
     num_samples: int,
+    bounded: bool = True,
     **_: object,
 ) -> Verdict:
     """The verdict on one guide and prompt, from the figures of `diagnosis.json`, all in nats.
@@ -77,14 +80,19 @@ def judge(
     is the mass that it misses: a guide that is right but for a mass m is -log(1 - m) from the posterior; `misses_mass`;
     `unknown`, where the prior's draws do not show the posterior, so that nothing would show what the guide misses, unless it is
     too far off whatever that is; `good`, where KL(guide ‖ posterior) + 2 SE is below 15% of the prior's distance or 0.125 nats,
-    and KL(posterior ‖ guide) below twice that; else `poor`.
+    KL(posterior ‖ guide) below twice that, and the mass missed, error included, below a tenth (else `unknown`); else `poor`.
+
+    What is stated rests on what the draws show. A text that neither N draws of the guide nor N of the prior hold is not in it:
+    one in N of the guide's may be arbitrarily bad, and where the likelihood has no declared bound one in N of the prior's may
+    have most of the posterior's mass.
 
     Where the posterior rules texts out, KL(guide ‖ posterior) is infinite for any guide that draws one: then the distances are
     KL(posterior ‖ ·).
 
     :param missing: posterior mass that the guide hardly ever draws, see `Pool.missing`.
     :param log_likelihood: mean of the guide's draws, those that are possible; likewise of the prior's and of the posterior.
-    :param seen: how many posterior draws the prior's are worth, see `Pool.seen`."""
+    :param seen: how many posterior draws the prior's are worth, see `Pool.seen`.
+    :param bounded: whether the likelihood has a declared bound: without one, `seen` is an effective sample size."""
     hard = kl_prior_p == math.inf
     if hard:
         near, was = (kl_p_q, kl_p_q_se), (kl_p_prior, kl_p_prior_se)
@@ -133,15 +141,42 @@ def judge(
             f"few to show what the guide never visits.{tail}",
             f"Give about {math.ceil(num_samples * SEEN / max(seen, 1))} draws (--num-samples), or compare it with smc's.",
         )
+    unseen = missing + 2 * missing_se
+    if (hard or bound <= limit) and cover <= COVER * limit and unseen > LOST:
+        return Verdict(
+            "unknown",
+            f"{distance}, but up to {unseen:.0%} of the posterior's mass may be in texts that it hardly ever draws: too few draws "
+            f"to tell.{tail}",
+            f"Give {4 * num_samples} draws (--num-samples), or compare it with smc's.",
+        )
     if (hard or bound <= limit) and cover <= COVER * limit:
         use = "Drop the draws that break the constraint." if possible < 1 else "Use its draws as they are."
-        return Verdict("good", f"{distance}: at most {bound:.2f} nats, with 97.5% confidence.{tail}", use)
+        but = f", as far as {num_samples} draws of the prior show: no bound of the likelihood is declared" * (
+            not bounded
+        )
+        return Verdict("good", f"{distance}: at most {max(0, bound):.2f} nats, with 97.5% confidence{but}.{tail}", use)
     if seen < SEEN:
         tail = f" More may lie where the prior's draws, worth {seen:.0f} of the posterior's, did not show it.{tail}"
     return Verdict(
         "poor",
         f"{distance}; KL(posterior ‖ guide) {kl_p_q:.2f}. Still some way off.{tail}",
         "Fit longer, or with more particles" + ("." if tail else "; until then weight its draws (importance)."),
+    )
+
+
+def of_prompts(average: Verdict, verdicts: Sequence[Verdict], names: Sequence[str]) -> Verdict:
+    """The verdict on several prompts: that on the averages of their figures; but what fails on one of them is not good.
+
+    :param names: the prompts, in words."""
+    failed = [i for i, verdict in enumerate(verdicts) if verdict.code in FAILED]
+    if average.code != "good" or not failed:
+        return average
+    which = verdicts[failed[0]]
+    return Verdict(
+        "poor",
+        f"On average good ({average.sentence}) But of {len(verdicts)} prompts {len(failed)} went wrong, first "
+        f"{names[failed[0]]!r}: {which.code}. {which.sentence}",
+        which.remedy,
     )
 
 
