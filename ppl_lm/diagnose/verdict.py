@@ -145,8 +145,8 @@ def judge(
     if (hard or bound <= limit) and cover <= COVER * limit and unseen > LOST:
         return Verdict(
             "unknown",
-            f"{distance}, but up to {unseen:.0%} of the posterior's mass may be in texts that it hardly ever draws: too few draws "
-            f"to tell.{tail}",
+            f"{distance}, but up to {unseen:.0%} of the posterior's mass may be in texts that it hardly ever draws: too few "
+            f"draws to tell.{tail}",
             f"Give {4 * num_samples} draws (--num-samples), or compare it with smc's.",
         )
     if (hard or bound <= limit) and cover <= COVER * limit:
