@@ -177,8 +177,11 @@ def sample(
 
 @app.command()
 def diagnose(
+    context: typer.Context,
     run: RunFolder,
-    num_samples: Annotated[int | None, typer.Option(help="Draws for each prompt.", show_default="as for fit")] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Draws for each prompt.", show_default="4096, fewer with many prompts")
+    ] = None,
     prompts: OtherPrompts = None,
     seed: Annotated[int, typer.Option()] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print diagnosis.json instead of tables.")] = False,
@@ -193,10 +196,11 @@ def diagnose(
     from ppl_lm.run.command import measure
 
     with _errors(traceback):
-        programs = folder.build(_with_prompts(folder.read_settings(run), prompts), run / "guide")
+        programs = folder.build(_with_prompts(folder.read_settings(run), prompts), folder.fitted_guide(run))
         torch.manual_seed(seed)
         suffix = "" if prompts is None else f"_{prompts.stem}"
-        made = measure(programs, run, num_samples, Console(quiet=True) if as_json else out, seed, suffix)
+        quiet = Console(quiet=True) if as_json else out
+        made = measure(programs, run, num_samples, quiet, seed, suffix, _typed(context))
         if as_json:
             print(json.dumps(made, indent=1))
 

@@ -70,7 +70,8 @@ def frontier(run: Run, found: Mapping[str, tuple[float, float, float, float]], t
     return picture(
         lambda: plot_frontier(prior, found, betas=[2 * beta, beta, beta / 2]),
         f"Reward against KL from the prior: {text}",
-        "Reward against distance from the prior. No law can be above the curve; the posterior lies on it.",
+        "Reward against distance from the prior. No law can be above the curve, and the posterior lies on it; both are "
+        "estimates, and the curve ends where the prior's draws no longer show it.",
     )
 
 

@@ -21,6 +21,8 @@ def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
     :param data: what `to_arviz` made, or `arviz.from_netcdf` read.
     :param prompts: the same ones, of the same language model: `lm.prompts([...])`.
     :raises ValueError: if the group is not there, or the prompts are others."""
+    if not isinstance(prompts, Prompts):
+        raise ValueError(f"prompts={prompts!r}; give those of the language model, lm.prompts([...])")
     if group not in (known := {"guide": "guide", "prior": "prior_completions"}):
         raise ValueError(f"group={group!r}; give one of {', '.join(known)}")
     try:
@@ -32,7 +34,10 @@ def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
         first = next(
             (i for i, (a, b) in enumerate(zip(there, given, strict=False)) if a != b), min(len(there), len(given))
         )
-        raise ValueError(f"the draws are of {len(there)} prompts, not of these {len(given)}; prompt {first} differs")
+        told = [repr(texts[first])[:60] if first < len(texts) else "none" for texts in (there, given)]
+        raise ValueError(
+            f"these are not the prompts of the draws: of theirs number {first} is {told[0]}, of these {told[1]}"
+        )
 
     def read(source: Any, latent: bool | None = None) -> dict[str, Tensor]:
         """Numbers and tokens by name; where `latent` is given, only what is a latent site, or is none."""

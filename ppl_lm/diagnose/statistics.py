@@ -54,7 +54,12 @@ def evaluate(draws: Draws, statistics: Mapping[str, Statistic], name: str | None
 
 def values(key: str, function: Statistic, texts: list[str]) -> Float[Tensor, "N"]:
     """One statistic of texts, checked, on the CPU."""
-    made = torch.as_tensor(function(texts), dtype=torch.float64, device="cpu")
+    try:
+        made = torch.as_tensor(function(texts), dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"statistic {key!r} failed: {error}; it is given a list of texts, and answers with one number for each"
+        ) from error
     if made.shape != (len(texts),) or not bool(made.isfinite().all()):
         wrong = "NaN or infinite numbers" if made.shape == (len(texts),) else f"the shape {tuple(made.shape)}"
         raise ValueError(f"statistic {key!r} gave {wrong} for {len(texts)} texts; give one finite number a text")

@@ -102,7 +102,7 @@ def judge(
         near, was = (kl_q_p, kl_q_p_se), (kl_prior_p, kl_prior_p_se)
         name, distance = "KL(guide ‖ posterior)", ""
         further = elbo_gain is not None and elbo_gain_se is not None and elbo_gain < -3 * elbo_gain_se
-    distance += f"{name} is {near[0]:.2f} ± {near[1]:.2f} nats, the prior's was {was[0]:.2f} ± {was[1]:.2f}"
+    distance += f"{name} is {_pm(*near)} nats, the prior's was {_pm(*was)}"
     lost = missing - 2 * missing_se
     mass = (
         f"{missing:.0%} of the posterior's mass is in texts that it draws less than a hundredth as often as it should"
@@ -122,7 +122,8 @@ def judge(
         return Verdict(
             "misses_mass",
             f"The guide misses mass: {mass}. {distance}.",
-            "Fit it by forward KL (--objective forward_kl), with more particles; or draw with smc or rejection.",
+            "Fit it by forward KL (--objective forward_kl), with more particles; or draw with smc, or with rejection where the "
+            "likelihood has a bound.",
         )
     if further:
         return _worse(distance, elbo_gain, elbo_gain_se, hard)
@@ -154,7 +155,11 @@ def judge(
         but = f", as far as {num_samples} draws of the prior show: no bound of the likelihood is declared" * (
             not bounded
         )
-        return Verdict("good", f"{distance}: at most {max(0, bound):.2f} nats, with 97.5% confidence{but}.{tail}", use)
+        return Verdict(
+            "good",
+            f"{distance}: at most {max(0, bound):.{2 if near[1] >= 0.005 else 3}f} nats, with 97.5% confidence{but}.{tail}",
+            use,
+        )
     if seen < SEEN:
         tail = f" More may lie where the prior's draws, worth {seen:.0f} of the posterior's, did not show it.{tail}"
     return Verdict(
@@ -162,6 +167,11 @@ def judge(
         f"{distance}; KL(posterior ‖ guide) {kl_p_q:.2f}. Still some way off.{tail}",
         "Fit longer, or with more particles" + ("." if tail else "; until then weight its draws (importance)."),
     )
+
+
+def _pm(value: float, error: float) -> str:
+    digits = 3 if error < 0.005 else 2
+    return f"{round(value, digits) + 0.0:.{digits}f} ± {error:.{digits}f}"  # + 0.0: no minus before a zero
 
 
 def of_prompts(average: Verdict, verdicts: Sequence[Verdict], names: Sequence[str]) -> Verdict:

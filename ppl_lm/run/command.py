@@ -72,17 +72,24 @@ def fit_and_measure(
 
 
 def measure(
-    programs: folder.Programs, path: Path, num_samples: int | None, out: Console, seed: int, suffix: str = ""
+    programs: folder.Programs,
+    path: Path,
+    num_samples: int | None,
+    out: Console,
+    seed: int,
+    suffix: str = "",
+    command: str = "",
 ) -> dict[str, Any]:
     """Diagnoses the run's guide; writes `diagnosis.json`, `draws.nc` and `samples.json`; returns what `diagnosis.json` holds.
 
     :param num_samples: draws for each prompt; None: 4096, fewer with many prompts.
     :param seed: that was set, for the record.
-    :param suffix: of the files' names."""
+    :param suffix: of the files' names.
+    :param command: by which it was asked for, where that was not the fit's."""
     if num_samples is None:
         num_samples = max(512, min(4096, 16384 // len(programs.prompts)))
     made = diagnose(programs.model, programs.guide, programs.prompts, num_samples)
-    record = {**made.as_json(), "diversity": variety(made)}
+    record = {**made.as_json(), "diversity": variety(made), "seed": seed, "command": command}
     sentence = None
     if (path / "fit.json").is_file():
         fitted = json.loads((path / "fit.json").read_text())
