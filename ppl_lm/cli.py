@@ -25,7 +25,6 @@ GOOD, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit statuses
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `ppl-lm fit` wrote.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show Python's traceback of an error.")]
-NumSamples = Annotated[int, typer.Option(help="Draws for each prompt.")]
 OtherPrompts = Annotated[
     Path | None, typer.Option("--prompts", help="Other prompts than the run's, held-out ones say.")
 ]
@@ -142,7 +141,8 @@ def sample(
                                          "posterior draws, from prior draws and the reward's bound; quasi_rejection, "
                                          "best_of_n; independence_mh, suffix_mh, particle_gibbs: Markov chains; smc: "
                                          "sequential Monte Carlo.")] = "importance",
-    num_samples: NumSamples = 10,
+    num_samples: Annotated[int, typer.Option(help="Draws for each prompt. Markov chains and smc make what their errors need "
+                                             "(smc 1,024 or more), write all, and show so many.")] = 10,
     guide: Annotated[str | None, typer.Option(help="With MODEL: what proposes, as for fit or a RUN's fitted guide.",
                                               show_default="prior")] = None,
     lm: Annotated[str | None, typer.Option(help="With MODEL, as for fit; likewise the next three.")] = None,

@@ -27,6 +27,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.patches import PathPatch
 
 from ppl_lm.diagnose.draw_graphs import draw_automaton, draw_model
 from ppl_lm.diagnose.draw_tree import draw_prefix_tree
@@ -424,6 +425,23 @@ def test_a_tree_in_a_given_figure_and_without_a_posterior(problem):
         assert draw_prefix_tree(prefix_tree(prior, *others), ax) is ax and not overlaps(figure)
     alone = draw_prefix_tree(prefix_tree(prior, max_nodes=1))
     assert not overlaps(alone.figure)
+
+
+def curves(tree):
+    """Colours of the branches."""
+    return [patch.get_edgecolor() for patch in draw_prefix_tree(tree).patches if isinstance(patch, PathPatch)]
+
+
+def test_what_may_be_noise_has_no_colour(problem):
+    pyro.set_rng_seed(6)
+    target, _ = problem
+    prior = importance(target, None, [""], num_samples=400)
+    again = replace(importance(target, None, [""], num_samples=400), exact=True)
+    moved = rejection(target, None, [""], num_samples=400)
+    still, changed = curves(prefix_tree(prior, None, again)), curves(prefix_tree(prior, None, moved))
+    (neutral,) = {colour for colour in still if still.count(colour) > len(still) / 2}
+    assert sum(colour != neutral for colour in still) <= 2 < len(still) / 5  # by errors of either: one in 200
+    assert sum(colour != neutral for colour in changed) > len(changed) / 5
 
 
 def test_the_readmes_tree(tmp_path):

@@ -165,6 +165,19 @@ def test_a_page_of_draws_without_a_fit(plain):
     assert "log weight" in page.text and "bulk ESS" not in page.text and page.tags.count("img") >= 1
 
 
+def test_figures_that_rest_on_too_little_say_so(plain):
+    fitted, draws = read(plain[0]), read(plain[1])
+    few = replace(fitted, diagnosis=fitted.diagnosis | {"seen": 3.2, "verdict": "unknown"})
+    assert "The prior's draws are worth 3 of the posterior's" in Page(report(few)).text
+    lost = replace(draws, diagnosis=draws.diagnosis | {"verdict": "unreliable", "khat": None})
+    page = Page(report(lost)).text
+    assert "These draws are not to be relied on" in page and "k-hat is fine below" not in page
+    for run in (fitted, draws):
+        sound = replace(run, diagnosis=run.diagnosis | {"verdict": "good"} | ({"seen": 500.0} if run is fitted else {}))
+        page = Page(report(sound)).text
+        assert "The prior's draws are worth" not in page and "These draws are not" not in page
+
+
 def test_runs_of_one_posterior_stand_together_closest_first(plain, hostile):
     one, draws, other = read(plain[0]), read(plain[1]), read(hostile)
     far = replace(one, name="far", diagnosis=one.diagnosis | {"kl_q_p": one.diagnosis["kl_q_p"] + 5.0})

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ppl_lm.diagnose.averages import over_prompts
 from ppl_lm.diagnose.weights import mean, weighted_mean
 from ppl_lm.infer import Draws
 from ppl_lm.lm import Prompts
@@ -51,7 +52,7 @@ def diversity(draws: Draws, name: str | None = None, seed: int = 0) -> dict[str,
     draws = draws.map(lambda v: v.cpu())
     x = draws[name]  # (C, S, B, *inner, T)
     made = [_figures(x[:, :, b], draws, b, seed) for b in range(x.shape[2])]
-    average = {key: over_prompts(key, [figures[key] for figures in made]) for key in made[0] if key != "prompt"}
+    average = over_prompts(made, shared=("num_samples",), without=("prompt",))
     return {**average, "prompts": made}
 
 
@@ -144,12 +145,3 @@ def _mean(value: Float[Tensor, "C S 1"], draws: Draws) -> tuple[float, float | N
     else:
         centre, se = mean(flat)
     return float(centre), float(se)
-
-
-def over_prompts(key: str, column: list[Any]) -> Any:
-    """Means over prompts; standard errors of means of independent figures."""
-    if None in column:
-        return None
-    if key == "num_samples":
-        return column[0]
-    return math.hypot(*column) / len(column) if key.endswith("_se") else sum(column) / len(column)

@@ -1,5 +1,7 @@
 """The drawing of `prefix_tree`: texts from left to right, with the mass that the prior and the posterior give them."""
 
+from collections.abc import Callable
+from math import log2
 from typing import Any
 
 import networkx
@@ -12,18 +14,21 @@ ROW = 16.0  # points between branches
 GAP = 30.0  # points between a text and what follows it
 BAR = 46.0  # points, of the largest mass but the root's
 FOLDS = 3  # mass that grew or shrank 2**FOLDS times has the strongest colour
+ERRORS = 2.0  # standard errors that a mass may be away from where it was measured
+UNSEEN = 3.0  # of N draws none has passed: with 95% confidence the mass is below 3/N
 
 
 def draw_prefix_tree(tree: networkx.DiGraph, ax: Any = None) -> Any:
     """Texts read from left to right. Before each piece of text its mass as two bars: grey the prior's, below it the posterior's
-    (or the guide's where there is no posterior), whose colour says how many times the mass grew or shrank.
+    (or the guide's where there is no posterior), whose colour says how many times at the least the mass grew or shrank, two
+    standard errors of both masses granted: what may be noise has no colour.
 
     The branch with the most mass goes straight on. A square is the end of a text, an ellipsis what is not shown.
 
     :param ax: a figure of its own size by default; in a given one all is scaled to fit."""
     laws = tree.graph["laws"]
     after = next((law for law in ("posterior", "guide") if law in laws), None)
-    first, colour = after or "prior", _shades(after)
+    first, shade, draws = after or "prior", _shades(after), tree.graph["num_samples"]
     place: dict[Any, tuple[float, float]] = {}
     ends: dict[Any, float] = {}
     shown: dict[Any, str] = {}
@@ -62,13 +67,14 @@ def draw_prefix_tree(tree: networkx.DiGraph, ax: Any = None) -> Any:
     note += f"  Other beginnings, not drawn: {hidden}."
     bottom = -row * ROW
     wide = max(*ends.values(), canvas.width(heading, 1.25, "bold"), canvas.width(note, 0.85), 300.0)
+    colours = {n: shade(_folds(data, after, draws) if after else 0.0) for n, data in tree.nodes(data=True)}
     ax, scale = canvas.axes(ax, -8, wide + 8, bottom - (62 if after else 14), 54)
     canvas.text(ax, 0, 42, heading, SIZE * 1.25 * scale, va="center", weight="bold")
     canvas.text(ax, 0, 26, note, SIZE * 0.85 * scale, va="center", color=SOFT)
     for parent, child in tree.edges:
         (_, y), (x, below) = place[parent], place[child]
         start, end = ends[parent] + 4, x - 2
-        _curve(ax, (start, y), (end, below), colour(tree.nodes[child]), 1.3 * scale)
+        _curve(ax, (start, y), (end, below), colours[child], 1.3 * scale)
     for node, (x, y) in place.items():
         data = tree.nodes[node]
         if node == ():
@@ -77,7 +83,7 @@ def draw_prefix_tree(tree: networkx.DiGraph, ax: Any = None) -> Any:
         high = 4.6
         _bar(ax, x, y if after else y - high / 2, BAR * data["prior"] / largest, high, GREY)
         if after:
-            _bar(ax, x, y - high, BAR * data[after] / largest, high, colour(data))
+            _bar(ax, x, y - high, BAR * data[after] / largest, high, colours[node])
         left = x + slot[node] + 5
         canvas.text(ax, left, y, shown[node], SIZE * scale, va="center")
         left += canvas.width(shown[node])
@@ -93,33 +99,39 @@ def draw_prefix_tree(tree: networkx.DiGraph, ax: Any = None) -> Any:
 def _key(ax: Any, y: float, after: str, scale: float) -> None:
     """What bars and colours mean."""
     _bar(ax, 0, y, 16, 4.6, GREY)
-    _bar(ax, 0, y - 4.6, 16, 4.6, _shades(after)({"prior": 1.0, after: 2.0}))
+    _bar(ax, 0, y - 4.6, 16, 4.6, _shades(after)(1.0))
     canvas.text(ax, 21, y + 3.5, "prior", SIZE * 0.8 * scale, va="center")
     canvas.text(ax, 21, y - 5.5, after, SIZE * 0.8 * scale, va="center")
     x = 86.0
     for fold in range(-FOLDS, FOLDS + 1):
-        _bar(ax, x, y - 4.6, 26, 9.2, _shades(after)({"prior": 1.0, after: 2.0**fold}))
-        word = f"÷{2**-fold}" if fold < 0 else f"×{2**fold}" if fold else "same"
+        _bar(ax, x, y - 4.6, 26, 9.2, _shades(after)(fold))
+        word = f"÷{2**-fold}" if fold < 0 else f"×{2**fold}" if fold else "unsure"
         canvas.text(ax, x + 13, y - 8, word, SIZE * 0.76 * scale, ha="center", va="top", color=SOFT)
         x += 26
-    canvas.text(ax, x + 8, y, f"{after} ÷ prior", SIZE * 0.8 * scale, va="center")
+    canvas.text(ax, x + 8, y, f"{after} ÷ prior, at the least", SIZE * 0.8 * scale, va="center")
 
 
-def _folds(data: dict[str, Any], law: str) -> float:
-    """log2 of the ratio of the masses, within ±FOLDS, also where one of them is zero."""
-    from math import log2
+def _folds(data: dict[str, Any], law: str, draws: dict[str, int]) -> float:
+    """log2 of the least ratio of the masses that their errors allow, within ±FOLDS; 0 where they may be the same."""
+    (low, high), (low_prior, high_prior) = (_interval(data, name, draws[name]) for name in (law, "prior"))
+    if low > high_prior:
+        return min(FOLDS, log2(low / high_prior))
+    if low_prior > high:
+        return max(-FOLDS, log2(high / low_prior))
+    return 0.0
 
-    if not data["prior"] or not data[law]:
-        return 0.0 if data["prior"] == data[law] else FOLDS if data[law] else -FOLDS
-    return max(-FOLDS, min(FOLDS, log2(data[law] / data["prior"])))
+
+def _interval(data: dict[str, Any], law: str, count: int) -> tuple[float, float]:
+    share, error = data[law], ERRORS * data[f"{law}_se"]
+    return max(0.0, share - error), share + error if share else UNSEEN / count
 
 
-def _shades(after: str | None) -> Any:
-    """Colour of a node: how its mass under `after` compares with the prior's."""
+def _shades(after: str | None) -> Callable[[float], Any]:
+    """Colour of a mass under `after` that is so many times doubled."""
     from matplotlib.colors import LinearSegmentedColormap
 
     scale = LinearSegmentedColormap.from_list("shrank_to_grew", SHRANK_TO_GREW)
-    return lambda data: GREY if after is None else scale((_folds(data, after) + FOLDS) / (2 * FOLDS))
+    return lambda folds: GREY if after is None else scale((folds + FOLDS) / (2 * FOLDS))
 
 
 def _figures(data: dict[str, Any], after: str | None) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_lm.diagnose.averages import over_prompts
 from ppl_lm.diagnose.statistics import Statistic, numbers, recorded
 from ppl_lm.diagnose.verdict import DRAWN, judge_drawn
 from ppl_lm.diagnose.weights import ess, ess_se, khat_se, log_mean, max_weight, mean, psis_khat, smoothed, weighted_mean
@@ -62,7 +63,7 @@ def drawn(draws: Draws, statistics: Mapping[str, Statistic] | None = None) -> di
     batch = draws.log_guide.shape[-1]
     made = [_figures(draws.of_prompt(b), 1 / batch) for b in range(batch)]
     worst = max(made, key=lambda figures: DRAWN.index(figures["verdict"]))
-    average = {key: _average(key, made) for key in made[0] if key != "prompt"}
+    average = over_prompts(made, largest=WORST, shared=("num_samples", "chains"), without=("prompt",))
     average |= {"lm_tokens": draws.cost.lm_tokens, "reward_calls": draws.cost.reward_calls}
     total = sum(figures["ess"] or 0.0 for figures in made)
     average["lm_tokens_per_effective_draw"] = draws.cost.lm_tokens / total if total else None
@@ -197,19 +198,3 @@ def _of_chains(columns: list[np.ndarray], statistic: str, method: str | None = N
     how = {} if method is None else {"method": method}
     with np.errstate(invalid="ignore", divide="ignore"):  # chains that each stay where they are
         return [float(function(column, **how)) for column in columns if column.max() > column.min()]
-
-
-def _average(key: str, made: list[dict[str, Any]]) -> Any:
-    """Means over prompts; standard errors of means of independent figures; the largest k-hat, R-hat and weight with its
-    error; the first of what prompts share."""
-    if (of := key.removesuffix("_se")) in WORST:
-        known = [figures for figures in made if figures[of] is not None]
-        return max(known, key=lambda figures: figures[of])[key] if known else None
-    column = [figures[key] for figures in made]
-    if None in column:
-        return None
-    if isinstance(column[0], str) or key in ("num_samples", "chains"):
-        return column[0]
-    if key.endswith("_se"):
-        return math.hypot(*column) / len(column)
-    return sum(column) / len(column)

@@ -97,6 +97,7 @@ def drawn_rows(board: Board) -> list[dict[str, str]]:
             "reward": pm(d.get("reward"), d.get("reward_se")),
             "ess": "–" if d["ess"] is None else f"{d['ess']:,.0f} of {d['num_samples']:,}",
             "each": "–" if each is None else f"{each:,.0f}",
+            "calls": f"{d['reward_calls']:,}",
         }
         for run in board.draws
         for d, each in [(run.diagnosis, run.diagnosis["lm_tokens_per_effective_draw"])]

@@ -1,6 +1,5 @@
 """The pictures of a run, as its pages show them."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -8,12 +7,13 @@ from typing import Any
 
 import networkx
 
+from ppl_lm.diagnose.averages import over_prompts
 from ppl_lm.diagnose.draw_graphs import draw_model
 from ppl_lm.diagnose.draw_tree import draw_prefix_tree
 from ppl_lm.diagnose.evidence import log_evidence
 from ppl_lm.diagnose.frontier import plot_frontier
 from ppl_lm.diagnose.page import picture, pm, shown
-from ppl_lm.diagnose.plots import number, plot_evidence, plot_sbc, plot_training
+from ppl_lm.diagnose.plots import BOUNDS, number, plot_evidence, plot_sbc, plot_training
 from ppl_lm.diagnose.pool import pooled
 from ppl_lm.diagnose.prefix_tree import prefix_tree
 from ppl_lm.diagnose.record import Run
@@ -39,7 +39,7 @@ def plots(run: Run) -> list[dict[str, str]]:
             "KL(guide ‖ posterior), the gap above KL(posterior ‖ guide).",
         ),
         picture(
-            lambda: plot_evidence({"prior": _evidence(prior, prior), "guide": made}),
+            lambda: plot_evidence({"prior": _evidence(prior), "guide": made}),
             f"The evidence bracket of the prior and of the guide: {bracket}.",
             "The evidence from both sides, by the prior as it was and by the guide. The narrower, the closer.",
         ),
@@ -84,18 +84,16 @@ def points(made: Mapping[str, Any]) -> dict[str, tuple[float, float, float, floa
     }
 
 
-def _evidence(draws: Draws, prior: Draws) -> Any:
+def _evidence(prior: Draws) -> Any:
     """The bracket with the prior for a guide; of several prompts each with its exact draws, averaged."""
     parts = []
     for b in range(prior.log_guide.shape[-1]):
-        exact = exact_among(prior.of_prompt(b))
-        own = None if exact is None else replace(exact, log_guide=exact.log_prior)
-        parts.append(log_evidence(draws.of_prompt(b), own))
-    mean = {}
-    for key in ("elbo", "iwae", "log_z", "iwae_upper", "upper"):
-        mean[key] = sum(float(getattr(p, key)) for p in parts) / len(parts)
-        mean[f"{key}_se"] = math.hypot(*(float(getattr(p, f"{key}_se")) for p in parts)) / len(parts)
-    return mean | {"upper_exact": all(p.upper_exact for p in parts), "num_samples": prior.num_samples}
+        one = prior.of_prompt(b)
+        exact = exact_among(one)
+        found = log_evidence(one, None if exact is None else replace(exact, log_guide=exact.log_prior))
+        bounds = {name: float(getattr(found, name)) for key in BOUNDS for name in (key, f"{key}_se")}
+        parts.append(bounds | {"upper_exact": found.upper_exact, "num_samples": prior.num_samples})
+    return over_prompts(parts, shared=("num_samples",))
 
 
 def places(run: Run) -> list[dict[str, Any]]:

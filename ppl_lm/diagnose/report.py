@@ -12,7 +12,7 @@ from ppl_lm.diagnose.pictures import places, plots, program, tail
 from ppl_lm.diagnose.plots import number
 from ppl_lm.diagnose.record import Run
 from ppl_lm.diagnose.samples import some
-from ppl_lm.diagnose.verdict import COVER, good_limit
+from ppl_lm.diagnose.verdict import COVER, doubt, good_limit
 from ppl_lm.diagnose.weights import khat_threshold
 from ppl_lm.infer import Draws
 
@@ -45,6 +45,7 @@ def report(run: Run) -> str:
         settings=run.asked["settings"] | run.posterior,
         made=made,
         remedy=made.get("remedy", ""),
+        doubt=doubt(made),
         label=(LABELS if fitted else OF_DRAWS)[made["verdict"]],
         formula=formula(run.asked["sources"]["model"]),
         graph=program(run.asked["graph"]),

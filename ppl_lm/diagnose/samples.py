@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ppl_lm.diagnose.diversity import diversity, over_prompts
+from ppl_lm.diagnose.averages import over_prompts
+from ppl_lm.diagnose.diversity import diversity
 from ppl_lm.diagnose.heat import pieces
 from ppl_lm.diagnose.pool import pooled
 from ppl_lm.diagnose.summary import Diagnosis
@@ -63,7 +64,7 @@ def _together(parts: list[Draws | None], seed: int) -> dict[str, Any] | None:
     made = [diversity(draws, seed=seed) for draws in parts if draws is not None]
     if not made:
         return None
-    return {key: over_prompts(key, [one[key] for one in made]) for key in made[0] if key != "prompts"}
+    return over_prompts(made, shared=("num_samples",), without=("prompts",))
 
 
 def _resampled(draws: Draws, count: int) -> Draws | None:

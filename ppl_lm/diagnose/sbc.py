@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int
@@ -58,7 +59,8 @@ def sbc(
     Simulating x from the prior and the evidence from its likelihood, and keeping the pairs whose evidence is the observed one,
     is what `rejection` does: its draws are the x of the replications. Each is ranked among `num_draws` draws of its own, which
     are to have the same law: by reward, length, log p of the prior and the model's other records. Ranks see only what these
-    numbers see: a mode that is missing may leave them all as they were. The number that sees it is log q, the density that
+    numbers see; a likelihood of power 1 + s moves itself by s times its standard deviation, in nats, under the posterior, in
+    deviations. A mode that is missing may leave all as they were. The number that sees it is log q, the density that
     made the draws (Modrák et al. 2023), `statistics=lambda draws: {"log_q": ppl_lm.score(guide, draws).log_guide}`. Of several
     prompts all ranks are taken together.
 
@@ -100,7 +102,7 @@ def sbc(
     total = len(next(iter(ranks.values())))
     null, band = _null(total, num_draws)
     p_values = {name: _p_value(_statistic(_ecdf(r.unsqueeze(0), num_draws), total), null) for name, r in ranks.items()}
-    return Calibration(ranks, num_draws, p_values, band, _detectable(total, num_draws, 0.05 / len(ranks), null))
+    return Calibration(ranks, num_draws, p_values, band, _detectable(total, num_draws, 0.05 / len(ranks)))
 
 
 def _ecdf(ranks: Int[Tensor, "N R"], num_draws: int) -> Float[Tensor, "N L"]:
@@ -131,6 +133,7 @@ def _tails(total: int, num_draws: int) -> tuple[Tensor, Tensor]:
     return mass.cumsum(0).clamp_max(1.0), mass.flip(0).cumsum(0).flip(0).clamp_max(1.0)
 
 
+@cache
 def _null(total: int, num_draws: int) -> tuple[Float[Tensor, "N"], Float[Tensor, "2 L"]]:
     """The statistic of uniform ranks, and the band that its 5% point makes."""
     generator = torch.Generator().manual_seed(0)
@@ -148,9 +151,10 @@ def _p_value(found: Float[Tensor, "1"], null: Float[Tensor, "N"]) -> float:
     return (1 + int((null <= found * (1 + 1e-9)).sum())) / (1 + len(null))
 
 
-def _detectable(total: int, num_draws: int, level: float, null: Tensor) -> float:
+@cache
+def _detectable(total: int, num_draws: int, level: float) -> float:
     """By simulation of normal numbers: a shifted one has the rank Binomial(L, Φ(z + shift))."""
-    limit = null.quantile(level)
+    limit = _null(total, num_draws)[0].quantile(level)
     generator = torch.Generator().manual_seed(1)
     shift = 0.5 / math.sqrt(total)
     while True:

@@ -64,6 +64,7 @@ DRAWS = {
     "log_z": "log Z",
     "ess": "ESS",
     "each": "tokens a draw",
+    "calls": "reward calls",
 }
 
 
@@ -80,10 +81,14 @@ def board(found: list[dict[str, str]], columns: dict[str, str], title: str) -> T
     return table
 
 
-def samples(prior: Draws, guide: Draws, exact: Draws | None, count: int = 5, width: int = 60) -> Table:
+def samples(
+    prior: Draws, guide: Draws, exact: Draws | None, count: int = 5, width: int = 60, title: str = "samples"
+) -> Table:
     """Prior draws, the guide's and the posterior's side by side, each with its reward."""
-    table = Table(title="samples", title_justify="left", show_lines=True, expand=False)
-    columns = {"prior": prior, "guide": guide} | ({"posterior (exact)": exact} if exact is not None else {})
+    table = Table(title=Text(title), title_justify="left", show_lines=True, expand=False)
+    columns = {"prior": prior, "guide": guide} | (
+        {"posterior (exact: the prior's that rejection keeps)": exact} if exact is not None else {}
+    )
     cells = []
     for name, draws in columns.items():
         table.add_column(name, max_width=width, overflow="fold")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ppl_lm.diagnose.averages import over_prompts
 from ppl_lm.diagnose.evidence import Evidence, log_evidence
 from ppl_lm.diagnose.pool import Pool
 from ppl_lm.diagnose.verdict import Verdict, judge, of_prompts
@@ -95,7 +96,14 @@ def diagnose(
         )
         figures.append({"prompt": q.prompts.texts[0], **made, "verdict": verdict.code})
         verdicts.append(verdict)
-    average = _average(figures)
+    average = over_prompts(
+        figures,
+        largest=("khat", "max_weight"),
+        smallest=("seen",),
+        total=("exact_draws",),
+        shared=("num_samples",),
+        without=("prompt", "verdict"),
+    )
     cost = from_prior.cost + from_guide.cost
     average |= {"lm_tokens": cost.lm_tokens, "reward_calls": cost.reward_calls}
     names = [str(f["prompt"]) for f in figures]
@@ -157,35 +165,3 @@ def _figures(
     cost = prior.cost + guide.cost  # of drawing for all prompts together
     made["lm_tokens"], made["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
     return made, judge(**made)
-
-
-def _average(figures: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over prompts; standard errors of means of independent figures; costs added up; the worst k-hat, with its error, and
-    weight; the least seen."""
-    n, average = len(figures), {}
-    heaviest = max(figures, key=lambda f: -math.inf if f["khat"] is None else f["khat"])
-    for key, value in figures[0].items():
-        column = [f[key] for f in figures]
-        if key in ("prompt", "verdict"):
-            continue
-        if key.startswith("khat"):
-            average[key] = heaviest[key]
-            continue
-        if key.startswith("elbo_gain") and None in column:
-            average[key] = None
-            continue
-        if key.endswith("_se"):
-            average[key] = sum(v * v for v in column) ** 0.5 / n
-        elif key == "max_weight":
-            average[key] = max(column)
-        elif key == "seen":
-            average[key] = min(column)
-        elif isinstance(value, bool):
-            average[key] = all(column)
-        elif key in ("lm_tokens", "reward_calls", "exact_draws"):
-            average[key] = sum(column)
-        elif key == "num_samples":
-            average[key] = value
-        else:
-            average[key] = sum(column) / n
-    return average

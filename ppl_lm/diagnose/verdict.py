@@ -1,8 +1,9 @@
 """Verdicts: what the figures amount to, in a word, a sentence and something to do."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ppl_lm.diagnose.weights import khat_threshold
 
@@ -188,6 +189,22 @@ def of_prompts(average: Verdict, verdicts: Sequence[Verdict], names: Sequence[st
         f"{names[failed[0]]!r}: {which.code}. {which.sentence}",
         which.remedy,
     )
+
+
+def doubt(made: Mapping[str, Any]) -> str:
+    """Why figures are worth less than their standard errors say, in a sentence; "" where they are not.
+
+    :param made: `diagnosis.json`, of a guide or of draws."""
+    if (seen := made.get("seen")) is not None and seen < SEEN:
+        return (
+            f"The prior's draws are worth {seen:.0f} of the posterior's: log Z and every distance, with their errors, are of "
+            "what these draws show, and the posterior may have more."
+        )
+    if "kind" in made and made["verdict"] in ("unknown", "unreliable", "not_converged"):
+        return (
+            "These draws are not to be relied on: what is said of the posterior below, with its errors, is not either."
+        )
+    return ""
 
 
 def _worse(distance: str, gain: float | None, gain_se: float | None, hard: bool) -> Verdict:

@@ -29,6 +29,8 @@ def main(
 
     Exit status 1 if one does not hold."""
     out = Console(highlight=False)
+    if not out.is_terminal:
+        out.width = max(out.width, 120)  # a file has room for a table
     asked = names or [name for name in NAMES if name not in LONG]
     if unknown := [name for name in asked if name not in NAMES]:
         raise typer.BadParameter(f"{unknown[0]!r} is unknown; give one of {', '.join(NAMES)}")

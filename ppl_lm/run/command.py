@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ppl_lm.diagnose import diagnose, samples, show, to_arviz, variety
 from ppl_lm.diagnose.summary import require_enough
+from ppl_lm.diagnose.verdict import doubt
 from ppl_lm.infer.objectives import objective as objective_named
 from ppl_lm.run import folder
 from ppl_lm.run.fit import Fit
@@ -108,7 +110,7 @@ def measure(
     folder.write_json(path / f"samples{suffix}.json", samples(made, programs.model, programs.guide))
     folder.write_json(path / f"diagnosis{suffix}.json", record)
     first = (made.prior.of_prompt(0), made.guide.of_prompt(0), made.exact[0])
-    out.print(show.samples(*first))
+    out.print(show.samples(*first, title=_after(programs.prompts.texts)))
     if len(made.figures) > 1:
         for figures in made.figures[:8]:
             name = show.clean(str(figures["prompt"]), 40).plain
@@ -121,8 +123,16 @@ def measure(
                 markup=False,
             )
     out.print(show.figures(made.average, "average over prompts" if len(made.figures) > 1 else "how close"))
+    if unsure := doubt(record):
+        out.print(unsure, markup=False)
     out.print(sentence or show.verdict(made))
     return record
+
+
+def _after(prompts: Sequence[str]) -> str:
+    """Whose texts are shown."""
+    title = "samples" if prompts[0] == "" else f"samples after {show.clean(prompts[0], 40).plain!r}"
+    return title if len(prompts) == 1 else f"{title}, the first of {len(prompts)} prompts"
 
 
 def told(fitted: Fit) -> str:

@@ -132,4 +132,4 @@ def _told(record: dict[str, Any]) -> str:
     cost = f"{record['lm_tokens']:,} LM tokens"
     if record["lm_tokens_per_effective_draw"]:
         cost += f", {record['lm_tokens_per_effective_draw']:,.0f} for each effective draw"
-    return "; ".join([*parts, cost])
+    return ("on average over prompts: " if len(record["prompts"]) > 1 else "") + "; ".join([*parts, cost])
