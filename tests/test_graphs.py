@@ -11,7 +11,7 @@
 Mutants that are rejected: the guide's draws without their weights; the prior's taken for the posterior's; rewards that
 depend on their completions alone.
 
-`tutorials/prefix_tree.png` is `picture("tutorials/prefix_tree.png", num_samples=4000)`.
+`tutorials/prefix_tree.png` is `picture("tutorials/prefix_tree.png", num_samples=20_000)`.
 """
 
 import io

@@ -73,8 +73,7 @@ def rows(board: Board) -> list[dict[str, str]]:
         made.append(
             {
                 "name": run.name,
-                "guide": run.asked["settings"]["guide"],
-                "objective": run.asked["settings"]["objective"],
+                "by": f"{run.asked['settings']['objective']}, {run.asked['settings']['guide']}",
                 "verdict": d["verdict"],
                 "behind": behind,
                 **{k: pm(d.get(k), d.get(f"{k}_se")) for k in ("kl_q_p", "kl_p_q", "reward")},

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppl_lm.diagnose.plots import ORANGE, RED, SKY, SMALL, axes, said
+from ppl_lm.diagnose.plots import ORANGE, RED, SKY, axes, legend_below, said
 from ppl_lm.diagnose.weights import ess, khat_threshold, psis_khat
 from ppl_lm.infer import Draws
 
@@ -22,6 +22,8 @@ def plot_weight_tail(draws: Draws | Float[Tensor, "S"], ax: "Axes | None" = None
 
     :param draws: of one prompt, or their log weights; interacting draws count by run.
     :raises ValueError: on several prompts, or draws that have no weights."""
+    from matplotlib.ticker import LogLocator
+
     ax = axes(ax)
     if isinstance(draws, Draws):
         if draws.exact or draws.markov:
@@ -44,7 +46,7 @@ def plot_weight_tail(draws: Draws | Float[Tensor, "S"], ax: "Axes | None" = None
     khat, worth = psis_khat(log_w), f"ESS {float(ess(log_w)):.0f} of {count}"
     if khat is None:
         why = f"{len(w)} weights are too few" if len(w) < 25 else "the largest weights are tied (bounded weights)"
-        ax.legend(fontsize=SMALL, loc="lower left")
+        legend_below(ax, *ax.get_legend_handles_labels())
         return said(ax, [f"k-hat does not apply: {why}; {worth} decides"])
     tail = math.ceil(min(len(w) / 5, 3 * math.sqrt(len(w))))  # as in psis_khat
     cutoff = w[tail]
@@ -57,7 +59,11 @@ def plot_weight_tail(draws: Draws | Float[Tensor, "S"], ax: "Axes | None" = None
     ax.fill_betweenx(share[:tail], heaviest[2], heaviest[0], color=ORANGE, alpha=0.25, linewidth=0)
     ax.plot(heaviest[1], share[:tail], color=RED, label=f"generalised Pareto of the {tail} largest, with 95% band")
     ax.set_xlim(max(w.min(), 1e-4) / 1.3, max(w[0], heaviest[1][0]) * 2)
-    ax.legend(fontsize=SMALL, loc="lower left")
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # 4 × 10⁻¹ takes the place of three labels
+    ax.xaxis.set_minor_formatter("")
+    legend_below(ax, *ax.get_legend_handles_labels())
     return said(ax, [f"k-hat {khat:.2f}, fine below {khat_threshold(count):.2f}; {worth}"])
 
 
