@@ -23,6 +23,7 @@ from ppl_lm.diagnose.tail import plot_weight_tail
 from ppl_lm.infer import Draws
 
 PROMPTS = 3  # of which trees and tails are drawn
+TREE: Any = {"max_nodes": 24, "min_mass": 0.02}
 RANKED = 19  # draws among which an exact one is ranked, if there are so many
 
 
@@ -104,14 +105,21 @@ def places(run: Run) -> list[dict[str, Any]]:
     for b, figures in list(enumerate(prompts))[:PROMPTS]:
         of = f" After the prompt “{shown(figures['prompt'])}”." if len(prompts) > 1 else ""
         exact = exact_among(prior.of_prompt(b))
-        tree = partial(_tree, prior.of_prompt(b), guide.of_prompt(b), exact)
+        both = prior.of_prompt(b), guide.of_prompt(b)
         kind = "exact posterior draws" if exact is not None else "draws of prior and guide, weighted"
-        pictures = [
+        trees = [
             picture(
-                tree,
+                partial(_tree_of_the_posterior, *both, exact),
                 "A tree of the texts' beginnings: the share of each under the prior, and under the posterior.",
-                f"Where the mass of texts moved: the posterior by {kind}.",
+                f"Where the mass of texts should go: the posterior by {kind}.",
             ),
+            picture(
+                partial(_tree_of_the_guide, *both),
+                "A tree of the texts' beginnings: the share of each under the prior, and under the guide.",
+                "Where the guide has put it.",
+            ),
+        ]
+        pictures = [
             tail(guide, b, of),
             picture(
                 partial(_ranks, exact, guide.of_prompt(b)),
@@ -120,12 +128,16 @@ def places(run: Run) -> list[dict[str, Any]]:
                 f"tells them apart.{of}",
             ),
         ]
-        made.append({"prompt": figures["prompt"], "pictures": pictures})
+        made.append({"prompt": figures["prompt"], "trees": trees, "pictures": pictures})
     return made
 
 
-def _tree(prior: Draws, guide: Draws, exact: Draws | None) -> Any:
-    return draw_prefix_tree(prefix_tree(prior, guide, exact or pooled(prior, guide), max_nodes=24, min_mass=0.02))
+def _tree_of_the_posterior(prior: Draws, guide: Draws, exact: Draws | None) -> Any:
+    return draw_prefix_tree(prefix_tree(prior, guide, exact or pooled(prior, guide), **TREE))
+
+
+def _tree_of_the_guide(prior: Draws, guide: Draws) -> Any:
+    return draw_prefix_tree(prefix_tree(prior, guide, **TREE))
 
 
 def tail(draws: Draws, b: int, of: str = "") -> dict[str, str]:

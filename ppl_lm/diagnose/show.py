@@ -48,7 +48,7 @@ def figures(made: dict[str, Any], title: str) -> Table:
     n = made["num_samples"]
     khat = "not applicable (tied or few weights)"
     if made["khat"] is not None:
-        khat = f"{made['khat']:.2f} ± {made['khat_se']:.2f}, fine below {khat_threshold(n):.2f}"
+        khat = f"{round(made['khat'], 2) + 0.0:.2f} ± {made['khat_se']:.2f}, fine below {khat_threshold(n):.2f}"
     worth = f"ESS {made['ess']:.0f} ± {made['ess_se']:.0f} of {n}; largest weight {made['max_weight']:.1%} of all"
     table.add_row("importance weights", worth)
     table.add_row("tail of the weights", f"k-hat {khat}")

@@ -64,7 +64,7 @@ def plot_weight_tail(draws: Draws | Float[Tensor, "S"], ax: "Axes | None" = None
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # 4 × 10⁻¹ takes the place of three labels
     ax.xaxis.set_minor_formatter("")
     legend_below(ax, *ax.get_legend_handles_labels())
-    return said(ax, [f"k-hat {khat:.2f}, fine below {khat_threshold(count):.2f}; {worth}"])
+    return said(ax, [f"k-hat {round(khat, 2) + 0.0:.2f}, fine below {khat_threshold(count):.2f}; {worth}"])
 
 
 def pareto_scale(excess: "np.ndarray[Any, Any]", shape: float) -> float:
