@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from matplotlib.patches import PathPatch
 
 from ppl_lm.diagnose.draw_graphs import draw_automaton, draw_model
-from ppl_lm.diagnose.draw_tree import draw_prefix_tree
+from ppl_lm.diagnose.draw_tree import _shades, draw_prefix_tree
 from ppl_lm.diagnose.graphs import automaton_graph, label, model_graph, prefix_tree
 from ppl_lm.guides import finetuned
 from ppl_lm.infer import bind, exact, importance, mcmc, rejection, smc
@@ -427,6 +427,9 @@ def test_a_tree_in_a_given_figure_and_without_a_posterior(problem):
     assert not overlaps(alone.figure)
 
 
+SHADES = [_shades("posterior")(n / 10) for n in range(-30, 31)]
+
+
 def curves(tree):
     """Colours of the branches."""
     return [patch.get_edgecolor() for patch in draw_prefix_tree(tree).patches if isinstance(patch, PathPatch)]
@@ -442,6 +445,26 @@ def test_what_may_be_noise_has_no_colour(problem):
     (neutral,) = {colour for colour in still if still.count(colour) > len(still) / 2}
     assert sum(colour != neutral for colour in still) <= 2 < len(still) / 5  # by errors of either: one in 200
     assert sum(colour != neutral for colour in changed) > len(changed) / 5
+
+
+def test_the_least_ratio_is_what_wilsons_intervals_allow():
+    def tree(before, after, worth):
+        g = networkx.DiGraph(laws=("prior", "posterior"), prompt="", worth={"prior": 10_000.0, "posterior": worth})
+        g.add_node((), text="", over=None, prior=1.0, prior_se=0.0, posterior=1.0, posterior_se=0.0)
+        errors = [(m * (1 - m) / n) ** 0.5 for m, n in ((before, 10_000), (after, worth))]
+        g.add_node((1,), text="a", over=None, prior=before, prior_se=errors[0], posterior=after, posterior_se=errors[1])
+        g.add_edge((), (1,))
+        for data in g.nodes.values():
+            data |= {"rest_prior": 0.0, "rest_posterior": 0.0}
+        (colour,) = curves(g)
+        return SHADES.index(
+            min(SHADES, key=lambda shade: sum((a - b) ** 2 for a, b in zip(shade, colour, strict=True)))
+        )
+
+    assert tree(0.1, 0.1, 1000) == 30 and tree(0.01, 0.9, 1000) == 60 and tree(0.9, 0.0, 1000) == 0
+    assert tree(0.05, 0.0, 1000) < 10 and tree(0.05, 0.0, 40) == 30, "one in eight such draws would not have seen it"
+    assert tree(0.05, 0.9, 2) < 60 == tree(0.05, 0.9, 100), "of two draws the ratio is hardly known"
+    assert tree(0.1, 0.2, 10_000) in (38, 39), "×2, less two errors of each: 0.192 / 0.106 = 2**0.86"
 
 
 def test_the_readmes_tree(tmp_path):

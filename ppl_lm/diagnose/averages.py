@@ -41,8 +41,10 @@ def over_prompts(
             row[key] = all(column)
         elif isinstance(column[0], str) or key in shared:
             row[key] = column[0]
+        elif key in total:
+            row[key] = sum(column)
         elif key.endswith("_se"):
             row[key] = math.hypot(*column) / len(column)
         else:
-            row[key] = sum(column) / (1 if key in total else len(column))
+            row[key] = sum(column) / len(column)
     return row

@@ -14,21 +14,21 @@ ROW = 16.0  # points between branches
 GAP = 30.0  # points between a text and what follows it
 BAR = 46.0  # points, of the largest mass but the root's
 FOLDS = 3  # mass that grew or shrank 2**FOLDS times has the strongest colour
-ERRORS = 2.0  # standard errors that a mass may be away from where it was measured
-UNSEEN = 3.0  # of N draws none has passed: with 95% confidence the mass is below 3/N
+ERRORS = 2.0  # standard errors that a mass may be away, as Wilson's interval has it
 
 
 def draw_prefix_tree(tree: networkx.DiGraph, ax: Any = None) -> Any:
     """Texts read from left to right. Before each piece of text its mass as two bars: grey the prior's, below it the posterior's
     (or the guide's where there is no posterior), whose colour says how many times at the least the mass grew or shrank, two
-    standard errors of both masses granted: what may be noise has no colour.
+    standard errors of both masses granted: what may be noise has no colour. Errors are no better than the draws, see
+    `prefix_tree`.
 
     The branch with the most mass goes straight on. A square is the end of a text, an ellipsis what is not shown.
 
     :param ax: a figure of its own size by default; in a given one all is scaled to fit."""
     laws = tree.graph["laws"]
     after = next((law for law in ("posterior", "guide") if law in laws), None)
-    first, shade, draws = after or "prior", _shades(after), tree.graph["num_samples"]
+    first, shade = after or "prior", _shades(after)
     place: dict[Any, tuple[float, float]] = {}
     ends: dict[Any, float] = {}
     shown: dict[Any, str] = {}
@@ -67,7 +67,9 @@ def draw_prefix_tree(tree: networkx.DiGraph, ax: Any = None) -> Any:
     note += f"  Other beginnings, not drawn: {hidden}."
     bottom = -row * ROW
     wide = max(*ends.values(), canvas.width(heading, 1.25, "bold"), canvas.width(note, 0.85), 300.0)
-    colours = {n: shade(_folds(data, after, draws) if after else 0.0) for n, data in tree.nodes(data=True)}
+    colours = {
+        n: shade(_folds(data, after, tree.graph["worth"]) if after else 0.0) for n, data in tree.nodes(data=True)
+    }
     ax, scale = canvas.axes(ax, -8, wide + 8, bottom - (62 if after else 14), 54)
     canvas.text(ax, 0, 42, heading, SIZE * 1.25 * scale, va="center", weight="bold")
     canvas.text(ax, 0, 26, note, SIZE * 0.85 * scale, va="center", color=SOFT)
@@ -111,9 +113,9 @@ def _key(ax: Any, y: float, after: str, scale: float) -> None:
     canvas.text(ax, x + 8, y, f"{after} ÷ prior, at the least", SIZE * 0.8 * scale, va="center")
 
 
-def _folds(data: dict[str, Any], law: str, draws: dict[str, int]) -> float:
+def _folds(data: dict[str, Any], law: str, worth: dict[str, float]) -> float:
     """log2 of the least ratio of the masses that their errors allow, within ±FOLDS; 0 where they may be the same."""
-    (low, high), (low_prior, high_prior) = (_interval(data, name, draws[name]) for name in (law, "prior"))
+    (low, high), (low_prior, high_prior) = (_interval(data[n], data[f"{n}_se"], worth[n]) for n in (law, "prior"))
     if low > high_prior:
         return min(FOLDS, log2(low / high_prior))
     if low_prior > high:
@@ -121,9 +123,12 @@ def _folds(data: dict[str, Any], law: str, draws: dict[str, int]) -> float:
     return 0.0
 
 
-def _interval(data: dict[str, Any], law: str, count: int) -> tuple[float, float]:
-    share, error = data[law], ERRORS * data[f"{law}_se"]
-    return max(0.0, share - error), share + error if share else UNSEEN / count
+def _interval(share: float, error: float, worth: float) -> tuple[float, float]:
+    """Wilson's of as many draws as have this error, or are worth that much: it holds for a share of 0, too."""
+    count = min(worth, share * (1 - share) / error**2) if error else worth
+    z = ERRORS**2 / count
+    middle, half = (share + z / 2) / (1 + z), (z * share * (1 - share) + z * z / 4) ** 0.5 / (1 + z)
+    return max(0.0, middle - half), middle + half
 
 
 def _shades(after: str | None) -> Callable[[float], Any]:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ppl_lm.diagnose.drawn import worth
 from ppl_lm.diagnose.weights import mean, weighted_mean
 from ppl_lm.infer import Draws
 from ppl_lm.infer.draws import NoSupportError
@@ -31,7 +32,8 @@ def prefix_tree(
     parent's; a character is shown once it is whole), `token` (its last id), `depth` (tokens), `over` ("end" or "truncated"
     where no token can follow, else None) and for each law given `prior`, `guide`, `posterior`: the share of its draws that
     begin like this, with a standard error `prior_se`, ..., and `rest_prior`, ...: the share that goes on from here as no child
-    does. A law's children and rest sum to the node, unless the text is over. The graph has `laws`, `prompt` and `num_samples`.
+    does. A law's children and rest sum to the node, unless the text is over. The graph has `laws`, `prompt`, `num_samples` and
+    `worth`: how many independent draws each law's amount to.
 
     Tokens after which nothing branches are one node: what is lost on the way is below `min_mass` under each law, and is part
     of the rest of the node before them.
@@ -72,6 +74,7 @@ def prefix_tree(
         laws=tuple(given),
         prompt=prior.prompts.texts[prompt],
         num_samples={name: draws.num_samples for name, draws in given.items()},
+        worth={name: _worth(name, draws, prompt) for name, draws in given.items()},
     )
     steps = next(iter(rows.values())).shape[-1]
     for prefix in kept:
@@ -136,6 +139,10 @@ def _weights(name: str, draws: Draws, prompt: int) -> Float[Tensor, "S"]:
     if bool((log_w == -torch.inf).all()):
         raise NoSupportError("all weights are zero: none of these draws is possible under the posterior")
     return log_w.softmax(0)
+
+
+def _worth(name: str, draws: Draws, prompt: int) -> float:
+    return (worth(_own(draws, prompt)) or 1.0) if name == "posterior" else float(draws.num_samples)
 
 
 def _share(passes: Float[Tensor, "S N"], name: str, draws: Draws, prompt: int) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ def sbc(
     total = len(next(iter(ranks.values())))
     null, band = _null(total, num_draws)
     p_values = {name: _p_value(_statistic(_ecdf(r.unsqueeze(0), num_draws), total), null) for name, r in ranks.items()}
-    return Calibration(ranks, num_draws, p_values, band, _detectable(total, num_draws, 0.05 / len(ranks)))
+    return Calibration(ranks, num_draws, p_values, band.clone(), _detectable(total, num_draws, 0.05 / len(ranks)))
 
 
 def _ecdf(ranks: Int[Tensor, "N R"], num_draws: int) -> Float[Tensor, "N L"]:

@@ -195,16 +195,20 @@ def doubt(made: Mapping[str, Any]) -> str:
     """Why figures are worth less than their standard errors say, in a sentence; "" where they are not.
 
     :param made: `diagnosis.json`, of a guide or of draws."""
-    if (seen := made.get("seen")) is not None and seen < SEEN:
-        return (
-            f"The prior's draws are worth {seen:.0f} of the posterior's: log Z and every distance, with their errors, are of "
-            "what these draws show, and the posterior may have more."
-        )
-    if "kind" in made and made["verdict"] in ("unknown", "unreliable", "not_converged"):
+    if "kind" in made:
+        if made["verdict"] not in ("unknown", "unreliable", "not_converged"):
+            return ""
         return (
             "These draws are not to be relied on: what is said of the posterior below, with its errors, is not either."
         )
-    return ""
+    seen = made.get("seen")
+    if seen is None or seen >= SEEN:
+        return ""
+    where = "After one of the prompts the" if len(made.get("prompts", ())) > 1 else "The"
+    return (
+        f"{where} prior's draws are worth {seen:.0f} of the posterior's: log Z and every distance, with their errors, are of "
+        "what these draws show, and the posterior may have more."
+    )
 
 
 def _worse(distance: str, gain: float | None, gain_se: float | None, hard: bool) -> Verdict:

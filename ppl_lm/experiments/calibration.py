@@ -35,8 +35,12 @@ valence.r_max = MOST  # pyright: ignore[reportFunctionMemberAccess]
 def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
     """The sum of valences at β = 2. The draws of each law are a pool's, drawn anew by weights that have its fault in them.
 
-    A likelihood to the power 1.2 moves itself by a fifth of its standard deviation under the posterior, times that in nats:
-    here 1.5, which 500 ranks show. Of VADER's bounded sentiment at β = 0.2 it is 0.8, and they show it every second time."""
+    A likelihood to the power 1 + s moves its own mean by about s times its standard deviation σ under the posterior, in units
+    of σ and with σ in nats. Here σ is 1.5, and 500 ranks show what a fifth of that does; of VADER's bounded sentiment at
+    β = 0.2 it is 0.8, and they show it about every second time.
+
+    The power is by repetition: with each 500 of the exact draws in turn, ranked among new draws from the same pool, or for
+    exact ones among all others."""
     torch.manual_seed(seed)
     load: Any = {"max_new_tokens": 24} if lm is None else {"name_or_folder": lm, "max_new_tokens": 24}
     prior = LanguageModel.from_pretrained(**load)
@@ -74,7 +78,7 @@ def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
             "draws": name,
             **{f"p, {k}": p for k, p in made.p_values.items()},
             "p, all": made.p_value,
-            f"found out, of {REPEATED}": sum(again.p_value < 0.01 for again in tried[name]),
+            f"p, all < 0.01, of {REPEATED}": sum(again.p_value < 0.01 for again in tried[name]),
         }
         for name, made in found.items()
     ]
@@ -93,14 +97,15 @@ def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
     passes = ("exact draws", "the posterior")
     return Result(
         f"Ranks of {REPLICATIONS} exact posterior draws among {RANKED} of each kind; a shift of "
-        f"{found['exact draws'].detectable:.2f} standard deviations would be found 4 times of 5; the mode that is dropped has "
-        f"{share:.0%} of the mass",
+        f"{found['exact draws'].detectable:.2f} standard deviations would be found (p < 0.05) 4 times of 5; the mode that is "
+        f"dropped has {share:.0%} of the mass",
         rows,
         {
             **{f"{name} pass": found[name].p_value >= 0.01 for name in passes},
             **{
-                f"{name}: found out (p < 0.01)": made.p_value < 0.01
-                for name, made in found.items()
+                f"{name}: found out (p < 0.01), 9 times of 10": made[0].p_value < 0.01
+                and sum(again.p_value < 0.01 for again in made) >= 0.9 * REPEATED
+                for name, made in tried.items()
                 if name not in passes
             },
         },

@@ -129,9 +129,9 @@ def measure(
     return record
 
 
-def _after(prompts: Sequence[str]) -> str:
-    """Whose texts are shown."""
-    title = "samples" if prompts[0] == "" else f"samples after {show.clean(prompts[0], 40).plain!r}"
+def _after(prompts: Sequence[Any]) -> str:
+    """Whose texts are shown. A prompt may be a chat."""
+    title = "samples" if prompts[0] == "" else f"samples after {show.clean(str(prompts[0]), 40).plain!r}"
     return title if len(prompts) == 1 else f"{title}, the first of {len(prompts)} prompts"
 
 

@@ -122,14 +122,14 @@ def _show(draws: Draws, num_samples: int, out: Console | None) -> None:
 
 def _told(record: dict[str, Any]) -> str:
     """The figures in a line."""
-    parts = []
+    parts, mean = [], "mean " if len(record["prompts"]) > 1 else ""
     for key, name, unit in (("reward", "posterior E(reward)", ""), ("log_z", "log Z", " nats")):
         if record.get(key) is not None:
             se = record[f"{key}_se"]
-            parts.append(f"{name} {record[key]:.3f}{'' if se is None else f' ± {se:.3f}'}{unit}")
+            parts.append(f"{mean}{name} {record[key]:.3f}{'' if se is None else f' ± {se:.3f}'}{unit}")
     if record["ess"]:
-        parts.append(f"ESS {record['ess']:.0f} of {record['num_samples']}")
+        parts.append(f"{mean}ESS {record['ess']:.0f} of {record['num_samples']}")
     cost = f"{record['lm_tokens']:,} LM tokens"
     if record["lm_tokens_per_effective_draw"]:
         cost += f", {record['lm_tokens_per_effective_draw']:,.0f} for each effective draw"
-    return ("on average over prompts: " if len(record["prompts"]) > 1 else "") + "; ".join([*parts, cost])
+    return "; ".join([*parts, cost])
