@@ -38,7 +38,8 @@ LOST = {"missing": 0.3, "missing_se": 0.01, "kl_q_p": 0.36, "kl_p_q": math.inf, 
         (LOST | {"missing": 0.03, "missing_se": 0.02}, "poor"),  # may be none at all
         (LOST | {"elbo_gain": -0.1, "kl_prior_p": 0.26}, "misses_mass"),  # right but for the mass that it misses
         (LOST | {"elbo_gain": -2.1, "kl_q_p": 4.1}, "worse_than_prior"),
-        (LOST | {"elbo_gain": -0.1, "kl_prior_p": 0.26, "log_likelihood": -1.0}, "worse_than_prior"),
+        (LOST | {"elbo_gain": -0.1, "kl_prior_p": 0.26, "log_likelihood": -1.0}, "misses_mass"),  # the best texts, too
+        (LOST | {"elbo_gain": -0.6, "kl_prior_p": 0.26, "log_likelihood": -1.0, "kl_q_p": 0.86}, "worse_than_prior"),
         (LOST | {"entropy": 0.1, "log_likelihood": 2.0}, "collapsed"),
         (LOST | {"entropy": 0.1, "log_likelihood": 0.5}, "misses_mass"),  # few texts, and not those of high reward
         (LOST | {"entropy": 2.0, "log_likelihood": 2.0}, "misses_mass"),

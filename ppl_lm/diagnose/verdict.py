@@ -11,6 +11,7 @@ GOOD_SHARE = 0.15  # of the prior's distance from the posterior that a good guid
 GOOD_NATS = 0.125  # or this much in absolute terms
 COVER = 2.0  # times as far KL(posterior ‖ guide) may be
 MISSED = 0.03  # posterior mass, error included, above which a guide that hardly ever draws it misses it
+REST = 0.25  # share of a guide's distance that the mass it misses does not explain, below which it only misses mass
 LOST = 0.1  # that a collapsed guide has lost at the least
 COLLAPSED = (
     0.15,
@@ -116,8 +117,9 @@ def judge(
             f"{entropy_posterior:.2f}; {mass}. {distance}.",
             "Fit it to the posterior (reverse or forward KL), not to the reward alone, with a lower learning rate.",
         )
-    forgiven = near[0] + math.log1p(-min(missing, 1 - 1e-9))
-    if further and (log_likelihood < log_likelihood_prior - 3 * log_likelihood_se or forgiven > was[0]):
+    rest = near[0] + math.log1p(-min(missing, 1 - 1e-9))
+    away = log_likelihood < log_likelihood_prior - 3 * log_likelihood_se or rest > was[0]
+    if further and away and rest >= REST * near[0]:
         return _worse(distance, elbo_gain, elbo_gain_se, hard)
     if lost > MISSED:
         return Verdict(
