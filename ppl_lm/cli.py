@@ -152,7 +152,8 @@ def sample(
     prompts: OtherPrompts = None,
     output_dir: Annotated[Path | None, typer.Option(help="Where draws.nc and diagnosis.json are written.",
                                                     show_default="with RUN its folder, by SAMPLER; else runs/")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier draws in that folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier draws in OUTPUT_DIR; a RUN's own "
+                                            "always are.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     traceback: Traceback = False,

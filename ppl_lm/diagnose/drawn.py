@@ -43,8 +43,9 @@ def drawn(draws: Draws, statistics: Mapping[str, Statistic] | None = None) -> di
       the worst.
 
     Of weighted draws: `log_z` and `kl_q_p` = KL(their own law ‖ posterior), nats, with `_se`; `khat` with `khat_se`;
-    `max_weight`, the largest weight's share of their sum. Of interacting ones `log_z`, and as `kl_q_p` the bound
-    log Z - E log Ẑ of a text picked from a run by its weight; of exact ones with their proposals `log_z`.
+    `max_weight`, the largest weight's share of their sum. Of interacting ones `log_z`, as `kl_q_p` the bound
+    log Z - E log Ẑ of a text picked from a run by its weight, and `khat` and `max_weight` of the weights of all runs together:
+    where nothing was resampled they are those of importance sampling. Of exact ones with their proposals `log_z`.
 
     Of Markov chains: `r_hat`, the largest of any number; `ess_bulk` and `ess_tail`, draws, the fewest of any number; all three
     ArviZ's rank-normalised ones of split chains (Vehtari et al. 2021), `_se` by the jackknife over chains, or 16 groups of them
@@ -101,9 +102,10 @@ def _figures(draws: Draws, share: float) -> dict[str, Any]:
             made["log_z"], made["log_z_se"] = map(float, log_mean(draws.proposals.log_weight.flatten(0, 1)))
             made["kl_q_p"] = made["log_z"] - float(one.mean())
             made["kl_q_p_se"] = math.hypot(float(one.std(0)) / len(one) ** 0.5, made["log_z_se"])
+    if kind in ("weighted", "interacting") and possible:
+        made["khat"], made["max_weight"] = psis_khat(log_w[:, 0]), float(max_weight(log_w))
     if kind == "weighted" and possible:
-        made["khat"], made["khat_se"] = psis_khat(log_w[:, 0]), khat_se(log_w[:, 0])
-        made["max_weight"] = float(max_weight(log_w))
+        made["khat_se"] = khat_se(log_w[:, 0])
         made["ess_se"] = float(ess_se(log_w)) if len(log_w) > 1 else None
     if kind == "markov":
         columns = _columns(draws)

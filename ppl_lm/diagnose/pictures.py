@@ -125,7 +125,8 @@ def places(run: Run) -> list[dict[str, Any]]:
                 partial(_ranks, exact, guide.of_prompt(b)),
                 f"The ECDF of the ranks of exact posterior draws among the guide's, less the uniform's.{of}",
                 "Calibration of the guide's own draws: ranks of exact posterior draws among them. Inside the band, nothing "
-                f"tells them apart.{of}",
+                "tells them apart. Outside of it something does, however little; a good guide is near, not the posterior "
+                f"itself.{of}",
             ),
         ]
         made.append({"prompt": figures["prompt"], "trees": trees, "pictures": pictures})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -69,7 +70,7 @@ def fit_and_measure(
     if fitted.outcome != "interrupted":
         out.print("measuring", markup=False)
         measure(programs, path, num_samples, out, settings.seed)
-    out.print(f"written: {path}", markup=False)
+    out.print(f"written: {path}; `{shlex.join(['ppl-lm', 'report', str(path)])}` makes a page of it", markup=False)
     return fitted.outcome
 
 
