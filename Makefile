@@ -10,7 +10,7 @@ demo: .venv/.stamp
 
 # Random order comes from pytest-randomly, warnings are errors by pyproject.toml; one thread for each of two workers.
 test: .venv/.stamp-test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -rs
 
 lint: .venv/.stamp-test
 	.venv/bin/ruff check .

@@ -259,6 +259,7 @@ def test_runs_whose_weights_have_a_heavy_tail_are_told_so(problem):
     for shape, verdict in ((0.3, "good"), (1.3, "unreliable")):
         made = drawn(replace(draws, log_guide=draws.log_prior + draws.log_likelihood - shape * x))
         assert made["verdict"] == verdict and abs(made["khat"] - shape) < 0.35 and made["khat_se"] is None
+        assert ("k-hat" in made["sentence"]) == (verdict == "unreliable")
 
 
 def test_chains_that_stand_apart_are_not_the_posteriors(problem):

@@ -17,7 +17,7 @@ from pyro.ops.provenance import get_provenance
 from torch.overrides import TorchFunctionMode
 
 from ppl_lm.diagnose.prefix_tree import prefix_tree, text_of
-from ppl_lm.infer.particles import is_record, sample_sites
+from ppl_lm.infer.sites import is_record, sample_sites
 from ppl_lm.likelihood import Automaton
 from ppl_lm.lm.token_bytes import token_bytes
 

@@ -59,10 +59,10 @@ def sbc(
     Simulating x from the prior and the evidence from its likelihood, and keeping the pairs whose evidence is the observed one,
     is what `rejection` does: its draws are the x of the replications. Each is ranked among `num_draws` draws of its own, which
     are to have the same law: by reward, length, log p of the prior and the model's other records. Ranks see only what these
-    numbers see; a likelihood of power 1 + s moves itself by s times its standard deviation, in nats, under the posterior, in
-    deviations. A mode that is missing may leave all as they were. The number that sees it is log q, the density that
-    made the draws (Modrák et al. 2023), `statistics=lambda draws: {"log_q": ppl_lm.score(guide, draws).log_guide}`. Of several
-    prompts all ranks are taken together.
+    numbers see. With a likelihood of power 1 + s the log likelihood moves by about s σ of its own standard deviations, σ being
+    that under the posterior in nats: compare `detectable`. A mode that is missing may leave all as they were. The number that
+    sees it is log q, the density that made the draws (Modrák et al. 2023),
+    `statistics=lambda draws: {"log_q": ppl_lm.score(guide, draws).log_guide}`. Of several prompts all ranks are taken together.
 
     :param exact: R exact posterior draws of each prompt.
     :param draws: at least R · num_draws of what is tested, as they come: weights are not used.

@@ -20,7 +20,7 @@ def plot_weight_tail(draws: Draws | Float[Tensor, "S"], ax: "Axes | None" = None
     """Share of draws whose importance weight is at least so many times the mean one, on two log axes: a power law is a line.
     With the generalised Pareto of shape k-hat (ArviZ) that fits the largest, and where 95% of its draws would lie.
 
-    :param draws: of one prompt, or their log weights; interacting draws count by run.
+    :param draws: of one prompt, or their log weights; of SMC's those of all runs together, as `drawn` judges them.
     :raises ValueError: on several prompts, or draws that have no weights."""
     from matplotlib.ticker import LogLocator
 
@@ -28,7 +28,7 @@ def plot_weight_tail(draws: Draws | Float[Tensor, "S"], ax: "Axes | None" = None
     if isinstance(draws, Draws):
         if draws.exact or draws.markov:
             raise ValueError("exact draws and Markov chains are equally weighted: they have no tail of weights")
-        draws = (draws.by_run() if draws.interacting else draws).log_weight.flatten(0, 1).squeeze(-1)
+        draws = draws.log_weight.flatten(0, 1).squeeze(-1)
     if draws.dim() != 1:
         raise ValueError(f"log weights of shape {tuple(draws.shape)}; give one prompt's, draws.of_prompt(b)")
     count, log_w = len(draws), draws[draws != -torch.inf].double().cpu().sort(descending=True).values

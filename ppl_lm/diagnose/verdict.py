@@ -145,15 +145,15 @@ def judge(
             f"few to show what the guide never visits.{tail}",
             f"Give about {math.ceil(num_samples * SEEN / max(seen, 1))} draws (--num-samples), or compare it with smc's.",
         )
-    unseen = missing + 2 * missing_se
-    if (hard or bound <= limit) and cover <= COVER * limit and unseen > LOST:
+    close, unseen = (hard or bound <= limit) and cover <= COVER * limit, missing + 2 * missing_se
+    if close and unseen > LOST:
         return Verdict(
             "unknown",
             f"{distance}, but up to {unseen:.0%} of the posterior's mass may be in texts that it hardly ever draws: too few "
             f"draws to tell.{tail}",
             f"Give {4 * num_samples} draws (--num-samples), or compare it with smc's.",
         )
-    if (hard or bound <= limit) and cover <= COVER * limit:
+    if close:
         use = "Drop the draws that break the constraint." if possible < 1 else "Use its draws as they are."
         but = f", as far as {num_samples} draws of the prior show: no bound of the likelihood is declared" * (
             not bounded

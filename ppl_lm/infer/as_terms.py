@@ -8,7 +8,8 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ppl_lm.infer.particles import Particles, by_prompt, is_record, is_sequence, sample_sites, score_site
+from ppl_lm.infer.particles import Particles, by_prompt
+from ppl_lm.infer.sites import is_record, is_sequence, sample_sites, score_site
 from ppl_lm.infer.terms import Prefixes, Terms
 from ppl_lm.lm import TokenSequence
 

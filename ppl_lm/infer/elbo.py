@@ -16,7 +16,8 @@ from ppl_lm.infer.baselines import Baseline, LogZ, MovingLogZ, leave_one_out
 from ppl_lm.infer.divergences import reverse_kl
 from ppl_lm.infer.objectives import hard_constraint
 from ppl_lm.infer.off_policy import Source
-from ppl_lm.infer.particles import Particles, Site, is_sequence, run
+from ppl_lm.infer.particles import Particles, run
+from ppl_lm.infer.sites import Site, is_sequence
 from ppl_lm.infer.terms import Objective
 
 

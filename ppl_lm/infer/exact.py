@@ -10,7 +10,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import config_enumerate
 from torch import Tensor
 
-from ppl_lm.infer.particles import Site, is_record, sample_sites
+from ppl_lm.infer.sites import Site, is_record, sample_sites
 from ppl_lm.likelihood import Optimality
 
 MAX_CELLS = 20_000_000

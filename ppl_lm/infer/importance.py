@@ -10,7 +10,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, concatenate
-from ppl_lm.infer.particles import Particles, Site, as_particles, by_prompt, is_sequence, log_density, run, sample_sites
+from ppl_lm.infer.particles import Particles, as_particles, by_prompt, run
+from ppl_lm.infer.sites import Site, is_sequence, log_density, sample_sites
 from ppl_lm.lm import meter
 
 ROWS = 2048  # texts drawn at a time

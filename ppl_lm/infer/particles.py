@@ -9,20 +9,28 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import MultiFrameTensor
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
-from pyro.util import check_model_guide_match, check_site_shape
+from pyro.util import check_model_guide_match
 from torch import Tensor
 
 from ppl_lm.infer.bind import require_separate
 from ppl_lm.infer.off_policy import Source
-from ppl_lm.likelihood import Optimality
-from ppl_lm.lm import Prompts, TokenSequence
+from ppl_lm.infer.sites import (
+    Site,
+    check_shape,
+    is_record,
+    is_sequence,
+    log_density,
+    log_shift,
+    same_law,
+    sample_sites,
+    score_site,
+)
+from ppl_lm.lm import Prompts
 
-Site = dict[str, Any]
 PLATE = "particles"
 
 
@@ -209,13 +217,13 @@ def run(
     for name, site in guide_sites.items():
         made.log_q[name] = score_site(name, site, made.token_log_q)
         if pyro.settings.get("validate_poutine"):
-            _check_shape(site, made.log_q[name], nesting)
+            check_shape(site, made.log_q[name], nesting)
     for name, site in model_sites.items():
         if is_record(site):
             continue
         twin = guide_sites.get(name)
         if twin is site or (
-            twin is not None and _same_law(site, twin)
+            twin is not None and same_law(site, twin)
         ):  # the prior as its own proposal: one pass serves both
             made.log_p[name] = made.log_q[name]
             if name in made.token_log_q:
@@ -223,7 +231,7 @@ def run(
             continue
         made.log_p[name] = score_site(name, site, made.token_log_p)
         if pyro.settings.get("validate_poutine"):
-            _check_shape(site, made.log_p[name], nesting)
+            check_shape(site, made.log_p[name], nesting)
     for name, value in (*made.log_q.items(), *made.log_p.items()):
         if bool(torch.isnan(value.detach()).any()):
             raise ValueError(f"site {name!r} has a log-probability that is NaN; check the program and its reward")
@@ -254,65 +262,3 @@ def as_particles(program: Callable[..., Any], num_particles: int, max_plate_nest
     """The program with all its sites in an outermost plate of `num_particles`. To be replayed from outside, so that the
     plate broadcasts replayed sites too."""
     return pyro.plate(PLATE, num_particles, dim=-max_plate_nesting - 1)(program)
-
-
-def sample_sites(trace: Any) -> dict[str, Site]:
-    """The sample sites of a Pyro trace by name, without those that plates make to subsample."""
-    nodes: Any = prune_subsample_sites(trace).nodes
-    return {n: s for n, s in nodes.items() if s["type"] == "sample"}
-
-
-def is_sequence(site: Site) -> bool:
-    return isinstance(site["fn"], TokenSequence)
-
-
-def _check_shape(site: Site, log_prob: Tensor, nesting: int) -> None:
-    shaped: Any = {**site, "log_prob": log_prob}
-    check_site_shape(shaped, nesting)
-
-
-def log_density(site: Site) -> Tensor:
-    """Log-probability of a site's value as its distribution has it, unscaled and unmasked, without autograd for texts."""
-    return score_site("", {**site, "scale": 1.0, "mask": None}, {})
-
-
-def log_shift(site: Site) -> Tensor:
-    """What a bounded `Optimality` subtracts of its log-potential, scaled and masked as its log-probability is."""
-    fn = site["fn"]
-    bound = (fn.log_bound or 0.0) if isinstance(fn, Optimality) else 0.0
-    shift = torch.full(fn.batch_shape, bound, dtype=torch.float64, device=site["value"].device)
-    return scale_and_mask(shift, site["scale"], site["mask"])
-
-
-def score_site(name: str, site: Site, tokens: dict[str, Tensor]) -> Tensor:
-    fn, value, mask = site["fn"], site["value"], site["mask"]
-    scale: Any = site["scale"]  # a tensor under poutine.scale(scale=tensor)
-    if not is_sequence(site):
-        return scale_and_mask(fn.log_prob(value, *site["args"], **site["kwargs"]), scale, mask)
-    with torch.no_grad():
-        by_token = fn.drawn_log_probs(value)
-        if by_token is None:
-            by_token = fn.token_log_probs(value)
-        wide: Any = scale.unsqueeze(-1) if isinstance(scale, Tensor) and scale.dim() else scale
-        tokens[name] = scale_and_mask(by_token, wide, mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask)
-        canonical = fn.lm.vocabulary.is_canonical(value)
-        total = tokens[name].sum(-1)
-        return total if bool(canonical.all()) else total.masked_fill(~canonical, -torch.inf)
-
-
-def _same_law(site: Site, twin: Site) -> bool:
-    """Whether model and guide draw a sequence site from the same network, prompts, scale and mask."""
-    if not (is_sequence(site) and is_sequence(twin)):
-        return False
-    a, b = site["fn"], twin["fn"]
-    same_prompts = a.prompts is b.prompts or (
-        torch.equal(a.prompts.ids, b.prompts.ids) and torch.equal(a.prompts.lengths, b.prompts.lengths)
-    )
-    same_scale = all(type(site[k]) is not Tensor and site[k] == twin[k] for k in ("scale", "mask"))
-    if not same_prompts:
-        a.prompts.vocabulary.require_same(b.prompts.vocabulary, "guide and target")
-    return a.lm is b.lm and same_prompts and same_scale
-
-
-def is_record(site: Site) -> bool:
-    return bool(site["infer"].get("_deterministic"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppl_lm.infer.draws import TOLERANCE, Draws, NoSupportError, concatenate
 from ppl_lm.infer.importance import ROWS, importance
-from ppl_lm.infer.particles import is_record, sample_sites
+from ppl_lm.infer.sites import is_record, sample_sites
 from ppl_lm.likelihood import Optimality
 
 FEWEST = 64  # proposals at a time

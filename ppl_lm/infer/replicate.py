@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.importance import ROWS, Given, prompts_first
-from ppl_lm.infer.particles import Site, as_particles, is_record, sample_sites
+from ppl_lm.infer.particles import as_particles
+from ppl_lm.infer.sites import Site, is_record, sample_sites
 from ppl_lm.likelihood import Optimality
 
 

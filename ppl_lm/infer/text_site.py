@@ -8,7 +8,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppl_lm.infer.particles import is_record, is_sequence
+from ppl_lm.infer.sites import is_record, is_sequence
 from ppl_lm.lm import TokenSequence
 
 

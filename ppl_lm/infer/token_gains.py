@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.importance import ROWS, Given
-from ppl_lm.infer.particles import as_particles, is_sequence
+from ppl_lm.infer.particles import as_particles
+from ppl_lm.infer.sites import is_sequence
 from ppl_lm.lm import TokenSequence
 
 

@@ -13,7 +13,8 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_lm.infer.exact import exact
-from ppl_lm.infer.particles import by_prompt, is_record, log_shift, sample_sites, score_site
+from ppl_lm.infer.particles import by_prompt
+from ppl_lm.infer.sites import is_record, log_shift, sample_sites, score_site
 from ppl_lm.infer.text_site import TextIs, text_law
 from ppl_lm.lm import LanguageModel, Prompts
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ppl_lm.infer.particles import Particles, Site, is_sequence
+from ppl_lm.infer.particles import Particles
+from ppl_lm.infer.sites import Site, is_sequence
 from ppl_lm.lm import TokenSequence
 
 PROBE = 2e-5  # learning rate of the steps that are measured

@@ -22,7 +22,7 @@ from ppl_lm.infer import (
     tempered,
 )
 from ppl_lm.infer.mcmc import Kernel, independence, suffix
-from ppl_lm.infer.particles import sample_sites
+from ppl_lm.infer.sites import sample_sites
 from ppl_lm.infer.text_site import text_law
 from ppl_lm.lm import Prompts, meter
 
