@@ -5,7 +5,7 @@ from typing import Any
 import pyro
 from torch import Tensor
 
-from ppl_lm.lm.product import product
+from ppl_lm.lm.experts import product
 
 
 def twisted(prompts: Any, prior: Any, twist: Any) -> Tensor:

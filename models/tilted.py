@@ -6,7 +6,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppl_lm.likelihood import Optimality
+from ppl_lm.likelihood.optimality import Optimality
 
 
 def tilted(prompts: Any, prior: Any, reward: Any, beta: float = 0.2) -> Tensor:

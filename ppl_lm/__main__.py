@@ -1,6 +1,6 @@
 """`python -m ppl_lm` is `ppl-lm`."""
 
-from ppl_lm.cli import main
+from ppl_lm.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -8,12 +8,18 @@ import pytest
 import tiny
 import torch
 
-from ppl_lm.diagnose import diagnose, drawn, from_arviz, to_arviz, to_datatree
-from ppl_lm.diagnose.arviz import _storable
-from ppl_lm.diagnose.summary import exact_among
+from ppl_lm.criticism.arviz_groups import _storable, to_arviz, to_datatree
+from ppl_lm.criticism.arviz_reading import from_arviz
+from ppl_lm.criticism.diagnoses.diagnosis import diagnose, exact_among
+from ppl_lm.criticism.diagnoses.draws_diagnosis import diagnose_draws
 from ppl_lm.guides import finetuned, prior
-from ppl_lm.infer import bind, exact, importance, quasi_rejection, rejection, replicate
-from ppl_lm.likelihood import Optimality
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.prediction import predictive
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.quasi_rejection_sampling import quasi_rejection
+from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.likelihood.optimality import Optimality
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 
@@ -36,7 +42,7 @@ def test_summary_is_the_posteriors_not_the_guides(problem):
     """az.summary ignores weights: weighted draws must be resampled before it sees them."""
     target, guide, _ = problem
     draws = importance(target, guide, ["", ""], num_samples=20_000)
-    truth = exact(target, guide, ["", ""])
+    truth = enumerate_posterior(target, guide, ["", ""])
     posterior = float((truth.log_posterior.exp() * truth.records["reward"]).sum(0)[0])
     before = float((truth.log_q.exp() * truth.records["reward"]).sum(0)[0].detach())
     assert posterior - before > 0.1
@@ -80,7 +86,7 @@ def test_every_group_of_the_schema(problem, tmp_path):
     """What is observed, replicated, constant and prior; and ArviZ's own functions find what they look for."""
     target, guide, _ = problem
     draws = importance(target, guide, ["", "a"], num_samples=300)
-    replicated = replicate(target, draws)
+    replicated = predictive(target, draws)
     data = to_arviz(
         draws,
         prior=importance(target, None, ["", "a"], num_samples=50),
@@ -110,7 +116,7 @@ def test_replicates_have_the_observed_sites_law(problem):
     target, _, _ = problem
     draws = importance(target, None, ["", "a"], num_samples=20_000)
     p = ((draws["reward"] - 1.0) / 0.3).exp()
-    made = replicate(target, draws)["optimal"]
+    made = predictive(target, draws)["optimal"]
     assert made.shape == p.shape and set(made.unique().tolist()) == {0.0, 1.0}
     se = (p * (1 - p)).sum(1).sqrt() / 20_000
     assert bool(((made.double().mean(1) - p.mean(1)).abs() < 4 * se).all())
@@ -119,7 +125,7 @@ def test_replicates_have_the_observed_sites_law(problem):
     nothing = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
     unbounded = bind(tilted, table_lm(5, 4, concentration=1.0, seed=3), reward=nothing, beta=1.0)
     with pytest.raises(ValueError, match="declare r_max"):
-        replicate(unbounded, importance(unbounded, None, [""], num_samples=2))
+        predictive(unbounded, importance(unbounded, None, [""], num_samples=2))
 
 
 def test_netcdf_round_trip(problem, tmp_path):
@@ -179,11 +185,11 @@ def test_draws_come_back_from_a_file_as_they_were(problem, tmp_path, life):
     kinds = [rejection(target, None, ["", "a"], num_samples=30)]
     kinds.append(quasi_rejection(target, guide, ["", "a"], num_samples=30, log_bound=bound))
     for draws in kinds:
-        told, again = drawn(draws), drawn(from_arviz(to_arviz(draws), prompts))
+        told, again = diagnose_draws(draws), diagnose_draws(from_arviz(to_arviz(draws), prompts))
         assert {k: again[k] for k in told if k != "prompts"} == {k: told[k] for k in told if k != "prompts"}, (
             "log Z too"
         )
-    assert drawn(from_arviz(data, prompts, "prior"))["lm_tokens"] == made.prior.cost.lm_tokens
+    assert diagnose_draws(from_arviz(data, prompts, "prior"))["lm_tokens"] == made.prior.cost.lm_tokens
     with pytest.raises(ValueError, match="prompts"):
         from_arviz(data, guide.lm.prompts(["a", ""]))
     with pytest.raises(ValueError, match="no group"):
@@ -223,7 +229,7 @@ def test_what_prompts_share_and_what_is_no_text_come_back_as_they_were(tmp_path)
         assert set(again.latents) == {"k", "a.z", "x"} and again["a.z"].shape == draws["a/z"].shape == (1, 200, 2, 2)
         assert torch.equal(again["a.z"], draws["a/z"]) and torch.equal(again["k"].long(), draws["k"].long())
         assert all(torch.equal(again.stats[name], draws.stats[name]) for name in draws.stats)
-        assert drawn(again)["ess"] == drawn(draws)["ess"]
+        assert diagnose_draws(again)["ess"] == diagnose_draws(draws)["ess"]
     guide = from_arviz(az.from_netcdf(path), lm.prompts(["", "a"]))
     assert "log_prior" not in guide.records and bool((guide["length"] == 7).all())
 

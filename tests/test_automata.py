@@ -24,16 +24,23 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from ppl_lm.diagnose import log_evidence
+from ppl_lm.criticism.evidence import log_evidence
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import SequenceELBO, bind, exact, importance
-from ppl_lm.infer.divergences import forward_kl
-from ppl_lm.likelihood import Automaton
-from ppl_lm.lm import Decoder, DivergedError, LanguageModel, Vocabulary, product
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.objectives.divergences import forward_kl
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.likelihood.automata import Automaton
+from ppl_lm.lm.decoder import Decoder
+from ppl_lm.lm.experts import product
+from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.mask import TokenMask
 from ppl_lm.lm.meter import measure
+from ppl_lm.lm.network import DivergedError
 from ppl_lm.lm.table import TableConfig, TableForCausalLM, table_lm
 from ppl_lm.lm.token_bytes import token_bytes
+from ppl_lm.lm.vocabulary import Vocabulary
 from ppl_lm.models import constrained
 
 V, T, END = 4, 4, 3
@@ -219,7 +226,7 @@ def test_local_masking_is_a_law_and_its_weights_make_it_the_posterior(seed):
     automaton = each_a_before_b(lm)
     masked = product([lm, automaton.mask(lm)])
     model, guide = bind(constrained, lm, constraint=automaton), bind(finetuned, masked)
-    truth = exact(model, guide, ["", "b a"])  # left-padded: prompts of one and two tokens
+    truth = enumerate_posterior(model, guide, ["", "b a"])  # left-padded: prompts of one and two tokens
     allowed = [row for row in ROWS if satisfied(row)]
     for b, text in enumerate(["", "b a"]):
         context = tuple(lm.vocabulary.encode(text))
@@ -248,14 +255,16 @@ def test_what_it_draws_is_weighted_as_enumerated():
     draws = importance(model, guide, [""], num_samples=2000)
     assert bool((draws.records["holds"] == 1).all())
     found = log_evidence(draws)
-    assert abs(float(found.log_z - exact(model, None, [""]).log_z)) < 4 * float(found.log_z_se)
+    assert abs(float(found.log_z - enumerate_posterior(model, None, [""]).log_z)) < 4 * float(found.log_z_se)
 
 
 def test_reverse_kl_of_a_masked_guide_is_finite():
     """A guide that never breaks the constraint is told from one that does by its weights alone."""
     lm = table_lm(V, T, concentration=0.5)
     automaton = each_a_before_b(lm)
-    truth = exact(bind(constrained, lm, constraint=automaton), bind(finetuned, product([lm, automaton.mask(lm)])), [""])
+    truth = enumerate_posterior(
+        bind(constrained, lm, constraint=automaton), bind(finetuned, product([lm, automaton.mask(lm)])), [""]
+    )
     assert 0 < float(truth.kl_q_p) < math.inf and 0 < float(truth.kl_p_q) < math.inf
 
 

@@ -2,9 +2,9 @@
 
 import math
 
-from ppl_lm.diagnose.averages import over_prompts
-from ppl_lm.diagnose.verdict import doubt
-from ppl_lm.run.command import _after
+from ppl_lm.cli.fitting import _after
+from ppl_lm.criticism.averages import over_prompts
+from ppl_lm.criticism.diagnoses.verdicts import doubt
 
 ONE = {
     "kl": 1.0,

@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import bind, exact, importance, rejection
-from ppl_lm.likelihood import BestOf, Reward
-from ppl_lm.likelihood.best_of import log_ratio
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.likelihood.best_of import BestOfN, log_ratio
+from ppl_lm.likelihood.reward import Reward
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
-from ppl_lm.run import fit
+from ppl_lm.run.fitting import fit
 
 
 def letters(completions, **_):
@@ -63,8 +66,8 @@ def test_the_posterior_ranks_among_the_references(texts):
     """`tilted` at β = 1 with this reward, enumerated, against ranks counted one text at a time."""
     lm, rows, n = table_lm(3, 2, max_prompt=2, concentration=1.0, seed=2), oracle.outcomes(3, 2, 2), 4
     torch.manual_seed(0)
-    reward = BestOf(letters, lm, n, num_references=50)
-    truth = exact(bind(tilted, lm, reward=reward, beta=1.0), None, texts)
+    reward = BestOfN(letters, lm, n, num_references=50)
+    truth = enumerate_posterior(bind(tilted, lm, reward=reward, beta=1.0), None, texts)
     x = oracle.as_tensor(rows, 2, 2)
     own = letters(lm.vocabulary.decode(x))
     for b, text in enumerate(texts):
@@ -82,7 +85,7 @@ def test_what_is_drawn_is_as_good_as_the_best_of_n():
     """Rejection from this posterior, and plain best-of-n, have the same mean reward; references stay the same."""
     lm, n = table_lm(4, 3, concentration=1.0, seed=1), 4
     torch.manual_seed(0)
-    reward = BestOf(letters, lm, n, num_references=4000)
+    reward = BestOfN(letters, lm, n, num_references=4000)
     target = bind(tilted, lm, reward=reward, beta=1.0)
     assert target.arguments["reward"] is reward and reward.r_max == math.log(n)
     kept = rejection(target, None, [""], num_samples=4000)
@@ -101,10 +104,10 @@ def test_what_is_drawn_is_as_good_as_the_best_of_n():
 def test_it_is_distilled_by_a_fit():
     lm = table_lm(4, 3, concentration=1.0, seed=1)
     torch.manual_seed(0)
-    target, guide = bind(tilted, lm, reward=BestOf(letters, lm, 4), beta=1.0), bind(finetuned, lm.copy())
-    before = float(exact(target, guide, [""]).kl_q_p.detach())
+    target, guide = bind(tilted, lm, reward=BestOfN(letters, lm, 4), beta=1.0), bind(finetuned, lm.copy())
+    before = float(enumerate_posterior(target, guide, [""]).kl_q_p.detach())
     fit(target, guide, [""], max_steps=300, num_particles=64, learning_rate=0.02, seed=0)
-    assert float(exact(target, guide, [""]).kl_q_p.detach()) < 0.1 * before
+    assert float(enumerate_posterior(target, guide, [""]).kl_q_p.detach()) < 0.1 * before
 
 
 def test_columns_and_signatures_are_a_rewards():
@@ -114,7 +117,7 @@ def test_columns_and_signatures_are_a_rewards():
     def wanted(completions, letter):
         return [float(w in c) for c, w in zip(completions, letter, strict=True)]
 
-    reward = BestOf(wanted, lm, 2, num_references=20)
+    reward = BestOfN(wanted, lm, 2, num_references=20)
     prompts = lm.prompts({"prompt": ["", "", ""], "letter": ["a", "b", "a"]})
     made = reward(prompts, lm(prompts).sample(torch.Size((5,))))
     assert made.shape == (5, 3) and len(reward.references) == 2 and float(made.max()) <= math.log(2)
@@ -124,4 +127,4 @@ def test_columns_and_signatures_are_a_rewards():
 @pytest.mark.parametrize(("change", "message"), [({"n": 1}, "n=1"), ({"num_references": 1}, "num_references=1")])
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
-        BestOf(letters, table_lm(3, 2), **{"n": 2, **change})
+        BestOfN(letters, table_lm(3, 2), **{"n": 2, **change})

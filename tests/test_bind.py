@@ -9,8 +9,10 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 
 from ppl_lm.guides import finetuned, prior
-from ppl_lm.infer import SequenceELBO, bind, importance
-from ppl_lm.likelihood import Reward
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.likelihood.reward import Reward
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 

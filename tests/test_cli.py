@@ -15,12 +15,13 @@ from tiny import language_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from ppl_lm.cli import app
-from ppl_lm.diagnose.verdict import CODES, DRAWN
-from ppl_lm.named import from_file
-from ppl_lm.run.command import told
-from ppl_lm.run.fit import Fit
+from ppl_lm.cli.app import app
+from ppl_lm.cli.fitting import told
+from ppl_lm.criticism.diagnoses.draws_verdicts import DRAWN
+from ppl_lm.criticism.diagnoses.verdicts import CODES
+from ppl_lm.run.fitting import Fit
 from ppl_lm.run.folder import claim, read_settings
+from ppl_lm.run.names import from_file
 from ppl_lm.run.prompts_file import read_prompts
 
 runner = CliRunner()

@@ -16,12 +16,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppl_lm.diagnose import log_evidence
-from ppl_lm.diagnose.compare import compare_models
+from ppl_lm.criticism.evidence import log_evidence
+from ppl_lm.criticism.model_comparison import compare_models
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import bind, exact, importance, mcmc, rejection, smc
+from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError
-from ppl_lm.infer.rejection import likelihood_bound
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.markov_chains import mcmc
+from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.traces.observations import likelihood_bound
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
 
@@ -46,7 +51,7 @@ def target(prior="one", reward=many_a, beta=0.5):
 
 
 def log_z(model, texts=TEXTS):
-    return float(exact(model, None, texts).log_z.detach().sum())
+    return float(enumerate_posterior(model, None, texts).log_z.detach().sum())
 
 
 def smc_(model, prompts):

@@ -18,9 +18,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppl_lm.diagnose.diversity import MOST, distinct, diversity, self_bleu, survives
+from ppl_lm.criticism.text_diversity import MOST, distinct, diversity, self_bleu, survives
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import bind, exact, importance, mcmc, rejection, smc
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.markov_chains import mcmc
+from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.infer.samplers.sequential import smc
 from ppl_lm.lm.table import table_lm
 from ppl_lm.lm.vocabulary import Vocabulary
 from ppl_lm.models import tilted
@@ -104,7 +109,7 @@ def test_means_are_those_of_the_draws_law(sampler):
     model, guide = target(), bind(finetuned, LM.copy())
     many = {"num_samples": 300, "num_chains": 8} if sampler is mcmc else {"num_samples": 3000}
     made = diversity(sampler(model, None if sampler is rejection else guide, ["", "a"], **many))
-    truth = exact(model, guide, ["", "a"])
+    truth = enumerate_posterior(model, guide, ["", "a"])
     law = (truth.log_q if sampler is importance else truth.log_posterior).detach().exp()
     truncated = (~LM.vocabulary.is_end(truth.latents["x"]).any(-1)).double()  # (N, B)
     for b, figures in enumerate(made["prompts"]):

@@ -24,13 +24,21 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ppl_lm.diagnose import drawn, ess, psis_khat, to_arviz
-from ppl_lm.diagnose.drawn import FIGURES, _jackknife, r_hat
-from ppl_lm.diagnose.verdict import DRAWN
-from ppl_lm.diagnose.weights import ess_se, khat_se, max_weight
+from ppl_lm.criticism.arviz_groups import to_arviz
+from ppl_lm.criticism.diagnoses.draws_diagnosis import FIGURES, diagnose_draws
+from ppl_lm.criticism.diagnoses.draws_verdicts import DRAWN
+from ppl_lm.criticism.effective_size import jackknife, r_hat
+from ppl_lm.criticism.weights import ess, ess_se, khat_se, max_weight, psis_khat
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import best_of_n, bind, exact, importance, mcmc, quasi_rejection, rejection, smc
-from ppl_lm.infer.mcmc import independence, suffix
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.kernels import independence, suffix
+from ppl_lm.infer.samplers.markov_chains import mcmc
+from ppl_lm.infer.samplers.quasi_rejection_sampling import quasi_rejection
+from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.infer.samplers.sequential import smc
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
 from ppl_lm.run.folder import write_json
@@ -89,8 +97,8 @@ KINDS = {
 @pytest.mark.parametrize("sampler", KINDS)
 def test_figures_are_the_posteriors_within_their_errors(problem, sampler, tmp_path):
     target, guide = problem
-    truth, draws = exact(target, guide, TEXTS), sampler(target, guide)
-    made = drawn(draws, STATISTICS)
+    truth, draws = enumerate_posterior(target, guide, TEXTS), sampler(target, guide)
+    made = diagnose_draws(draws, STATISTICS)
     assert {(made["kind"], made["verdict"])} == {KINDS[sampler]} and made["sentence"]
     assert [figures["prompt"] for figures in made["prompts"]] == TEXTS
     p, x = truth.log_posterior.detach().exp(), truth.latents["x"]
@@ -151,7 +159,7 @@ OF_CHAINS = ("ess_se", "ess_bulk", "ess_bulk_se", "ess_tail", "ess_tail_se", "r_
 @pytest.mark.parametrize("sampler", [importance_, rejection_, suffix_, smc_])
 def test_every_key_is_a_figures_or_a_numbers(problem, sampler):
     draws = sampler(*problem)
-    made = drawn(draws, STATISTICS)
+    made = diagnose_draws(draws, STATISTICS)
     one, two = made["prompts"]
     means = [key for name in ("reward", "length", "log_prior", "bs") for key in (name, f"{name}_se")]
     assert {*made} == {*FIGURES, *means} - {"prompt"} and {*one} == {*FIGURES, *means} - {"prompts"}
@@ -173,7 +181,7 @@ def test_errors_of_the_worst_prompt(problem):
     draws = importance(*problem, TEXTS, num_samples=500)
     x = torch.empty(1, 500, 2, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(0))
     log_w = x * torch.tensor([0.3, 0.8])
-    made = drawn(replace(draws, log_guide=draws.log_prior + draws.log_likelihood - log_w))
+    made = diagnose_draws(replace(draws, log_guide=draws.log_prior + draws.log_likelihood - log_w))
     one, two = made["prompts"]
     for b, figures in enumerate(made["prompts"]):
         own = log_w[0, :, b]
@@ -190,24 +198,24 @@ def test_the_jackknife_by_hand(monkeypatch, chains):
     """Of what adds up over chains, as effective draws do, √C times the deviation of a chain's; of a mean that over √C."""
     column = np.random.default_rng(0).standard_normal((chains, 5))
     statistics = {"ess": np.sum, "rhat": np.mean}
-    module = sys.modules[_jackknife.__module__]
-    monkeypatch.setattr(module, "_of_chains", lambda columns, name, _: [statistics[name](columns[0])])
+    module = sys.modules[jackknife.__module__]
+    monkeypatch.setattr(module, "of_chains", lambda columns, name, _: [statistics[name](columns[0])])
     pairs = column.reshape(16, 2, 5).mean(1) if chains == 32 else column  # sixteen groups at most
     deviation, groups = pairs.mean(1).std(ddof=1), len(pairs)
-    assert _jackknife([column], "ess", "bulk") == pytest.approx(deviation * 5 * chains / groups**0.5, abs=1e-10)
-    assert _jackknife([column], "rhat", "rank") == pytest.approx(deviation / groups**0.5, abs=1e-10)
-    assert _jackknife([column[:3]], "ess", "bulk") is None
+    assert jackknife([column], "ess", "bulk") == pytest.approx(deviation * 5 * chains / groups**0.5, abs=1e-10)
+    assert jackknife([column], "rhat", "rank") == pytest.approx(deviation / groups**0.5, abs=1e-10)
+    assert jackknife([column[:3]], "ess", "bulk") is None
 
 
 def test_errors_of_convergence_are_as_large_as_they_say(problem):
     pieces, chains = 100, 8
     pool = mcmc(*problem, [""], num_samples=150, warmup=20, num_chains=pieces * chains, kernel=suffix)
-    made = [drawn(pool.map(lambda v, i=i: v[i * chains : (i + 1) * chains])) for i in range(pieces)]
+    made = [diagnose_draws(pool.map(lambda v, i=i: v[i * chains : (i + 1) * chains])) for i in range(pieces)]
     for key in ("ess_bulk", "ess_tail", "r_hat"):
         found, se = torch.tensor([[figures[key], figures[f"{key}_se"]] for figures in made]).T
         print(f"{key}: {found.mean():.4g}, spread {found.std():.4g}, standard error {se.mean():.4g}")
         assert abs(float(se.mean() / found.std()) - 1) < 0.3, key
-    few = drawn(pool.map(lambda v: v[:3]))
+    few = diagnose_draws(pool.map(lambda v: v[:3]))
     assert few["r_hat"] and few["ess_tail"] and few["r_hat_se"] is few["ess_tail_se"] is few["ess_se"] is None
 
 
@@ -219,19 +227,19 @@ def test_statistics_count_as_numbers(problem):
         calls.append(texts)
         return [float(i // 300) + 0.1 * (i % 3) for i in range(len(texts))]
 
-    plain, made = drawn(draws), drawn(draws, {"steps": steps})
+    plain, made = diagnose_draws(draws), diagnose_draws(draws, {"steps": steps})
     assert plain["verdict"] != "not_converged" == made["verdict"] and made["r_hat"] > 1.5 > plain["r_hat"]
     assert calls == draws.text() and made["ess"] < plain["ess"] and made["steps"] == pytest.approx(3.6)
     assert {k: v for k, v in made.items() if k in ("reward", "length_se")}.items() <= plain.items()
     weighted = importance_(*problem)
     for name in ("ess", "khat_se", "unique", "prompts", "length", "reward"):
         with pytest.raises(ValueError, match=rf"\['{name}'\] have the names"):
-            drawn(weighted, {name: steps})
+            diagnose_draws(weighted, {name: steps})
     for wrong in (math.nan, math.inf):
         with pytest.raises(ValueError, match="NaN or infinite"):
-            drawn(weighted, {"s": lambda texts, wrong=wrong: [wrong] * len(texts)})
+            diagnose_draws(weighted, {"s": lambda texts, wrong=wrong: [wrong] * len(texts)})
     with pytest.raises(ValueError, match="shape"):
-        drawn(weighted, {"s": lambda texts: [1.0]})
+        diagnose_draws(weighted, {"s": lambda texts: [1.0]})
 
 
 def test_the_average_is_over_prompts_and_the_worst_decides(problem):
@@ -239,7 +247,7 @@ def test_the_average_is_over_prompts_and_the_worst_decides(problem):
     log_w = draws.log_weight.clone()
     x = torch.empty(500, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(0))
     log_w[0, :, 1] = 1.3 * x  # no finite mean
-    made = drawn(replace(draws, log_guide=draws.log_prior + draws.log_likelihood - log_w))
+    made = diagnose_draws(replace(draws, log_guide=draws.log_prior + draws.log_likelihood - log_w))
     one, two = made["prompts"]
     assert (one["verdict"], two["verdict"]) == ("good", "unreliable") and made["verdict"] == "unreliable"
     assert made["khat"] == two["khat"] > 1 and "k-hat" in made["sentence"]
@@ -252,12 +260,12 @@ def test_the_average_is_over_prompts_and_the_worst_decides(problem):
 def test_runs_whose_weights_have_a_heavy_tail_are_told_so(problem):
     """As of a guide that proposes and of which nothing is resampled: the spread of runs' means does not show what none has."""
     draws = smc(problem[0], None, [""], num_samples=64, num_runs=16)
-    assert drawn(draws)["verdict"] == "good"
+    assert diagnose_draws(draws)["verdict"] == "good"
     x = torch.empty(draws.log_weight.shape, dtype=torch.float64).exponential_(
         generator=torch.Generator().manual_seed(0)
     )
     for shape, verdict in ((0.3, "good"), (1.3, "unreliable")):
-        made = drawn(replace(draws, log_guide=draws.log_prior + draws.log_likelihood - shape * x))
+        made = diagnose_draws(replace(draws, log_guide=draws.log_prior + draws.log_likelihood - shape * x))
         assert made["verdict"] == verdict and abs(made["khat"] - shape) < 0.35 and made["khat_se"] is None
         assert ("k-hat" in made["sentence"]) == (verdict == "unreliable")
 
@@ -265,35 +273,37 @@ def test_runs_whose_weights_have_a_heavy_tail_are_told_so(problem):
 def test_chains_that_stand_apart_are_not_the_posteriors(problem):
     draws = mcmc(*problem, TEXTS, num_samples=50, warmup=0, num_chains=4)
     still = draws.map(lambda v: v[:, :1].expand(-1, 50, *v.shape[2:]) if v.dim() > 2 else v)
-    assert drawn(still)["verdict"] == "not_converged", "each where it began"
+    assert diagnose_draws(still)["verdict"] == "not_converged", "each where it began"
     shifted = replace(draws, records={"reward": draws["reward"] + torch.arange(4.0)[:, None, None]})
-    made = drawn(shifted)
+    made = diagnose_draws(shifted)
     assert made["verdict"] == "not_converged" and made["r_hat"] == pytest.approx(r_hat(shifted)) and made["r_hat"] > 1.5
     same = draws.map(lambda v: v[:1, :1].expand(4, 50, *v.shape[2:]))
-    assert drawn(same)["verdict"] == "unknown" and drawn(same)["r_hat"] is None, "the same text everywhere"
-    assert drawn(same)["unique"] == 1 / 200
-    short = drawn(draws.map(lambda v: v[:, :2]))
+    assert diagnose_draws(same)["verdict"] == "unknown" and diagnose_draws(same)["r_hat"] is None, (
+        "the same text everywhere"
+    )
+    assert diagnose_draws(same)["unique"] == 1 / 200
+    short = diagnose_draws(draws.map(lambda v: v[:, :2]))
     assert short["verdict"] == "unknown" and short["ess"] is None
-    assert drawn(draws.map(lambda v: v[:, :8]))["verdict"] in ("unreliable", "not_converged")
+    assert diagnose_draws(draws.map(lambda v: v[:, :8]))["verdict"] in ("unreliable", "not_converged")
 
 
 def test_draws_that_say_nothing_are_told_so():
     lm = table_lm(4, 3, concentration=1.0, seed=3)
     never = bind(constrained, lm, constraint=lambda completions, **_: [False] * len(completions))
-    made = drawn(importance(never, None, [""], num_samples=200))
+    made = diagnose_draws(importance(never, None, [""], num_samples=200))
     assert made["verdict"] == "impossible" and made["ess"] == 0 and made["log_z"] is made["holds"] is None
     some = bind(constrained, lm, constraint=lambda completions, **_: ["a" in text for text in completions])
-    made = drawn(importance(some, None, [""], num_samples=400))
+    made = diagnose_draws(importance(some, None, [""], num_samples=400))
     assert made["verdict"] == "good" and made["holds"] == 1 and 0 < made["possible"] < 1
     assert made["khat"] is None and "impossible under the posterior" in made["sentence"]
     for few in (1, 2, 60):
-        made = drawn(importance(some, None, [""], num_samples=few))
+        made = diagnose_draws(importance(some, None, [""], num_samples=few))
         assert made["verdict"] in ("unknown", "impossible") and made["num_samples"] == few
-    truth = exact(some, bind(finetuned, lm.copy()), [""])
+    truth = enumerate_posterior(some, bind(finetuned, lm.copy()), [""])
     x = truth.latents["x"][(truth.log_q.exp()[:, 0] - 0.02).abs().argmin()]
     (word,) = lm.vocabulary.decode(x)
     rare = bind(constrained, lm, constraint=lambda completions, **_: [text == word for text in completions])
-    made = drawn(importance(rare, None, [""], num_samples=400))
+    made = diagnose_draws(importance(rare, None, [""], num_samples=400))
     assert made["verdict"] == "unreliable" and 0 < made["ess"] < 30
 
 
@@ -307,7 +317,7 @@ def test_a_joint_weight_is_of_all_prompts():
             pyro.sample("o", dist.Bernoulli(torch.sigmoid(r)), obs=torch.ones(len(prompts)).double())
 
     draws = importance(bind(shared, lm, reward=capped), None, ["", ""], num_samples=300)
-    made = drawn(draws)
+    made = diagnose_draws(draws)
     assert len(made["prompts"]) == 1 and made["verdict"] == "good"
     w = draws.log_weight.flatten().softmax(0)
     assert abs(made["r"] - float(w @ draws["r"][0].mean(-1))) < 2 * made["r_se"]

@@ -11,10 +11,11 @@ from pyro import poutine
 from pyro.infer import SVI, TraceGraph_ELBO
 
 from ppl_lm.guides import finetuned, prior, tabular
-from ppl_lm.infer import SequenceELBO, bind
-from ppl_lm.likelihood import Optimality
-from ppl_lm.lm import TokenSequence
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.likelihood.optimality import Optimality
 from ppl_lm.lm.table import table_lm
+from ppl_lm.lm.token_sequence import TokenSequence
 from ppl_lm.models import constrained, tilted
 
 V, T, END = 5, 3, 4

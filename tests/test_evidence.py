@@ -7,10 +7,14 @@ import oracle
 import pytest
 import torch
 
-from ppl_lm.diagnose import diagnose, ess, khat_threshold, log_evidence, psis_khat
+from ppl_lm.criticism.diagnoses.diagnosis import diagnose
+from ppl_lm.criticism.evidence import log_evidence
+from ppl_lm.criticism.weights import ess, khat_threshold, psis_khat
 from ppl_lm.guides import finetuned, prior
-from ppl_lm.infer import bind, exact, importance, rejection, score
-from ppl_lm.infer.rejection import accept, select
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.importance_sampling import importance, score
+from ppl_lm.infer.samplers.rejection_sampling import accept, rejection, select
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
 
@@ -30,7 +34,7 @@ def problem(request):
     noise = torch.randn(guide.lm.model.table.shape, generator=torch.Generator().manual_seed(request.param))
     with torch.no_grad():
         guide.lm.model.table += 0.3 * noise
-    return target, guide, bind(prior, lm), exact(target, guide, [""])
+    return target, guide, bind(prior, lm), enumerate_posterior(target, guide, [""])
 
 
 def test_bracket_agrees_with_enumeration(problem):
@@ -190,7 +194,7 @@ def test_bounds_by_several_draws_and_the_law_of_resampling(n):
     draws by its weight (soft best-of-n) is no further from the posterior than these gaps; `log_evidence` finds both."""
     lm = table_lm(3, 2, concentration=1.0, seed=3)
     target, guide = bind(tilted, lm, reward=capped, beta=0.5), bind(finetuned, lm.copy())
-    truth = exact(target, guide, [""])
+    truth = enumerate_posterior(target, guide, [""])
     log_q, log_w = truth.log_q[:, 0].detach(), (truth.log_joint - truth.log_q)[:, 0].detach()
     log_p, log_z = truth.log_posterior[:, 0], float(truth.log_z)
     tuples = torch.cartesian_prod(*[torch.arange(len(log_q))] * n).reshape(-1, n)

@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 import ppl_lm.experiments.__main__ as command
 from ppl_lm.experiments import decoding, lab
 from ppl_lm.experiments.local_masking import resampled
-from ppl_lm.infer import importance, rejection, smc
-from ppl_lm.infer.mcmc import independence
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.kernels import independence
+from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.infer.samplers.sequential import smc
 
 ENUMERATED = [name for name in command.NAMES if name not in command.REAL]
 APP = typer.Typer()

@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from ppl_lm.guides import finetuned, prior
-from ppl_lm.infer import SequenceELBO, bind, exact, importance
-from ppl_lm.infer.divergences import reverse_kl
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.objectives.divergences import reverse_kl
+from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
-from ppl_lm.run import fit
+from ppl_lm.run.fitting import fit
 from ppl_lm.run.gain import Gain
-from ppl_lm.run.rate import MOST, Rate, peak
+from ppl_lm.run.learning_rate import MOST, Rate, peak
 
 
 def letters(completions, **_):
@@ -29,7 +32,7 @@ def problem():
 
 def kls(target, guide, texts):
     with torch.no_grad():
-        return exact(target, guide, texts).kl_q_p
+        return enumerate_posterior(target, guide, texts).kl_q_p
 
 
 def test_fit_closes_most_of_the_distance_for_every_prompt(problem):
@@ -47,7 +50,7 @@ def test_fit_closes_most_of_the_distance_for_every_prompt(problem):
 def test_the_learning_rate_is_found_from_the_exact_move(problem, monkeypatch):
     """What `Rate` measures in the warm-up is the exact KL of the guide after a step from the guide before it."""
     target, guide, start = problem
-    module = importlib.import_module("ppl_lm.run.fit")
+    module = importlib.import_module("ppl_lm.run.fitting")
     made: list[Rate] = []
 
     def remember(*args):
@@ -64,7 +67,7 @@ def test_the_learning_rate_is_found_from_the_exact_move(problem, monkeypatch):
             before = bind(finetuned, guide.lm.copy())
             with torch.no_grad():
                 before.lm.model.table.copy_(tables[-2])
-                a, b = exact(target, before, [""]).log_q, exact(target, guide, [""]).log_q
+                a, b = enumerate_posterior(target, before, [""]).log_q, enumerate_posterior(target, guide, [""]).log_q
             moves.append(float((a.exp() * (a - b)).sum()))
 
     fit(target, guide, [""], max_steps=150, on_step=watch)
@@ -86,10 +89,10 @@ def moved(problem, rows_of):
         particles, schedule = elbo.particles(target, guide, batch), Rate(None, 15)
         (texts,) = particles.latents.values()
         with torch.no_grad():
-            before = exact(target, guide, [""]).log_q
+            before = enumerate_posterior(target, guide, [""]).log_q
             with schedule.watch(2, particles):
                 table[rows_of(guide.lm, texts.reshape(-1, 4))] += torch.randn(4, dtype=torch.float64) * 0.2
-            after = exact(target, guide, [""]).log_q
+            after = enumerate_posterior(target, guide, [""]).log_q
             table.copy_(start)
         both.append((float((before.exp() * (before - after)).sum()), schedule.measured[0] * schedule.now**2))
     return torch.tensor(both, dtype=torch.float64).T
@@ -225,7 +228,7 @@ def test_the_gain_is_that_of_draws_that_chose_nothing(problem, monkeypatch):
 
 def test_standard_error_of_the_elbo_with_few_particles(problem):
     """Within prompts, of which there may be many: two particles of eight prompts have 8 degrees of freedom, not 15."""
-    module = importlib.import_module("ppl_lm.run.fit")
+    module = importlib.import_module("ppl_lm.run.fitting")
     target, guide, start = problem
     elbo, batch = SequenceELBO(2), guide.lm.prompts([""] * 8)
     with torch.no_grad():

@@ -8,16 +8,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ppl_lm.cli import app
-from ppl_lm.diagnose import diagnose
+from ppl_lm.cli.app import app
+from ppl_lm.criticism.diagnoses.diagnosis import diagnose
 from ppl_lm.guides import finetuned, tabular
-from ppl_lm.infer import NoSupportError, SequenceELBO, bind, exact
-from ppl_lm.infer.objectives import OBJECTIVES, objective
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.draws import NoSupportError
+from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.objectives.catalogue import OBJECTIVES, objective
 from ppl_lm.infer.off_policy import Proposal, Replay, Reuse
 from ppl_lm.lm.table import table_like, table_lm
 from ppl_lm.models import constrained, tilted
-from ppl_lm.named import OBJECTIVES as NAMES
-from ppl_lm.run import fit
+from ppl_lm.run.fitting import fit
+from ppl_lm.run.names import OBJECTIVES as NAMES
 
 NO_POSTERIOR = ("expected_reward", "grpo")  # their optimum is another law
 FEW = {"iwae": 4}  # particles: the more of them, the less a bound of many asks of the guide
@@ -38,7 +41,7 @@ def problem(model=tilted, **arguments):
 
 def kls(target, guide, texts):
     with torch.no_grad():
-        made = exact(target, guide, texts)
+        made = enumerate_posterior(target, guide, texts)
         return made.kl_q_p, made.kl_p_q
 
 

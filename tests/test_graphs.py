@@ -29,15 +29,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.patches import PathPatch
 
-from ppl_lm.diagnose.draw_graphs import draw_automaton, draw_model
-from ppl_lm.diagnose.draw_tree import _shades, draw_prefix_tree
-from ppl_lm.diagnose.graphs import automaton_graph, label, model_graph, prefix_tree
+from ppl_lm import plot
+from ppl_lm.criticism.prefix_trees import prefix_tree
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import bind, exact, importance, mcmc, rejection, smc
-from ppl_lm.likelihood import Automaton, BestOf, Optimality, rewards
-from ppl_lm.lm import LanguageModel
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.markov_chains import mcmc
+from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.traces.program_graph import model_graph
+from ppl_lm.likelihood import rewards
+from ppl_lm.likelihood.automata import Automaton
+from ppl_lm.likelihood.automaton_graphs import automaton_graph, label
+from ppl_lm.likelihood.best_of import BestOfN
+from ppl_lm.likelihood.optimality import Optimality
+from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, power, tilted
+from ppl_lm.plot.prefix_diagram import _shades
 
 BOUND = 4.5  # standard errors; of the 950 normal ones here, one exceeds it in 150 runs
 
@@ -57,7 +67,7 @@ def picture(path, num_samples):
     tree = prefix_tree(
         prior, posterior=rejection(target, None, ["The soup was"], num_samples=num_samples), max_nodes=40
     )
-    figure = draw_prefix_tree(tree).figure
+    figure = plot.prefix_tree(tree).figure
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=1000 / figure.get_size_inches()[0])  # pixels across
     PIL.Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
@@ -111,7 +121,7 @@ def by_particles(target, guide):
 @pytest.mark.parametrize("b", [0, 1])
 def test_masses_are_the_enumerated_ones(problem, sampler, b):
     target, guide = problem
-    truth = exact(target, guide, ["", "a"])
+    truth = enumerate_posterior(target, guide, ["", "a"])
     log_prior = truth.log_joint.detach() - truth.records["reward"] / 0.3
     prior = importance(target, None, ["", "a"], num_samples=3000)
     proposed, drawn = importance(target, guide, ["", "a"], num_samples=3000), sampler(target, guide)
@@ -268,7 +278,7 @@ def test_a_reward_depends_on_the_texts_in_its_prompts():
             pyro.sample("optimal", Optimality(log_potential), obs=torch.ones_like(log_potential))
 
     lm = table_lm(4, 3, max_prompt=4)
-    for reward in (letters, BestOf(letters, lm, n=2, num_references=8)):
+    for reward in (letters, BestOfN(letters, lm, n=2, num_references=8)):
         graph = model_graph(bind(reasoned, lm, reward=reward), ["", "a"])
         assert {*graph.edges} == edges(graph)
         assert edges(graph) == {("rationale", "answer"), ("rationale", "optimal"), ("answer", "optimal")}
@@ -352,7 +362,7 @@ def test_an_automatons_graph_accepts_what_it_accepts():
             row = torch.tensor([*text, *[end] * (4 - n)]) if n < 4 else None
             if row is not None:
                 assert accepts(graph, text) == bool(automaton.holds(row)), text
-    draw_automaton(graph).figure.canvas.draw()
+    plot.automaton(graph).figure.canvas.draw()
 
 
 def test_short_cuts_are_left_out_of_a_regular_expressions_graph():
@@ -401,7 +411,7 @@ def test_text_is_never_markup(problem, usetex):
     for n in (0, 1):
         automaton.add_node(n, start=n == 0, accepting=n == 1)
     with matplotlib.rc_context({"text.usetex": usetex}):
-        for figure in (draw_prefix_tree(tree).figure, draw_model(model).figure, draw_automaton(automaton).figure):
+        for figure in (plot.prefix_tree(tree).figure, plot.model(model).figure, plot.automaton(automaton).figure):
             figure.canvas.draw()
             found = texts(figure)
             shown = " ".join(t.get_text() for t in found)
@@ -422,8 +432,8 @@ def test_a_tree_in_a_given_figure_and_without_a_posterior(problem):
     for others in ((), (guide,), (guide, guide)):
         figure = matplotlib.figure.Figure((9, 7))
         ax = figure.add_subplot()
-        assert draw_prefix_tree(prefix_tree(prior, *others), ax) is ax and not overlaps(figure)
-    alone = draw_prefix_tree(prefix_tree(prior, max_nodes=1))
+        assert plot.prefix_tree(prefix_tree(prior, *others), ax) is ax and not overlaps(figure)
+    alone = plot.prefix_tree(prefix_tree(prior, max_nodes=1))
     assert not overlaps(alone.figure)
 
 
@@ -432,7 +442,7 @@ SHADES = [_shades("posterior")(n / 10) for n in range(-30, 31)]
 
 def curves(tree):
     """Colours of the branches."""
-    return [patch.get_edgecolor() for patch in draw_prefix_tree(tree).patches if isinstance(patch, PathPatch)]
+    return [patch.get_edgecolor() for patch in plot.prefix_tree(tree).patches if isinstance(patch, PathPatch)]
 
 
 def test_what_may_be_noise_has_no_colour(problem):

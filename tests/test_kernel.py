@@ -17,8 +17,11 @@ import torch
 from pyro.infer import MCMC
 
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import NoSupportError, SequenceKernel, bind, exact
-from ppl_lm.infer.mcmc import independence, suffix
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.draws import NoSupportError
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.kernels import independence, suffix
+from ppl_lm.infer.samplers.pyro_mcmc import SequenceKernel
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
 
@@ -60,7 +63,7 @@ def test_the_samples_law_is_the_posterior(kernel):
     pyro.set_rng_seed(0)
     made = chain(SequenceKernel(target, guide, kernel=kernel), num_samples=1200, warmup_steps=100)
     made.run(TEXTS)
-    truth = exact(target, guide, TEXTS)
+    truth = enumerate_posterior(target, guide, TEXTS)
     samples = made.get_samples()["x"]
     assert off(samples, truth.latents["x"], truth.log_posterior.detach().exp()) < 4
     assert off(samples, truth.latents["x"], truth.log_q.detach().exp()) > 6  # the mutant: the guide's draws

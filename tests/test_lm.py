@@ -7,9 +7,10 @@ import tiny
 import torch
 from transformers import GenerationConfig
 
-from ppl_lm.lm import Decoder, LanguageModel, Prompts
-from ppl_lm.lm.decoder import invert, sample
-from ppl_lm.lm.language_model import evaluating
+from ppl_lm.lm.decoder import Decoder, invert, sample
+from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.network import evaluating
+from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.table import table_like, table_lm
 
 TEXTS = ["the soup was good", "", "a dog"]  # of mixed lengths: left-padded together

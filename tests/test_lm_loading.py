@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ppl_lm.lm import LanguageModel
+from ppl_lm.lm.language_model import LanguageModel
 
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ppl_lm.likelihood import rewards
-from ppl_lm.lm import Decoder, LanguageModel
+from ppl_lm.lm.decoder import Decoder
+from ppl_lm.lm.language_model import LanguageModel
 
 OPENING = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "

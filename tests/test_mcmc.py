@@ -18,11 +18,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ppl_lm.diagnose import log_evidence, to_arviz
+from ppl_lm.criticism.arviz_groups import to_arviz
+from ppl_lm.criticism.evidence import log_evidence
 from ppl_lm.guides import finetuned, prior
-from ppl_lm.infer import NoSupportError, bind, exact, importance, mcmc
-from ppl_lm.infer.importance import draw
-from ppl_lm.infer.mcmc import independence, step, suffix
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.draws import NoSupportError
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.importance_sampling import draw, importance
+from ppl_lm.infer.samplers.kernels import independence, suffix
+from ppl_lm.infer.samplers.markov_chains import mcmc, step
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
 
@@ -64,7 +68,7 @@ def ends(problem, row, start):
 
 def forced(monkeypatch, places, tokens):
     """Random numbers as given: where texts are cut, and their tokens. Returns what `step` asks for next."""
-    module, decoder = sys.modules["ppl_lm.infer.mcmc"], sys.modules["ppl_lm.lm.decoder"]
+    module, decoder = sys.modules["ppl_lm.infer.samplers.markov_chains"], sys.modules["ppl_lm.lm.decoder"]
     queue = [u for u in (places, tokens) if u is not None]
     monkeypatch.setattr(module.torch, "rand", lambda *shape, **_: queue.pop(0).reshape(*shape))
     monkeypatch.setattr(decoder, "invert", lambda log_probs, u: u.long())
@@ -243,7 +247,7 @@ def test_a_program_with_several_latent_sites_takes_independence():
         mcmc(target, None, texts, num_samples=2)
     torch.manual_seed(0)
     draws = mcmc(target, None, texts, num_samples=100, num_chains=200, warmup=20, kernel=independence)
-    truth = exact(target, None, texts)
+    truth = enumerate_posterior(target, None, texts)
     on = float((truth.log_posterior.exp() * truth.latents["topic"]).sum(0)[0])
     by_chain = draws["topic"].double().mean((1, 2))
     assert abs(float(by_chain.mean()) - on) < 4 * float(by_chain.std()) / 200**0.5 < 0.05

@@ -16,11 +16,17 @@ import oracle
 import pytest
 import torch
 
-from ppl_lm.diagnose import drawn, log_evidence
+from ppl_lm.criticism.diagnoses.draws_diagnosis import diagnose_draws
+from ppl_lm.criticism.evidence import log_evidence
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import NoSupportError, best_of_n, bind, exact, importance, quality, quasi_rejection
-from ppl_lm.lm import TokenSequence
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.draws import NoSupportError
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.quasi_rejection_sampling import quality, quasi_rejection
 from ppl_lm.lm.table import table_lm
+from ppl_lm.lm.token_sequence import TokenSequence
 from ppl_lm.models import constrained, tilted
 
 V, T, END, BETA = 3, 2, 2, 0.7
@@ -57,7 +63,7 @@ class Problem:
         """Draws of the guide as given, (S, T): of all prompts alike."""
         each = values.unsqueeze(1).expand(-1, len(self.texts), T)
         patch.setattr(TokenSequence, "sample", lambda self, _=torch.Size(): each)
-        patch.setattr(sys.modules["ppl_lm.infer.importance"], "ROWS", 10**7)  # one call
+        patch.setattr(sys.modules["ppl_lm.infer.samplers.importance_sampling"], "ROWS", 10**7)  # one call
 
 
 @pytest.fixture(params=[("",), ("", "a")], ids=["one prompt", "left-padded batch"])
@@ -74,7 +80,7 @@ def within(found, truth, draws_se, factor=4.0):
 
 def test_quasi_rejection_keeps_each_outcome_as_often_as_its_law_says(problem, monkeypatch):
     """Its one choice is a uniform: over a grid of 1000 of it. The mutant, rejection's clamp, has another law."""
-    from ppl_lm.infer.quasi_rejection import accept
+    from ppl_lm.infer.samplers.quasi_rejection_sampling import accept
 
     problem.force(monkeypatch, X)
     draws = importance(problem.target, problem.guide, problem.texts, num_samples=len(X))
@@ -182,7 +188,7 @@ def test_law_of_the_soft_best_of_n(problem, monkeypatch, n):
         return forced.repeat_interleave(batch)
 
     problem.force(monkeypatch, X[cells].flatten(0, 1))
-    monkeypatch.setattr(sys.modules["ppl_lm.infer.best_of_n"], "invert", pick)
+    monkeypatch.setattr(sys.modules["ppl_lm.infer.samplers.best_of_n_sampling"], "invert", pick)
     made = best_of_n(problem.target, problem.guide, problem.texts, num_samples=len(cells), n=n, soft=True)
     (log_probs,) = seen
     chance = log_probs.gather(-1, forced.repeat_interleave(batch)[:, None]).reshape(-1, batch).exp()
@@ -267,12 +273,12 @@ def test_the_evidence_of_quasi_rejection_has_its_proposals_error():
     """Where no weight exceeds the bound all of its weights are equal: the error of log Z is the proposals', not 0."""
     lm = table_lm(5, 4, concentration=1.0, seed=3)
     target = bind(tilted, lm, reward=lambda completions, **_: [0.5 * text.count("a") for text in completions], beta=0.5)
-    truth = float(exact(target, None, [""]).log_z[0])
+    truth = float(enumerate_posterior(target, None, [""]).log_z[0])
     off = []
     for seed in range(60):
         torch.manual_seed(seed)
         draws = quasi_rejection(target, None, [""], num_samples=100, log_bound=6.0)
-        made, found = drawn(draws), log_evidence(draws)
+        made, found = diagnose_draws(draws), log_evidence(draws)
         assert made["log_z"] == pytest.approx(float(found.log_z)) and made["log_z_se"] > 0.005
         assert float(found.elbo_se) > 0.005 and float(found.upper_se) > 0.005
         off.append((made["log_z"] - truth) / made["log_z_se"])

@@ -35,11 +35,20 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_lm.guides import tabular
-from ppl_lm.infer import SequenceELBO, bind
-from ppl_lm.infer.balance import SubTB, TrajectoryBalance, vargrad
-from ppl_lm.infer.baselines import MovingAverage, constant, known, leave_one_out, no_baseline, of_others, of_particles
-from ppl_lm.infer.bounds import iwae
-from ppl_lm.infer.divergences import (
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.infer.objectives.balance import SubTB, TrajectoryBalance, vargrad
+from ppl_lm.infer.objectives.baselines import (
+    MovingAverage,
+    constant,
+    known,
+    leave_one_out,
+    no_baseline,
+    of_others,
+    of_particles,
+)
+from ppl_lm.infer.objectives.bounds import iwae
+from ppl_lm.infer.objectives.divergences import (
     alpha_divergence,
     chi2,
     forward_kl,
@@ -48,11 +57,11 @@ from ppl_lm.infer.divergences import (
     reverse_kl,
     total_variation,
 )
+from ppl_lm.infer.objectives.rl import GRPO, expected_reward
 from ppl_lm.infer.off_policy import Proposal, Replay, Reuse
-from ppl_lm.infer.rl import GRPO, expected_reward
 from ppl_lm.infer.terms import Estimate, Terms
-from ppl_lm.lm import TokenSequence
 from ppl_lm.lm.table import table_lm
+from ppl_lm.lm.token_sequence import TokenSequence
 from ppl_lm.models import tilted
 
 V, T, END, BETA = 3, 3, 2, 0.7

@@ -11,19 +11,23 @@ import pytest
 import torch
 from pyro import poutine
 
-from ppl_lm.diagnose import diagnose
+from ppl_lm.criticism.diagnoses.diagnosis import diagnose
 from ppl_lm.guides import finetuned, prior
-from ppl_lm.infer import NoSupportError, SequenceELBO, bind, exact
-from ppl_lm.infer.balance import SubTB, TrajectoryBalance, vargrad
-from ppl_lm.infer.baselines import MovingAverage, constant, known, no_baseline
-from ppl_lm.infer.divergences import forward_kl, jensen_shannon, reverse_kl
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.draws import NoSupportError
+from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.objectives.balance import SubTB, TrajectoryBalance, vargrad
+from ppl_lm.infer.objectives.baselines import MovingAverage, constant, known, no_baseline
+from ppl_lm.infer.objectives.divergences import forward_kl, jensen_shannon, reverse_kl
+from ppl_lm.infer.objectives.rl import GRPO
 from ppl_lm.infer.off_policy import Proposal, Replay, Reuse
-from ppl_lm.infer.rl import GRPO
-from ppl_lm.likelihood import BestOf, Reward
-from ppl_lm.lm import LanguageModel
+from ppl_lm.likelihood.best_of import BestOfN
+from ppl_lm.likelihood.reward import Reward
+from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
-from ppl_lm.run import fit
+from ppl_lm.run.fitting import fit
 from ppl_lm.run.gain import Gain
 
 LM = table_lm(4, 2, max_prompt=2, concentration=1.0, seed=1)
@@ -439,7 +443,9 @@ def test_the_gain_of_a_step_weighs_where_cover_is_asked_for():
     log_w = particles.log_prior() + particles.log_likelihood() - particles.log_guide()
     moved = particles.log_guide() - particles.log_prior()
     with torch.no_grad():
-        truth = float(exact(target, bind(prior, LM), [""]).kl_p_q - exact(target, guide, [""]).kl_p_q)
+        truth = float(
+            enumerate_posterior(target, bind(prior, LM), [""]).kl_p_q - enumerate_posterior(target, guide, [""]).kl_p_q
+        )
     assert gain.of_step(log_w, moved, torch.tensor([0]), particles.share()) == pytest.approx(truth, abs=0.03)
     assert abs(float(moved.mean()) - truth) > 0.1
 
@@ -448,16 +454,16 @@ def test_the_gain_of_a_step_weighs_where_cover_is_asked_for():
 
 
 def test_best_of_is_not_unwrapped_and_leaves_the_random_state_alone():
-    made = BestOf(length, LM, n=4)
+    made = BestOfN(length, LM, n=4)
     with pytest.raises(TypeError, match="pass it as it is"):
         Reward(made)
     x = LM(["a"]).sample(torch.Size((3,)))
     state = torch.random.get_rng_state()
     first = made.score(LM.prompts(["a"]), x)
     assert torch.equal(state, torch.random.get_rng_state())
-    assert torch.equal(first, BestOf(length, LM, n=4).score(LM.prompts(["a"]), x)), "the same references for a seed"
+    assert torch.equal(first, BestOfN(length, LM, n=4).score(LM.prompts(["a"]), x)), "the same references for a seed"
     with pytest.raises(ValueError, match="n=2.5"):
-        BestOf(length, LM, n=2.5)
+        BestOfN(length, LM, n=2.5)
 
 
 # ----- bad input -----

@@ -11,7 +11,20 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-ORDER = ["named", "embedded", "lm", "likelihood", "infer", "diagnose", "run", "cli", "models", "guides", "experiments"]
+ORDER = [
+    "embedded",
+    "lm",
+    "likelihood",
+    "infer",
+    "criticism",
+    "plot",
+    "run",
+    "report",
+    "cli",
+    "models",
+    "guides",
+    "experiments",
+]
 PROGRAMS = [p for folder in ("models", "guides") for p in sorted((ROOT / folder).glob("[!_]*.py"))]
 LIBRARY = sorted((ROOT / "ppl_lm").glob("[!_]*.py")) + sorted((ROOT / "ppl_lm").glob("*/**/*.py"))
 

@@ -20,11 +20,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ppl_lm.cli import app
-from ppl_lm.diagnose.leaderboard import boards, leaderboard, rows
-from ppl_lm.diagnose.page import lines, pm, shown
-from ppl_lm.diagnose.report import LABELS, OF_DRAWS, _distances, formula, report
-from ppl_lm.diagnose.verdict import CODES, DRAWN
+from ppl_lm.cli.app import app
+from ppl_lm.criticism.diagnoses.draws_verdicts import DRAWN
+from ppl_lm.criticism.diagnoses.verdicts import CODES
+from ppl_lm.report.leaderboard_page import boards, leaderboard, rows
+from ppl_lm.report.page import lines, pm, shown
+from ppl_lm.report.run_page import LABELS, OF_DRAWS, _distances, formula, report
 from ppl_lm.run.reading import read
 
 ROOT = Path(__file__).parents[1]

@@ -14,10 +14,14 @@ import torch
 from scipy import stats
 
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import bind, exact, importance, rejection
-from ppl_lm.infer.importance import Given, draw
-from ppl_lm.infer.mcmc import independence, step, suffix
-from ppl_lm.infer.rejection import likelihood_bound
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.importance_sampling import draw, importance
+from ppl_lm.infer.samplers.kernels import independence, suffix
+from ppl_lm.infer.samplers.markov_chains import step
+from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.infer.traces.layout import Given
+from ppl_lm.infer.traces.observations import likelihood_bound
 from ppl_lm.lm import meter
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import power
@@ -42,7 +46,7 @@ def law(lm, alpha, by_token=False):
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 4.0])
 def test_enumeration(lm, alpha):
-    made = exact(bind(power, lm, alpha=alpha), None, TEXTS)
+    made = enumerate_posterior(bind(power, lm, alpha=alpha), None, TEXTS)
     log_z, posterior = law(lm, alpha)
     where = [made.latents["x"][:, 0].tolist().index(row) for row in oracle.as_tensor(ROWS, T, END).tolist()]
     torch.testing.assert_close(made.log_z, log_z, atol=1e-10, rtol=0)
@@ -74,7 +78,7 @@ def test_impossible_texts_stay_impossible():
         lm.model.table[:, 0] = -torch.inf
     for alpha in (0.5, 1.0, 2.0):
         target = bind(power, lm, alpha=alpha)
-        made = exact(target, None, [""])
+        made = enumerate_posterior(target, None, [""])
         some = (made.latents["x"] == 0).any(-1)
         assert bool((made.log_joint[some] == -torch.inf).all()) and bool(made.log_z.isfinite().all())
         with Given({"x": torch.tensor([[[0, END]], [[END, END]]])}, 1):

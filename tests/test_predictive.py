@@ -15,11 +15,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppl_lm.diagnose import predictive
-from ppl_lm.diagnose.predictive import against, evaluate, predictive_check, shares, uniform
-from ppl_lm.diagnose.weights import smoothed
-from ppl_lm.infer import bind, exact, importance, mcmc, rejection
+from ppl_lm.criticism import predictive_checks as predictive
+from ppl_lm.criticism.predictive_checks import against, predictive_check, shares, uniform
+from ppl_lm.criticism.statistics import evaluate
+from ppl_lm.criticism.weights import pareto_smooth
+from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.markov_chains import mcmc
+from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
 
@@ -53,7 +58,7 @@ def repeated(draws, seen, fit=lambda part: part):
     found = []
     for i in range(R):
         rows = slice(i * S, (i + 1) * S)
-        part = smoothed(fit(draws.map(lambda v, rows=rows: v[:, rows])))
+        part = pareto_smooth(fit(draws.map(lambda v, rows=rows: v[:, rows])))
         own = observed[i * N : (i + 1) * N]
         made = against("number", value[:, rows], own, part, shares(part), 400, i)
         found.append((made.p_value, made.p_value_pit))
@@ -103,7 +108,7 @@ def test_p_values_are_small_where_the_law_is_another(seen):
 def test_the_law_is_the_posteriors(sampler):
     many = {"num_samples": 500, "num_chains": 8} if sampler is mcmc else {"num_samples": 4000}
     draws = sampler(target(), None, [""], **many)
-    truth = exact(target(), None, [""])
+    truth = enumerate_posterior(target(), None, [""])
     x, p = truth.latents["x"][:, 0], truth.log_posterior.detach().exp()[:, 0]
     values = torch.tensor(number(LM.vocabulary.decode(x)), dtype=torch.float64)
     observed = x[p.argsort(descending=True)[:5]]

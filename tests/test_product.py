@@ -14,8 +14,11 @@ import tiny
 import torch
 
 from ppl_lm.guides import twisted
-from ppl_lm.infer import bind
-from ppl_lm.lm import Decoder, LanguageModel, product, twist_like
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.twists.networks import twist_like
+from ppl_lm.lm.decoder import Decoder
+from ppl_lm.lm.experts import product
+from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.table import table_lm
 

@@ -9,7 +9,7 @@ import tiny
 import torch
 from datasets import Dataset
 
-from ppl_lm.lm import Prompts, batches
+from ppl_lm.lm.prompts import Prompts, batches
 
 TEXTS = ["the soup was good", "", "a dog", "she said", "bread"]
 

@@ -11,11 +11,16 @@ import torch
 from pyro import poutine
 from scipy import stats
 
-from ppl_lm.diagnose import diagnose, to_arviz
+from ppl_lm.criticism.arviz_groups import to_arviz
+from ppl_lm.criticism.diagnoses.diagnosis import diagnose
 from ppl_lm.guides import finetuned, prior
-from ppl_lm.infer import NoSupportError, bind, exact, importance, rejection, score
-from ppl_lm.infer.rejection import accept, likelihood_bound, select
-from ppl_lm.likelihood import Optimality
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.draws import NoSupportError
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.importance_sampling import importance, score
+from ppl_lm.infer.samplers.rejection_sampling import accept, rejection, select
+from ppl_lm.infer.traces.observations import likelihood_bound
+from ppl_lm.likelihood.optimality import Optimality
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
 
@@ -53,7 +58,7 @@ def test_exact_agrees_with_the_oracle(problem):
     """Enumeration through Pyro's handlers against a walk of the tables: posterior, log Z, both KLs, ELBO identity."""
     lm, texts = problem["lm"], problem["texts"]
     target, guide = bind(tilted, lm, reward=letters, beta=0.7), bind(finetuned, problem["other"])
-    made = exact(target, guide, texts)
+    made = enumerate_posterior(target, guide, texts)
     reward = torch.tensor(letters(lm.vocabulary.decode(problem["x"])), dtype=torch.float64) / 0.7
     joint = problem["log_prior"] + reward[:, None]
     log_z = joint.logsumexp(0)
@@ -73,17 +78,17 @@ def test_weights_of_every_outcome_are_exact(problem, monkeypatch):
     """Each outcome drawn once, weighted by its probability under the guide: the sum of q·w is Z to 1e-10, and of q·w·f
     the posterior's expectation: no Monte Carlo. Catches an end token's factor lost, truncation scored as finished, a
     prompt paired with another's reward."""
-    from ppl_lm.lm import TokenSequence
+    from ppl_lm.lm.token_sequence import TokenSequence
 
     lm, texts, n = problem["lm"], problem["texts"], len(problem["x"])
     monkeypatch.setattr(TokenSequence, "sample", lambda self, _=torch.Size(): values)
-    monkeypatch.setattr(sys.modules["ppl_lm.infer.importance"], "ROWS", 10**6)  # one call
+    monkeypatch.setattr(sys.modules["ppl_lm.infer.samplers.importance_sampling"], "ROWS", 10**6)  # one call
     values = problem["x"].unsqueeze(1).expand(n, len(texts), T)
     target, guide = bind(tilted, lm, reward=letters, beta=0.7), bind(finetuned, problem["other"])
     draws = importance(target, guide, texts, num_samples=n)
     torch.testing.assert_close(draws.log_guide[0], problem["log_q"], atol=1e-10, rtol=0)
     torch.testing.assert_close(draws.log_prior[0], problem["log_prior"], atol=1e-10, rtol=0)
-    truth = exact(target, None, texts)
+    truth = enumerate_posterior(target, None, texts)
     mass = (draws.log_guide + draws.log_weight)[0]
     torch.testing.assert_close(mass.logsumexp(0), truth.log_z, atol=1e-10, rtol=0)
     mean = ((mass - truth.log_z).exp() * draws["reward"][0]).sum(0)
@@ -95,18 +100,18 @@ def test_acceptance_probability_of_every_outcome_is_exact(problem, monkeypatch):
     """Rejection's only choice is a uniform: over a grid of it each outcome is accepted in proportion to exp(log w -
     bound), so the law of what is kept is the posterior."""
     lm, texts, n = problem["lm"], problem["texts"], len(problem["x"])
-    from ppl_lm.lm import TokenSequence
+    from ppl_lm.lm.token_sequence import TokenSequence
 
     values = problem["x"].unsqueeze(1).expand(n, len(texts), T)
     monkeypatch.setattr(TokenSequence, "sample", lambda self, _=torch.Size(): values)
-    monkeypatch.setattr(sys.modules["ppl_lm.infer.importance"], "ROWS", 10**6)  # one call
+    monkeypatch.setattr(sys.modules["ppl_lm.infer.samplers.importance_sampling"], "ROWS", 10**6)  # one call
     target = bind(tilted, lm, reward=capped, beta=0.7)
     draws = importance(target, bind(prior, lm), texts, num_samples=n)
     cells, kept = 1000, torch.zeros(n, len(texts))
     for i in range(cells):
         monkeypatch.setattr(torch, "rand_like", lambda v, i=i: torch.full_like(v, (i + 0.5) / cells))
         kept += accept(draws, 1 / 0.7)
-    truth = exact(target, None, texts)
+    truth = enumerate_posterior(target, None, texts)
     probability = (truth.log_posterior - problem["log_prior"] + truth.log_z - 1 / 0.7).exp()
     assert float((kept / cells - probability).abs().max()) <= 0.5 / cells + 1e-9
 
@@ -115,7 +120,7 @@ def test_rejection_draws_follow_the_posterior():
     """G-test at α = 1e-5 on cells of expected count ≥ 5; the mutant (prior draws) must be rejected."""
     lm = table_lm(V, 4, concentration=1.0, seed=3)
     target, start = bind(tilted, lm, reward=capped, beta=0.5), bind(prior, lm)
-    truth = exact(target, None, [""])
+    truth = enumerate_posterior(target, None, [""])
     n = 4000
     kept = rejection(target, start, [""], num_samples=n)
     assert kept.exact and kept["x"].shape == (1, n, 1, 4) and kept.proposals.num_samples > n
@@ -172,7 +177,7 @@ def test_constraint_is_drawn_by_rejection_and_importance():
     assert all("a" in text for text in kept.text()[0])
     draws = importance(target, bind(prior, lm), [""], num_samples=2000)
     rate, se = float(draws.log_weight.exp().mean()), float(draws.log_weight.exp().std()) / math.sqrt(2000)
-    assert abs(rate - float(exact(target, None, [""]).log_z.exp())) < 5 * se
+    assert abs(rate - float(enumerate_posterior(target, None, [""]).log_z.exp())) < 5 * se
 
 
 def test_an_impossible_constraint_is_no_support():
@@ -237,7 +242,7 @@ def test_a_guide_must_draw_every_latent_site():
     with pytest.raises(ValueError, match="guide has no site 'topic'"):
         importance(target, bind(prior, lm), ["", ""], num_samples=5)
     draws = importance(target, None, ["", ""], num_samples=4001)
-    truth = exact(target, None, ["", ""])
+    truth = enumerate_posterior(target, None, ["", ""])
     z, se = draws.log_weight[0].exp().mean(0), draws.log_weight[0].exp().std(0) / 4001**0.5
     assert bool(((z - truth.log_z.exp()).abs() < 5 * se).all())
     assert set(draws.latents) == {"topic", "x"}
@@ -263,7 +268,10 @@ def test_any_number_of_draws_with_a_shared_latent(n):
 def test_exact_knows_scale():
     lm = table_lm(3, 2, concentration=1.0)
     target = bind(tilted, lm, reward=letters, beta=1.0)
-    whole, half = exact(target, None, [""]), exact(poutine.scale(target, scale=0.5), None, [""])
+    whole, half = (
+        enumerate_posterior(target, None, [""]),
+        enumerate_posterior(poutine.scale(target, scale=0.5), None, [""]),
+    )
     torch.testing.assert_close(half.log_joint, whole.log_joint / 2)
 
 
@@ -352,7 +360,7 @@ def test_evidence_shared_by_prompts_makes_one_joint_weight():
     share, p = float((both[:, 0] == both[:, 1]).double().mean()), agree / z
     assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / 2000)
     with pytest.raises(ValueError, match="'agree' lies outside the prompt plate"):
-        exact(target, None, texts)
+        enumerate_posterior(target, None, texts)
 
 
 def test_diagnose_bounds_a_joint_weight_by_all_prompts():
@@ -415,13 +423,13 @@ def test_rejection_holds_the_values_of_what_is_kept_only(monkeypatch):
     lm = table_lm(V, 4, concentration=1.0, seed=3)
     target = bind(tilted, lm, reward=capped, beta=0.5)
     sizes = []
-    whole = sys.modules["ppl_lm.infer.rejection"].concatenate
+    whole = sys.modules["ppl_lm.infer.samplers.rejection_sampling"].concatenate
 
     def spy(parts):
         sizes.extend((len(p.latents), p.num_samples) for p in parts)
         return whole(parts)
 
-    monkeypatch.setattr(sys.modules["ppl_lm.infer.rejection"], "concatenate", spy)
+    monkeypatch.setattr(sys.modules["ppl_lm.infer.samplers.rejection_sampling"], "concatenate", spy)
     kept = rejection(target, None, [""], num_samples=3000)
     held = sum(n for latents, n in sizes if latents)
     accepted = kept.proposals.log_weight.exp().mean() / math.exp(2)
@@ -440,7 +448,7 @@ def test_exact_refuses_inner_plates():
                 pyro.sample("y", dist.Normal(r, 1.0), obs=torch.tensor([0.3, -0.2, 1.5]).double()[:, None])
 
     with pytest.raises(ValueError, match="'y' lies outside the prompt plate, or in one inside it"):
-        exact(bind(rated, lm, reward=letters), None, [""])
+        enumerate_posterior(bind(rated, lm, reward=letters), None, [""])
 
 
 def test_a_scaled_prior_is_weighted_by_what_drew_the_texts():
@@ -458,7 +466,7 @@ def test_a_scaled_prior_is_weighted_by_what_drew_the_texts():
     rows = oracle.outcomes(3, 2, 2)
     r = torch.tensor(letters(lm.vocabulary.decode(oracle.as_tensor(rows, 2, 2))), dtype=torch.float64)
     truth = (0.3 * oracle.log_probs(lm.model.table, (2,), rows) + r).logsumexp(0)
-    torch.testing.assert_close(exact(target, None, [""]).log_z, truth[None])
+    torch.testing.assert_close(enumerate_posterior(target, None, [""]).log_z, truth[None])
     for proposal, law in ((None, lm), (guide, other), (poutine.scale(guide, scale=0.5), other)):
         draws = importance(target, proposal, [""], num_samples=50)
         reward = torch.tensor(letters(lm.vocabulary.decode(draws["x"].flatten(0, 2))), dtype=torch.float64).view(

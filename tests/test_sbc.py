@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from ppl_lm.diagnose.sbc import REPEATS, sbc
-from ppl_lm.infer import bind, importance, rejection
+from ppl_lm.criticism.calibration import REPEATS, sbc
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 

@@ -20,12 +20,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppl_lm.diagnose import sensitivity
-from ppl_lm.diagnose.sensitivity import DELTA, Sensitivity, cjs, power_scale
+from ppl_lm.criticism import sensitivity
+from ppl_lm.criticism.sensitivity import DELTA, Sensitivity, cjs, power_scale
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import bind, exact, importance, mcmc, rejection, smc
+from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError
-from ppl_lm.infer.mcmc import suffix
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.kernels import suffix
+from ppl_lm.infer.samplers.markov_chains import mcmc
+from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.infer.samplers.sequential import smc
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
 
@@ -47,7 +52,7 @@ def target(beta=BETA):
 
 def enumerated(component="likelihood", alpha=1.0):
     """The scaled posterior over all texts, (N,), and the numbers of each."""
-    truth = exact(target(), None, [""])
+    truth = enumerate_posterior(target(), None, [""])
     reward = truth.records["reward"][:, 0].double()
     log_prior = truth.log_joint.detach()[:, 0] - reward / BETA
     powers = (alpha if component == c else 1.0 for c in ("prior", "likelihood"))
@@ -103,7 +108,7 @@ def test_means_are_those_of_the_scaled_posterior(draw):
 
 
 def test_the_reward_at_power_alpha_is_at_beta_over_alpha():
-    truth = exact(target(BETA / 1.25), None, [""])
+    truth = enumerate_posterior(target(BETA / 1.25), None, [""])
     p, numbers = enumerated("likelihood", 1.25)
     assert torch.allclose(p, truth.log_posterior.detach().exp()[:, 0], atol=1e-12)
     made = power_scale(exact_(), alphas=[1.25])

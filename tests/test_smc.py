@@ -24,21 +24,30 @@ import tiny
 import torch
 import walk
 
-from ppl_lm.diagnose import drawn, log_evidence
+from ppl_lm.criticism.diagnoses.draws_diagnosis import diagnose_draws
+from ppl_lm.criticism.evidence import log_evidence
 from ppl_lm.experiments.local_masking import answers
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import NoSupportError, bind, exact, importance, mcmc, rejection
-from ppl_lm.infer.conditional_smc import conditional_smc, particle_gibbs
-from ppl_lm.infer.resampling import Resampled, multinomial, stratified, systematic, without_replacement
-from ppl_lm.infer.smc import smc
-from ppl_lm.infer.twist import exact_twist, prefix_likelihood, tempered
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.draws import NoSupportError
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.conditional import conditional_smc
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.kernels import particle_gibbs
+from ppl_lm.infer.samplers.markov_chains import mcmc
+from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.infer.samplers.resampling import Resampled, multinomial, stratified, systematic, without_replacement
+from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.twists.functions import exact_twist, prefix_likelihood, tempered
 from ppl_lm.lm import meter
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
 
 BETA = 0.7
 # The package's names of two of these modules are those of their functions.
-GROW, SMC, CONDITIONAL = (sys.modules[f"ppl_lm.infer.{name}"] for name in ("grow", "smc", "conditional_smc"))
+GROW, POPULATION, SMC, CONDITIONAL = (
+    sys.modules[f"ppl_lm.infer.samplers.{name}"] for name in ("next_tokens", "population", "sequential", "conditional")
+)
 TEXTS = ["", "a"]
 RULES = [multinomial, stratified, systematic, without_replacement]
 
@@ -94,7 +103,7 @@ def expected_weights(monkeypatch, world=SMALL, guide=None, resample=systematic, 
         with monkeypatch.context() as patch:
             patch.setattr(GROW, "choose", w.choose)
             patch.setattr(SMC, "ROWS", 10**9)
-            patch.setattr(SMC, "_needed", w.needed(SMC._needed))
+            patch.setattr(POPULATION, "_needed", w.needed(POPULATION._needed))
             made = smc(
                 world.model, guide, TEXTS, num_samples=count, num_runs=runs, resample=w.rule(resample), **settings
             )
@@ -122,8 +131,8 @@ def conditional_expectations(monkeypatch, world=SMALL, guide=None, resample=syst
             )
             with monkeypatch.context() as patch:
                 patch.setattr(GROW, "choose", w.choose)
-                patch.setattr(SMC, "_anywhere", w.anywhere)
-                patch.setattr(SMC, "_needed", w.needed(SMC._needed))
+                patch.setattr(POPULATION, "_anywhere", w.anywhere)
+                patch.setattr(POPULATION, "_needed", w.needed(POPULATION._needed))
                 patch.setattr(CONDITIONAL, "ROWS", 10**9)
                 made = conditional_smc(
                     world.model, guide, planted, num_samples=count, resample=w.rule(resample), **settings
@@ -221,16 +230,16 @@ def test_a_rule_that_mistakes_its_weights_is_rejected(mutant, monkeypatch):
 @pytest.mark.parametrize("mutant", ["ended texts are left out", "no division by expand", "twist for the evidence"])
 def test_a_wrong_weight_is_rejected(mutant, monkeypatch):
     settings = dict(twist=TINY.twists["network"] if "expand" in mutant else TWISTS["network"], threshold=2.0)
-    right = SMC._select
+    right = POPULATION._select
     if mutant == "ended texts are left out":
 
         def select(log_w, open_, *rest):
             return right(log_w.masked_fill(~open_ & open_.any(0), -torch.inf), open_, *rest)
 
-        monkeypatch.setattr(SMC, "_select", select)
+        monkeypatch.setattr(POPULATION, "_select", select)
     if mutant == "no division by expand":
         settings |= dict(world=TINY, expand=2, resample=without_replacement)
-        monkeypatch.setattr(SMC.math, "log", lambda v: 0.0)
+        monkeypatch.setattr(POPULATION.math, "log", lambda v: 0.0)
     if mutant == "twist for the evidence":
         finish = SMC.finish
 
@@ -329,7 +338,7 @@ def test_bounds_meet_around_log_z():
 def test_what_interacting_draws_are_worth():
     """Means, log Z and the count of effective draws: against the spread over many repetitions, within 4 errors or 20%."""
     many = [smc(MODEL, None, TEXTS, num_samples=16, num_runs=30, twist=TWISTS["likelihood"]) for _ in range(60)]
-    found = [drawn(draws)["prompts"][1] for draws in many]
+    found = [diagnose_draws(draws)["prompts"][1] for draws in many]
     assert {f["kind"] for f in found} == {"interacting"} and {f["khat"] for f in found} == {None}
     means = torch.tensor([f["reward"] for f in found])
     truth = float((JOINT.softmax(0)[:, 1] * REWARD).sum())
@@ -338,7 +347,7 @@ def test_what_interacting_draws_are_worth():
     assert abs(told / float(means.std()) - 1) < 0.35  # of 60 repetitions a deviation is known to a tenth
     log_z = torch.tensor([(f["log_z"] - float(Z[1].log())) / f["log_z_se"] for f in found])
     assert abs(float(log_z.std()) - 1) < 0.4
-    one = drawn(smc(MODEL, None, TEXTS, num_samples=200))
+    one = diagnose_draws(smc(MODEL, None, TEXTS, num_samples=200))
     assert one["verdict"] == "unknown" and one["ess"] is None and one["log_z"] is None
 
 
@@ -387,14 +396,14 @@ def test_it_forwards_each_prompt_once_and_each_open_text_a_token(monkeypatch):
     monkeypatch.setattr(lm, "logits_next", counted)
     lm.model.lm_head.weight.data[2] += lm.model.lm_head.weight.data.std()  # texts end at various lengths
     open_texts = []
-    right = SMC._step
+    right = POPULATION._step
 
     def step(*args):
         made = right(*args)
         open_texts.append(int(made[0].live.sum()))
         return made
 
-    monkeypatch.setattr(SMC, "_step", step)
+    monkeypatch.setattr(POPULATION, "_step", step)
     with meter.measure() as cost:
         made = smc(model, None, prompts, num_samples=32, twist=prefix_likelihood(model), threshold=2.0)
     assert forwards[0] == (3, max(len(lm.vocabulary.encode(p)) for p in prompts))
@@ -410,7 +419,7 @@ def test_what_is_impossible_is_told():
     made = smc(rare, None, TEXTS, num_samples=4, num_runs=40)  # runs without any possible text count as Ẑ = 0
     log_z = made.by_run().log_weight[0]
     assert bool((log_z == -torch.inf).any()) and not bool(made.log_weight.isnan().any())
-    truth = exact(rare, None, TEXTS).log_z.exp()
+    truth = enumerate_posterior(rare, None, TEXTS).log_z.exp()
     assert bool(((log_z.exp().mean(0) - truth).abs() < 4 * log_z.exp().std(0) / 40**0.5).all())
     blind = smc(
         MODEL, None, TEXTS, num_samples=64, twist=lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf)
@@ -483,8 +492,8 @@ def test_a_program_with_plates_of_its_own():
 
 def test_what_is_too_few_runs_is_not_judged():
     made = smc(MODEL, None, TEXTS, num_samples=64, num_runs=4, twist=TWISTS["likelihood"])
-    assert all(figures["verdict"] == "unknown" for figures in drawn(made)["prompts"])
-    assert "What 4 runs are worth" in drawn(made)["prompts"][0]["sentence"]
+    assert all(figures["verdict"] == "unknown" for figures in diagnose_draws(made)["prompts"])
+    assert "What 4 runs are worth" in diagnose_draws(made)["prompts"][0]["sentence"]
 
 
 def test_other_latent_sites_are_refused():

@@ -5,13 +5,15 @@ import math
 import pytest
 import torch
 
-from ppl_lm.diagnose import log_evidence
-from ppl_lm.diagnose.weights import mean, weighted_mean
+from ppl_lm.criticism.evidence import log_evidence
+from ppl_lm.criticism.weights import mean, weighted_mean
 from ppl_lm.guides import prior as prior_guide
-from ppl_lm.infer import bind, importance, score
-from ppl_lm.infer.rejection import accept, likelihood_bound, select
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.samplers.importance_sampling import importance, score
+from ppl_lm.infer.samplers.rejection_sampling import accept, select
+from ppl_lm.infer.traces.observations import likelihood_bound
 from ppl_lm.likelihood import rewards
-from ppl_lm.lm import LanguageModel
+from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.models import tilted
 
 N = 4096

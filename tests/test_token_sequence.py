@@ -12,8 +12,10 @@ from pyro import poutine
 from pyro.infer import Predictive, TraceEnum_ELBO
 from scipy.stats import chi2
 
-from ppl_lm.lm import LanguageModel, Prompts, TokenSequence
+from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.table import table_lm
+from ppl_lm.lm.token_sequence import TokenSequence
 
 V, T, END = 5, 6, 4
 ROWS = oracle.outcomes(V, T, END)

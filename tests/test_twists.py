@@ -18,9 +18,16 @@ import tiny
 import torch
 
 from ppl_lm.guides import twisted
-from ppl_lm.infer import NoSupportError, bind, exact, importance, rejection, smc, twists
-from ppl_lm.infer.twists import ctl, fit_twist, fudge, log_variance, rollouts, sixo, soft_rl
-from ppl_lm.lm import twist_like
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.draws import NoSupportError
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.twists import fitting as twists
+from ppl_lm.infer.twists.fitting import fit_twist, rollouts
+from ppl_lm.infer.twists.losses import ctl, fudge, log_variance, sixo, soft_rl
+from ppl_lm.infer.twists.networks import twist_like
 from ppl_lm.lm.table import table_like, table_lm
 from ppl_lm.models import constrained, tilted
 
@@ -118,7 +125,7 @@ def written_out(loss, table):
 @torch.no_grad()
 def closeness(twist, model=MODEL):
     """KL(q ‖ p) of the proposal that a twist induces, by enumeration; KL(p ‖ q) where the evidence is hard."""
-    truth = exact(model, bind(twisted, LM, twist), TEXTS)
+    truth = enumerate_posterior(model, bind(twisted, LM, twist), TEXTS)
     return truth.kl_q_p if model is MODEL else truth.kl_p_q
 
 

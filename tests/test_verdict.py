@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from ppl_lm.diagnose.pool import Pool
-from ppl_lm.diagnose.verdict import CODES, judge, of_prompts
+from ppl_lm.criticism.diagnoses.pool import Pool
+from ppl_lm.criticism.diagnoses.verdicts import CODES, judge, of_prompts
 from ppl_lm.experiments import verdicts
-from ppl_lm.infer.exact import kl
+from ppl_lm.infer.enumeration import kl
 
 BASE = dict(
     kl_q_p=0.1, kl_q_p_se=0.01, kl_p_q=0.1, kl_p_q_se=0.01, kl_prior_p=2.0, kl_prior_p_se=0.02, kl_p_prior=1.5,

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from ppl_lm.lm import LanguageModel
+from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.vocabulary import Vocabulary
 
 

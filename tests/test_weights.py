@@ -24,10 +24,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppl_lm.diagnose import ess, psis_khat, smoothed
-from ppl_lm.diagnose.weights import ess_se, khat_se, max_weight, weighted_mean
+from ppl_lm.criticism.weights import ess, ess_se, khat_se, max_weight, pareto_smooth, psis_khat, weighted_mean
 from ppl_lm.experiments.local_masking import resampled
-from ppl_lm.infer import bind, importance, rejection
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 
@@ -95,7 +96,7 @@ def test_posterior_means_vary_less(draws):
     for seed in range(200):
         x, log_w = heavy(count, seed=seed)
         raw = weighted(draws, log_w[:, None])
-        found.append([float(weighted_mean(x[:, None], made)[0]) for made in (raw, smoothed(raw))])
+        found.append([float(weighted_mean(x[:, None], made)[0]) for made in (raw, pareto_smooth(raw))])
     raw, smooth = torch.tensor(found).T
     assert float(smooth.std()) < 0.7 * float(raw.std())
     assert abs(float(smooth.mean()) - truth) < float(raw.std()) + 4 * float(smooth.std()) / 200**0.5
@@ -107,14 +108,14 @@ def test_the_evidence_and_zeros_stay(draws):
     both = torch.stack([log_w - 800, log_w.flip(0)], 1)  # nats: far below what exp can hold
     both[::3, 0] = -torch.inf
     raw = weighted(draws, both)
-    made = smoothed(raw)
+    made = pareto_smooth(raw)
     torch.testing.assert_close(made.log_weight.logsumexp(1), raw.log_weight.logsumexp(1), atol=1e-10, rtol=0)
     zero = both == -torch.inf
     assert torch.equal(made.log_weight[0] == -torch.inf, zero) and bool(made.log_guide.isfinite().all())
     assert bool(((made.log_weight[0] - both)[~zero[:, 0]].abs().amax(0) > 0.01).all()), "nothing was smoothed"
     order = both[~zero[:, 0], 0].argsort()
     assert bool((made.log_weight[0, ~zero[:, 0], 0][order].diff() >= -1e-12).all())
-    alone = smoothed(weighted(draws, both[:, :1]))
+    alone = pareto_smooth(weighted(draws, both[:, :1]))
     torch.testing.assert_close(alone.log_weight[..., 0], made.log_weight[..., 0], atol=1e-10, rtol=0)
 
 
@@ -124,19 +125,19 @@ def test_weights_stay_where_khat_does_not_apply(draws):
     nothing = torch.full((500, 1), -torch.inf).double()
     for log_w in (constant, few, bounded, nothing):
         assert psis_khat(log_w[:, 0]) is None
-        assert torch.equal(smoothed(weighted(draws, log_w)).log_weight[0], log_w)
+        assert torch.equal(pareto_smooth(weighted(draws, log_w)).log_weight[0], log_w)
     for kind in ("exact", "markov"):
         same = replace(weighted(draws, heavy(500)[1][:, None]), **{kind: True})
-        assert smoothed(same) is same
+        assert pareto_smooth(same) is same
 
 
 def test_chains_and_other_draws_keep_their_shape(draws):
     log_w = heavy(600)[1]
     raw = weighted(draws, log_w[:, None])
     by_chain = raw.map(lambda v: v.reshape(3, 200, 1))
-    made = smoothed(by_chain)
+    made = pareto_smooth(by_chain)
     assert made.log_weight.shape == (3, 200, 1)
-    torch.testing.assert_close(made.log_weight.flatten(), smoothed(raw).log_weight.flatten(), atol=0, rtol=0)
+    torch.testing.assert_close(made.log_weight.flatten(), pareto_smooth(raw).log_weight.flatten(), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("top", [95, 105, 119, 140])

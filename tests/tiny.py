@@ -16,7 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from ppl_lm.lm import LanguageModel
+from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.table import TableConfig, TableForCausalLM
 
 TEXTS = ["the soup was good and the bread was warm", "she said that it was fine", "a dog ran over the hill"]

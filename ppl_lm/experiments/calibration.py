@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ppl_lm.diagnose.sbc import Calibration, sbc
+from ppl_lm.criticism.calibration import Calibration, sbc
 from ppl_lm.experiments.lab import Result, panels
 from ppl_lm.guides import prior as of_prior
-from ppl_lm.infer import Draws, bind, importance, rejection, score
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.samplers.importance_sampling import importance, score
+from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.likelihood import rewards
-from ppl_lm.lm import LanguageModel, product
+from ppl_lm.lm.experts import product
+from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.models import tilted
 
 REPLICATIONS, RANKED = 500, 19

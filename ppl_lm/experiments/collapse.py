@@ -5,9 +5,9 @@ import torch
 
 from ppl_lm.experiments.lab import Result, curves, entropy, panels, train
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import bind
-from ppl_lm.infer.divergences import reverse_kl
-from ppl_lm.infer.rl import expected_reward
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.objectives.divergences import reverse_kl
+from ppl_lm.infer.objectives.rl import expected_reward
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 

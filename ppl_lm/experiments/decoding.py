@@ -9,30 +9,28 @@ from typing import Any
 
 import numpy as np
 
-from ppl_lm.diagnose.drawn import drawn, numbers
-from ppl_lm.diagnose.weights import mean
+from ppl_lm.criticism.diagnoses.draws_diagnosis import diagnose_draws
+from ppl_lm.criticism.statistics import numbers
+from ppl_lm.criticism.weights import mean
 from ppl_lm.experiments.lab import Result, panels
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import (
-    Draws,
-    bind,
-    importance,
-    mcmc,
-    objectives,
-    particle_gibbs,
-    prefix_likelihood,
-    quality,
-    quasi_rejection,
-    rejection,
-    smc,
-    tempered,
-)
-from ppl_lm.infer.mcmc import independence, suffix
-from ppl_lm.infer.text_site import text_law
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.objectives import catalogue as objectives
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.kernels import independence, particle_gibbs, suffix
+from ppl_lm.infer.samplers.markov_chains import mcmc
+from ppl_lm.infer.samplers.quasi_rejection_sampling import quality, quasi_rejection
+from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.traces.text_site import text_law
+from ppl_lm.infer.twists.functions import prefix_likelihood, tempered
 from ppl_lm.likelihood import rewards
-from ppl_lm.lm import LanguageModel, Prompts, meter
+from ppl_lm.lm import meter
+from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.prompts import Prompts
 from ppl_lm.models import constrained, tilted
-from ppl_lm.run import fit
+from ppl_lm.run.fitting import fit
 
 WORD = "cake"
 EXACT = (6000, 200)  # exact draws of each posterior, that all others are held against
@@ -177,7 +175,7 @@ def _rows(task: Task, prompts: Prompts) -> list[dict[str, Any]]:
 
 def _row(draws: Draws, seconds: float, says: str, reference: Draws, spread: dict[str, float]) -> dict[str, Any]:
     """:param spread: standard deviations under the prior, the unit of errors."""
-    figures, far, error, worth = drawn(draws), 0.0, 0.0, math.inf
+    figures, far, error, worth = diagnose_draws(draws), 0.0, 0.0, math.inf
     for key, there in numbers(reference).items():
         if key not in NUMBERS or float(there.var()) == 0:  # a reward that a hard constraint fixes
             continue

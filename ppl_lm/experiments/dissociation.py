@@ -8,9 +8,10 @@ import torch
 from ppl_lm.experiments.collapse import letters
 from ppl_lm.experiments.lab import Result, Trace, curves, measure, panels, train
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import bind, exact
-from ppl_lm.infer.divergences import forward_kl, reverse_kl
-from ppl_lm.infer.rl import expected_reward
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.objectives.divergences import forward_kl, reverse_kl
+from ppl_lm.infer.objectives.rl import expected_reward
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 
@@ -20,7 +21,7 @@ STEPS, RATE = 600, 0.03
 def likeliest(target: Any, guide: Any) -> Trace:
     """Maximum likelihood of the text with the highest reward, as supervised fine-tuning on the best text would do."""
     with torch.no_grad():
-        found = exact(target, guide, [""])
+        found = enumerate_posterior(target, guide, [""])
     best = found.latents["x"][found.records["reward"][:, 0].argmax(), 0]
     adam, trace = torch.optim.Adam(guide.parameters(), lr=RATE), []
     for step in range(STEPS + 1):

@@ -8,17 +8,18 @@ from typing import Any
 import pyro
 import torch
 
-from ppl_lm.diagnose import diagnose
-from ppl_lm.diagnose.weights import mean
+from ppl_lm.criticism.diagnoses.diagnosis import diagnose
+from ppl_lm.criticism.weights import mean
 from ppl_lm.experiments.lab import Result, panels
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import SequenceELBO, bind
-from ppl_lm.infer.divergences import forward_kl, jensen_shannon, reverse_kl
-from ppl_lm.infer.rl import expected_reward
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.infer.objectives.divergences import forward_kl, jensen_shannon, reverse_kl
+from ppl_lm.infer.objectives.rl import expected_reward
 from ppl_lm.likelihood import rewards
-from ppl_lm.lm import LanguageModel
+from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.models import tilted
-from ppl_lm.run import fit
+from ppl_lm.run.fitting import fit
 
 OBJECTIVES = {"reverse KL": reverse_kl, "Jensen-Shannon": jensen_shannon, "forward KL": forward_kl}
 MADE_OF = {"reverse KL": ("KL(q‖p)",), "Jensen-Shannon": ("KL(q‖p)", "KL(p‖q)"), "forward KL": ("KL(p‖q)",)}

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ppl_lm.experiments.lab import Result, panels, train
 from ppl_lm.guides import tabular
-from ppl_lm.infer import bind, exact
-from ppl_lm.infer.baselines import MovingLogZ, of_others
-from ppl_lm.infer.divergences import forward_kl
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.objectives.baselines import MovingLogZ, of_others
+from ppl_lm.infer.objectives.divergences import forward_kl
 from ppl_lm.lm.table import TableForCausalLM, table_like, table_lm
 from ppl_lm.models import tilted
 
@@ -46,7 +47,9 @@ def run(seed: int) -> Result:
 
         target = bind(tilted, lm, reward=wanted, beta=1.0)
         with torch.no_grad():
-            row: dict[str, Any] = {"sd of log Z": float(exact(target, None, PROMPTS).log_z.std(correction=0))}
+            row: dict[str, Any] = {
+                "sd of log Z": float(enumerate_posterior(target, None, PROMPTS).log_z.std(correction=0))
+            }
         for name, log_z in {"a Z for each prompt": MovingLogZ(), "one Z for all": one_for_all}.items():
             guide = bind(tabular, table_like(lm, max_prompt=2, network=Deaf))
             settings = {"objective": forward_kl, "log_z": log_z, "num_particles": 128}

@@ -6,8 +6,8 @@ import torch
 from ppl_lm.experiments.collapse import letters
 from ppl_lm.experiments.lab import Result, curves, panels, train
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import bind
-from ppl_lm.infer.rl import GRPO
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.objectives.rl import GRPO
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 

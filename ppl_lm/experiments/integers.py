@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ppl_lm.experiments.lab import Result, panels, train
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import bind, exact
-from ppl_lm.infer.balance import SubTB, TrajectoryBalance, vargrad
-from ppl_lm.infer.divergences import reverse_kl
-from ppl_lm.infer.rl import expected_reward
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.objectives.balance import SubTB, TrajectoryBalance, vargrad
+from ppl_lm.infer.objectives.divergences import reverse_kl
+from ppl_lm.infer.objectives.rl import expected_reward
 from ppl_lm.infer.terms import Estimate, Terms
-from ppl_lm.likelihood import Optimality
+from ppl_lm.likelihood.optimality import Optimality
 from ppl_lm.lm.table import table_lm
 
 DIGITS = "abcdefghij"
@@ -67,7 +68,7 @@ def run(seed: int) -> Result:
             settings = {"objective": objectives[name], "num_particles": 256}
             train(target, guide, [""], steps=1000, rate=0.05, every=1000, **settings)
         with torch.no_grad():
-            made = exact(target, guide, [""])
+            made = enumerate_posterior(target, guide, [""])
         assert made.log_q is not None
         good = made.records["reward"][:, 0] > 0
         share = made.log_q[good, 0].exp()  # (101,)

@@ -15,8 +15,8 @@ from pyro.infer import SVI
 from rich.markup import escape
 from rich.table import Table
 
-from ppl_lm.infer import SequenceELBO, exact
-from ppl_lm.infer.exact import kl
+from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.infer.enumeration import enumerate_posterior, kl
 
 Trace = list[dict[str, float]]
 
@@ -85,7 +85,7 @@ def train(
 @torch.no_grad()
 def measure(model: Any, guide: Any, prompts: Sequence[str]) -> dict[str, float]:
     """By enumeration, mean over prompts: both KLs, the guide's entropy and its expected reward."""
-    truth = exact(model, guide, list(prompts))
+    truth = enumerate_posterior(model, guide, list(prompts))
     assert truth.log_q is not None
     found = {
         "KL(q‖p)": truth.kl_q_p,
@@ -100,7 +100,7 @@ def measure(model: Any, guide: Any, prompts: Sequence[str]) -> dict[str, float]:
 @torch.no_grad()
 def entropy(model: Any, prompts: Sequence[str]) -> float:
     """Of the posterior, mean over prompts, nats."""
-    log_p = exact(model, None, list(prompts)).log_posterior
+    log_p = enumerate_posterior(model, None, list(prompts)).log_posterior
     return float(-kl(log_p, torch.zeros_like(log_p)).mean())
 
 

@@ -11,22 +11,18 @@ from torch import Tensor
 
 from ppl_lm.experiments.lab import Result, panels, train
 from ppl_lm.guides import twisted
-from ppl_lm.infer import (
-    Draws,
-    best_of_n,
-    bind,
-    exact,
-    exact_twist,
-    fit_twist,
-    importance,
-    mcmc,
-    particle_gibbs,
-    prefix_likelihood,
-    quasi_rejection,
-    rejection,
-    smc,
-)
-from ppl_lm.infer.mcmc import independence, suffix
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.kernels import independence, particle_gibbs, suffix
+from ppl_lm.infer.samplers.markov_chains import mcmc
+from ppl_lm.infer.samplers.quasi_rejection_sampling import quasi_rejection
+from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.twists.fitting import fit_twist
+from ppl_lm.infer.twists.functions import exact_twist, prefix_likelihood
 from ppl_lm.lm import meter
 from ppl_lm.lm.table import table_like, table_lm
 from ppl_lm.models import tilted
@@ -51,7 +47,7 @@ def run(seed: int) -> Result:
     with meter.measure() as learning:
         fit_twist(target, twist, [""], steps=STEPS, num_samples=64, learning_rate=0.05)
     alone = bind(twisted, lm, twist)
-    truth = exact(target, None, [""])
+    truth = enumerate_posterior(target, None, [""])
     log_p, x, bound = truth.log_posterior[:, 0], truth.latents["x"][:, 0], 2 / BETA
     likelihood = prefix_likelihood(target)
 

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from ppl_lm.experiments.lab import Result, panels
 from ppl_lm.guides import finetuned
-from ppl_lm.infer import Draws, bind, exact, smc
-from ppl_lm.infer.exact import kl
-from ppl_lm.likelihood import Automaton
-from ppl_lm.lm import LanguageModel, Vocabulary, product
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.enumeration import enumerate_posterior, kl
+from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.likelihood.automata import Automaton
+from ppl_lm.lm.experts import product
+from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.table import table_lm
+from ppl_lm.lm.vocabulary import Vocabulary
 from ppl_lm.models import constrained
 
 COUNTS = (1, 4, 16, 64)  # draws, of which one is picked by its weight
@@ -75,7 +79,7 @@ def run(seed: int) -> Result:
     automaton = answers(lm.vocabulary)
     model = bind(constrained, lm, constraint=automaton)
     guide = bind(finetuned, product([lm, automaton.mask(lm)]))
-    masked = exact(model, guide, [""])
+    masked = enumerate_posterior(model, guide, [""])
     assert masked.log_q is not None
     x = masked.latents["x"][:, 0]
 

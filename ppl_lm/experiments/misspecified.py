@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ppl_lm.experiments.lab import Result, curves, entropy, panels, train
 from ppl_lm.guides import tabular
-from ppl_lm.infer import bind
-from ppl_lm.infer.divergences import alpha_divergence, forward_kl, jensen_shannon, reverse_kl
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.objectives.divergences import alpha_divergence, forward_kl, jensen_shannon, reverse_kl
 from ppl_lm.lm.table import TableForCausalLM, table_like, table_lm
 from ppl_lm.models import tilted
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ppl_lm.experiments.lab import Result, Trace, curves, panels, train
 from ppl_lm.guides import finetuned, prior
-from ppl_lm.infer import SequenceELBO, bind, exact
-from ppl_lm.infer.baselines import constant, known, no_baseline
-from ppl_lm.infer.divergences import forward_kl
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.objectives.baselines import constant, known, no_baseline
+from ppl_lm.infer.objectives.divergences import forward_kl
 from ppl_lm.infer.off_policy import Proposal
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
@@ -48,7 +50,7 @@ def run(seed: int) -> Result:
     torch.manual_seed(seed)
     lm = table_lm(4, 3, concentration=3.0, seed=seed)
     target, start, near = bind(tilted, lm, reward=letters, beta=BETA), bind(prior, lm), bind(finetuned, lm.copy())
-    log_z = exact(target, None, [""]).log_z
+    log_z = enumerate_posterior(target, None, [""]).log_z
     settings: dict[str, Any] = {"objective": forward_kl, "num_particles": PARTICLES, "rate": 0.03}
     train(target, near, [""], log_z=known(log_z), steps=300, every=300, **{**settings, "num_particles": 128})
     rows: list[dict[str, Any]] = []

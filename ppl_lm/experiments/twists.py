@@ -8,9 +8,13 @@ import torch
 from ppl_lm.experiments.lab import Result, measure, panels, train
 from ppl_lm.experiments.misspecified import Bigram, palindrome
 from ppl_lm.guides import twisted
-from ppl_lm.infer import bind, exact_twist, rejection, smc
-from ppl_lm.infer.divergences import forward_kl, reverse_kl
-from ppl_lm.infer.twists import ctl, fit_twist, fudge, log_variance, sixo, soft_rl
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.objectives.divergences import forward_kl, reverse_kl
+from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.twists.fitting import fit_twist
+from ppl_lm.infer.twists.functions import exact_twist
+from ppl_lm.infer.twists.losses import ctl, fudge, log_variance, sixo, soft_rl
 from ppl_lm.lm.table import table_like, table_lm
 from ppl_lm.models import tilted
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_lm.diagnose import diagnose
-from ppl_lm.diagnose.verdict import CODES, GOOD_NATS, GOOD_SHARE
+from ppl_lm.criticism.diagnoses.diagnosis import diagnose
+from ppl_lm.criticism.diagnoses.verdicts import CODES, GOOD_NATS, GOOD_SHARE
 from ppl_lm.experiments.lab import Result, panels, train
 from ppl_lm.guides import tabular
-from ppl_lm.infer import bind, exact
-from ppl_lm.infer.divergences import reverse_kl
-from ppl_lm.infer.exact import kl
-from ppl_lm.infer.rl import expected_reward
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.enumeration import enumerate_posterior, kl
+from ppl_lm.infer.objectives.divergences import reverse_kl
+from ppl_lm.infer.objectives.rl import expected_reward
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.table import table_like, table_lm
 from ppl_lm.models import tilted
@@ -60,7 +60,7 @@ class Target:
             return values
 
         model = bind(tilted, lm, reward=reward, beta=math.exp(uniform(math.log(0.2), math.log(1.0))))
-        truth = exact(model, bind(tabular, lm.copy()), [""])
+        truth = enumerate_posterior(model, bind(tabular, lm.copy()), [""])
         assert truth.log_q is not None
         log_prior = truth.log_q[:, 0].detach()
         log_joint = truth.log_joint[:, 0].detach()
@@ -161,7 +161,7 @@ def found(
             guide = make(target, generator)
             if guide is None:  # this posterior has no such failure
                 continue
-            truth = exact(target.model, guide, [""])
+            truth = enumerate_posterior(target.model, guide, [""])
             made = diagnose(target.model, guide, [""], DRAWS)
             figures = made.average
             yield {

@@ -8,8 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppl_lm.lm import Prompts
+from ppl_lm.infer.traces.layout import prompts_first
+from ppl_lm.infer.traces.particles import Particles
+from ppl_lm.infer.traces.sites import Site, is_sequence
 from ppl_lm.lm.meter import Cost
+from ppl_lm.lm.prompts import Prompts
 
 TOLERANCE = 1e-3  # nats, for the noise of float32 log-probabilities
 
@@ -166,3 +169,53 @@ def concatenate(parts: Sequence[Draws], dim: int = 1) -> Draws:
         log_guide=join(p.log_guide for p in parts),
         cost=sum((p.cost for p in parts), Cost()),
     )
+
+
+def as_draws(p: Particles, nesting: int = 1) -> Draws:
+    """Particles as one chain of draws.
+
+    :raises ValueError: if a plate subsamples, or lies where the prompts' does."""
+    n = p.count
+    plate = p.subsampled()
+    if plate is not None:
+        raise ValueError(f"plate {plate!r} subsamples: draws need all prompts at once; give fewer prompts instead")
+    size = len(p.prompts)
+    for name, site in p.guide_sites.items():
+        here = {f.name for f in site["cond_indep_stack"] if f.dim == -1}
+        if here and not here & p.prompt_plates:
+            raise ValueError(
+                f"site {name!r} lies in the plate {next(iter(here))!r} at dim -1, which is the prompts'; draws need it at "
+                "another dim, or as one site with .to_event(1)"
+            )
+
+    def record(v: Tensor) -> Tensor | None:  # (1, n, B), or None where it is not one number a text
+        fits = v.dim() <= 2 and all(a in (1, b) for a, b in zip(v.shape[::-1], (size, n), strict=False))
+        return v.double().expand(n, size).unsqueeze(0) if fits else None
+
+    records = {k: record(v) for k, v in p.records.items()}
+    return Draws(
+        prompts=p.prompts,
+        latents={k: prompts_first(s, nesting).unsqueeze(0) for k, s in p.guide_sites.items()},
+        records={k: v for k, v in records.items() if v is not None},
+        log_prior=p.log_prior().unsqueeze(0),
+        log_likelihood=p.log_likelihood().unsqueeze(0),
+        log_guide=p.log_drawn().unsqueeze(0),
+        texts=tuple(k for k, s in p.guide_sites.items() if is_sequence(s)),
+        observed={k: _of_one_particle(s, nesting) for k, s in p.observed_sites.items()},
+        log_likelihoods={k: v.unsqueeze(0) for k, v in p.log_likelihoods().items()},
+    )
+
+
+def _of_one_particle(site: Site, nesting: int) -> Tensor:
+    """An observed value without the dimension of the particles, which all observe the same."""
+    value = site["value"].detach()
+    return value[0] if value.dim() > nesting + site["fn"].event_dim else value
+
+
+def only_text(state: Draws) -> tuple[str, ...]:
+    if len(state.texts) != 1 or len(state.latents) != 1 or state[state.texts[0]].dim() != 4:
+        raise ValueError(
+            f"this kernel moves one text a prompt; the program has the latent sites {sorted(state.latents)}: use "
+            "kernel=independence, which moves them all"
+        )
+    return state.texts

@@ -11,14 +11,14 @@ from pyro.infer import ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
 
-from ppl_lm.infer.as_terms import as_terms
-from ppl_lm.infer.baselines import Baseline, LogZ, MovingLogZ, leave_one_out
-from ppl_lm.infer.divergences import reverse_kl
-from ppl_lm.infer.objectives import hard_constraint
-from ppl_lm.infer.off_policy import Source
-from ppl_lm.infer.particles import Particles, run
-from ppl_lm.infer.sites import Site, is_sequence
+from ppl_lm.infer.objectives.baselines import Baseline, LogZ, MovingLogZ, leave_one_out
+from ppl_lm.infer.objectives.catalogue import hard_constraint
+from ppl_lm.infer.objectives.divergences import reverse_kl
 from ppl_lm.infer.terms import Objective
+from ppl_lm.infer.traces.objective_terms import as_terms
+from ppl_lm.infer.traces.particles import Particles, run
+from ppl_lm.infer.traces.sites import Site, is_sequence
+from ppl_lm.infer.traces.sources import Source
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class SequenceELBO(ELBO):
         if num_particles == 1 and baseline is leave_one_out:
             raise ValueError(
                 "num_particles=1; the leave-one-out baseline needs at least 2. With one, give baseline=MovingAverage() "
-                "or no_baseline, of ppl_lm.infer.baselines"
+                "or no_baseline, of ppl_lm.baselines"
             )
         of_terms = "give a function of Terms, such as ppl_lm.objectives.forward_kl or ppl_lm.objectives.SubTB()"
         kinds = {

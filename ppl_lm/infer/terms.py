@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ppl_lm.lm import Prompts
+from ppl_lm.lm.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Terms:
     :param log_guide: log q(x | prompt), (K, B).
     :param log_proposal: log-probability under what drew the texts, NaN where it is not known; None on-policy, the guide
         as it is having drawn them. Likewise `token_log_proposal`.
-    :param estimate_log_z: from log weights under what drew the texts, (K, B): see `ppl_lm.infer.baselines`.
+    :param estimate_log_z: from log weights under what drew the texts, (K, B): see `ppl_lm.baselines`.
     :param baseline: from the costs of all particles and their importance ratios, (K, B) both, to what is subtracted
         from each, (K, B): must not depend on the particle's own cost, or the gradient is biased.
     :param max_ratio: at which importance ratios are truncated (Ionides 2008); a bias against less variance.

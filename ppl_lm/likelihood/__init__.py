@@ -1,9 +1,5 @@
 """The evidence: what the text is conditioned on."""
 
-from ppl_lm.likelihood import rewards
-from ppl_lm.likelihood.automata import Automaton
-from ppl_lm.likelihood.best_of import BestOf
-from ppl_lm.likelihood.optimality import Optimality
-from ppl_lm.likelihood.reward import Reward, RewardError, RewardTimeout
+import lazy_loader
 
-__all__ = ["Automaton", "BestOf", "Optimality", "Reward", "RewardError", "RewardTimeout", "rewards"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

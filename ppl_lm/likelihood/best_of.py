@@ -12,7 +12,7 @@ from ppl_lm.likelihood.reward import Reward
 CHUNK = 256  # reference texts drawn at a time
 
 
-class BestOf(Reward):
+class BestOfN(Reward):
     """log of how much likelier a text is as the best of n draws of the prior than as a single one, nats:
 
         log [(F(r)^n - F_(r)^n) / (F(r) - F_(r))],

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from ppl_lm.likelihood.reward import preserved_rng
-from ppl_lm.named import from_file, is_file
 
 Completion = str | Sequence[Mapping[str, Any]]  # plain text, or the assistant's messages
 
@@ -127,20 +126,3 @@ def _load_classifier(name: str | Path, tokenizer: Any) -> tuple[Any, Any]:
     if info["missing_keys"]:  # transformers fills them at random and only reports it
         raise ValueError(f"{name} is no trained sequence classifier: it lacks {sorted(info['missing_keys'])}")
     return model, AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
-
-
-def parse(name: str) -> Callable[..., Any]:
-    """The reward function that `name` stands for: `vader`, `length`, `contains:WORD` or `path/to/file.py:function`.
-
-    >>> parse("vader") is vader
-    True
-    """
-    if name in ("vader", "length"):
-        return {"vader": vader, "length": length}[name]
-    kind, _, argument = name.partition(":")
-    if kind == "contains" and argument.strip():
-        return contains(argument)
-    if not is_file(name):
-        raise ValueError(f"reward {name!r} is unknown; give vader, length, contains:WORD or path/to/file.py:function")
-    with preserved_rng():
-        return from_file(name, "reward")

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 
 from ppl_lm.lm.decoder import sample
-from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.network import Network
 from ppl_lm.lm.prompts import Prompts
+from ppl_lm.lm.token_sequence import TokenSequence
 
 
-def self_check(lm: LanguageModel, prompts: Any = None, tolerance: float = 2e-3) -> float:
+def self_check(lm: Network, prompts: Any = None, tolerance: float = 2e-3) -> float:
     """See `LanguageModel.self_check`. Leaves the global random states alone."""
     vocabulary = lm.vocabulary
     room = lm.max_positions or 1024
@@ -21,7 +22,7 @@ def self_check(lm: LanguageModel, prompts: Any = None, tolerance: float = 2e-3) 
             [start, start + middle[: max(0, min(3, room - steps - 1))]], vocabulary, device=lm.device
         )
     else:
-        batch = lm(prompts).prompts  # refuses those that do not fit
+        batch = TokenSequence(lm, lm.prompts(prompts)).prompts  # refuses those that do not fit
     if not len(batch):
         raise ValueError("the self-check got no prompts; give at least one, or None for its own")
     with torch.no_grad():

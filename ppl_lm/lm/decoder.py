@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.lm.cache import place
-from ppl_lm.lm.language_model import DivergedError, LanguageModel, normalise, positions
+from ppl_lm.lm.network import DivergedError, Network, normalise, positions
 from ppl_lm.lm.prompts import Prompts
 
 
@@ -18,7 +18,7 @@ class Decoder:
     :param prompts: of any batch shape; afterwards there are as many rows, in row-major order.
     """
 
-    def __init__(self, lm: LanguageModel, prompts: Prompts):
+    def __init__(self, lm: Network, prompts: Prompts):
         self.lm, prompts = lm, prompts.flatten()
         self.slot = torch.arange(
             len(prompts), device=prompts.ids.device
@@ -33,7 +33,7 @@ class Decoder:
         )
 
     @classmethod
-    def of(cls, lm: LanguageModel, prompts: Prompts, rows: Int[Tensor, "N"]) -> "Decoder":
+    def of(cls, lm: Network, prompts: Prompts, rows: Int[Tensor, "N"]) -> "Decoder":
         """A row for each entry of `rows`, of prompt `rows[i]`; each prompt that occurs is forwarded once."""
         needed, copies = rows.unique(return_inverse=True)
         made = cls(lm, prompts.take(needed))
@@ -82,7 +82,7 @@ def invert(log_probs: Float[Tensor, "N V"], u: Float[Tensor, "N"]) -> Int[Tensor
 
 @torch.no_grad()
 def sample(
-    lm: LanguageModel,
+    lm: Network,
     prompts: Prompts,
     rows: Int[Tensor, "N"],
     u: Float[Tensor, "N T"],

@@ -12,7 +12,7 @@ from pyro.ops.provenance import detach_provenance, get_provenance, track_provena
 from torch import Tensor
 
 from ppl_lm.lm.decoder import sample
-from ppl_lm.lm.language_model import DivergedError, LanguageModel
+from ppl_lm.lm.network import DivergedError, Network
 from ppl_lm.lm.prompts import Prompts
 
 ENUMERABLE = 1_000_000  # tokens in the whole support; beyond it enumeration is refused
@@ -32,7 +32,7 @@ class TokenSequence(TorchDistribution):
     support: Any = constraints.independent(constraints.nonnegative_integer, 1)
     has_rsample = False
 
-    def __init__(self, lm: LanguageModel, prompts: Prompts, batch_shape: torch.Size | None = None):
+    def __init__(self, lm: Network, prompts: Prompts, batch_shape: torch.Size | None = None):
         self.lm = lm
         # Pyro's TraceGraph_ELBO follows values through a program by their provenance; text and networks would lose it.
         self._provenance = get_provenance(prompts.ids)

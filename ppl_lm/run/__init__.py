@@ -1,5 +1,5 @@
-"""Running: the fit loop and run folders."""
+"""Running: the fit loop, and run folders."""
 
-from ppl_lm.run.fit import Fit, fit
+import lazy_loader
 
-__all__ = ["Fit", "fit"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -20,12 +20,11 @@ import pyro
 import torch
 from pyro.params.param_store import _MODULE_NAMESPACE_DIVIDER
 
-from ppl_lm import __version__
-from ppl_lm.diagnose import model_graph
-from ppl_lm.infer import Bound
-from ppl_lm.likelihood import Reward
-from ppl_lm.lm import LanguageModel, Prompts
-from ppl_lm.lm.language_model import quiet
+from ppl_lm.infer.binding import Bound
+from ppl_lm.infer.traces.program_graph import model_graph
+from ppl_lm.likelihood.reward import Reward
+from ppl_lm.lm.language_model import LanguageModel, quiet
+from ppl_lm.lm.prompts import Prompts
 from ppl_lm.run.programs import model_and_guide, resolve
 
 MARK = "config.json"
@@ -67,12 +66,12 @@ def build(settings: Settings, fitted: Path | None = None) -> Programs:
     """Loads the LM and binds the programs; with `fitted`, the guide's network is read from that folder.
 
     :raises ValueError: on anything that does not exist or does not fit together, by name."""
-    from ppl_lm.likelihood.rewards import parse
+    from ppl_lm.run.programs import resolve_reward
 
     if not 0 < settings.beta < float("inf"):
         raise ValueError(f"beta={settings.beta}; the reward's temperature must be above 0")
     model, guide = resolve(settings.model, "models"), resolve(settings.guide, "guides")
-    reward = parse(settings.reward)
+    reward = resolve_reward(settings.reward)
     if settings.device is not None:
         try:
             torch.empty(0, device=settings.device)
@@ -142,7 +141,7 @@ def fitted_guide(folder: Path) -> Path:
 def write_settings(folder: Path, settings: Settings, programs: Programs, command: str) -> None:
     """What was asked, with the programs as they are now, and what it takes to ask it again."""
     packages = ("torch", "pyro-ppl", "transformers", "arviz", "networkx")
-    versions = {"ppl_lm": __version__, "python": platform.python_version()} | {p: version(p) for p in packages}
+    versions = {"ppl_lm": version("ppl_lm"), "python": platform.python_version()} | {p: version(p) for p in packages}
     reward = next(
         (programs.model.arguments[k] for k in ("reward", "constraint") if k in programs.model.arguments), None
     )

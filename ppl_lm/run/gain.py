@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_lm.infer import Draws, NoSupportError, importance, score
-from ppl_lm.infer.objectives import hard_constraint
+from ppl_lm.infer.draws import Draws, NoSupportError
+from ppl_lm.infer.objectives.catalogue import hard_constraint
+from ppl_lm.infer.samplers.importance_sampling import importance, score
 from ppl_lm.infer.terms import Objective
-from ppl_lm.lm import Prompts
+from ppl_lm.lm.prompts import Prompts
 
 MOST = 8192  # draws of the prior in search of a possible text, for a prompt that lacks one
 FEWEST = 5.0  # effective draws for each prompt, below which they give no standard error

@@ -5,9 +5,28 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from ppl_lm.infer import Bound, bind
-from ppl_lm.lm import LanguageModel
-from ppl_lm.named import from_file, is_file, shipped
+from ppl_lm.infer.binding import Bound, bind
+from ppl_lm.likelihood.reward import preserved_rng
+from ppl_lm.likelihood.rewards import contains, length, vader
+from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.run.names import from_file, is_file, shipped
+
+
+def resolve_reward(name: str) -> Callable[..., Any]:
+    """The reward function that `name` stands for: `vader`, `length`, `contains:WORD` or `path/to/file.py:function`.
+
+    >>> resolve_reward("vader") is vader
+    True
+    """
+    if name in ("vader", "length"):
+        return {"vader": vader, "length": length}[name]
+    kind, _, argument = name.partition(":")
+    if kind == "contains" and argument.strip():
+        return contains(argument)
+    if not is_file(name):
+        raise ValueError(f"reward {name!r} is unknown; give vader, length, contains:WORD or path/to/file.py:function")
+    with preserved_rng():
+        return from_file(name, "reward")
 
 
 def resolve(spec: str, package: str) -> Callable[..., Any]:
@@ -47,7 +66,7 @@ def model_and_guide(
     `twist` a trainable twist, `reward` (or `constraint`) the reward, `beta` its temperature.
 
     :param fitted: the guide's network where it has been fitted before, else None."""
-    from ppl_lm.lm.product import twist_like
+    from ppl_lm.infer.twists.networks import twist_like
     from ppl_lm.lm.table import table_like
 
     shared = {"prior": lambda: prior, "reward": lambda: reward, "constraint": lambda: reward, "beta": lambda: beta}

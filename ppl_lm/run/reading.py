@@ -5,12 +5,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ppl_lm.diagnose import from_arviz
-from ppl_lm.diagnose.record import Run
+from ppl_lm.criticism.arviz_reading import from_arviz
 from ppl_lm.embedded import FOLDER
-from ppl_lm.lm import Prompts
+from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.vocabulary import Vocabulary
 from ppl_lm.run import folder
+from ppl_lm.run.record import Run
 
 
 def read(path: Path) -> Run:

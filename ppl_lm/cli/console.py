@@ -1,0 +1,95 @@
+"""What the commands share: the consoles, exit statuses, error messages, and options that several have."""
+
+import shlex
+import traceback as tracebacks
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ppl_lm.run.names import is_file, split, user_files
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+GOOD, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit statuses
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `ppl-lm fit` wrote.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show Python's traceback of an error.")]
+OtherPrompts = Annotated[
+    Path | None, typer.Option("--prompts", help="Other prompts than the run's, held-out ones say.")
+]
+
+
+@contextmanager
+def errors(traceback: bool) -> Iterator[None]:
+    """One clear message and exit status 2 for whatever the user can mend."""
+    try:
+        yield
+    except (typer.Exit, BrokenPipeError):  # of `... | head`: typer ends quietly
+        raise
+    except Exception as error:  # whatever a user's program, reward or model raises
+        if traceback:
+            tracebacks.print_exc()
+        said = "".join(
+            c if c.isprintable() or c == "\n" else " " for c in _message(error)
+        )  # it may quote untrusted text
+        err.print(f"ppl-lm: {said}", markup=False, style="red", soft_wrap=True)
+        raise typer.Exit(BAD_INPUT) from None
+    except KeyboardInterrupt:
+        err.print("ppl-lm: interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _message(error: BaseException) -> str:
+    """What an error says, without the shapes of every site that Pyro adds below it; and where in the user's own file it
+    arose, if it did."""
+    message = str(error).partition("\nTrace Shapes:")[0].strip() or type(error).__name__
+    message = "; ".join([message, *getattr(error, "__notes__", [])])
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for cause in reversed(chain):  # the innermost is where it arose
+        for frame in reversed(tracebacks.extract_tb(cause.__traceback__)):
+            if frame.filename in user_files:
+                kind = "" if isinstance(error, ValueError) or type(error).__name__ in message else type(error).__name__
+                return f"{kind}{kind and ': '}{message} ({frame.filename}, line {frame.lineno}, in {frame.name})"
+    return message
+
+
+def as_typed(context: typer.Context) -> str:
+    """The command as it was typed, quoted for a shell."""
+    words = ["ppl-lm", str(context.info_name)]
+    for parameter in context.command.params:
+        name, value = str(parameter.name), context.params.get(str(parameter.name))
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if parameter.param_type_name == "option":
+            words.append(parameter.opts[0])
+        if value is not True:
+            words.append(str(value))
+    return shlex.join(words)
+
+
+def absolute(spec: str) -> str:
+    """`path/to/file.py:name` with its whole path, so that the run is read from anywhere; names as they are."""
+    path, name = split(spec)
+    return f"{Path(path).resolve()}:{name}" if is_file(spec) and Path(path).is_file() else spec
+
+
+def whole_path(lm: str | None) -> str | None:
+    return str(Path(lm).resolve()) if lm is not None and Path(lm).is_dir() else lm
+
+
+def with_prompts(settings: Any, path: Path | None) -> Any:
+    if path is None:
+        return settings
+    from ppl_lm.run.prompts_file import read_prompts
+
+    texts, columns = read_prompts(path)
+    return replace(settings, prompts=texts, columns=columns)

@@ -1,0 +1,64 @@
+"""`ppl-lm fit`: fit a guide, measure it, write a run folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ppl_lm.cli.console import FAILED, GOOD, INTERRUPTED, Traceback, absolute, as_typed, errors, out, whole_path
+from ppl_lm.run.names import OBJECTIVES, shipped
+
+MODELS, GUIDES = (", ".join(shipped(package)) for package in ("models", "guides"))
+
+
+def command(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"The posterior: {MODELS}, or FILE.py:NAME.")],
+    guide: Annotated[str, typer.Option(help=f"The approximation: {GUIDES}, or FILE.py:NAME.")] = "finetuned",
+    objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(OBJECTIVES)}.")] = "reverse_kl",
+    lm: Annotated[str | None, typer.Option(help="A Hugging Face folder or hub name.", show_default="the LM that ships")] = None,
+    reward: Annotated[str, typer.Option(help="vader, length, contains:WORD, or FILE.py:NAME.")] = "vader",
+    beta: Annotated[float, typer.Option(help="Temperature of the reward; lower asks for more of it.")] = 0.2,
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line, or JSON lines with 'prompt'.",
+                                                 show_default="the model's BOS")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 40,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Stop fitting after so many seconds.",
+                                                     show_default="110, unless --max-steps is given")] = None,
+    particles: Annotated[int | None, typer.Option(help="Texts drawn for each prompt and step.",
+                                                  show_default="128 with one prompt, 8 with many")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts a step.")] = 16,
+    learning_rate: Annotated[float | None, typer.Option(help="Adam's, at its peak.",
+                                                        show_default="found by how far a step moves the guide")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Where the run folder is written.",
+                                                    show_default="runs/, by model and time")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="CUDA where there is one")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Draws for each prompt when measuring.",
+                                                    show_default="4096, fewer with many prompts")] = None,
+    traceback: Traceback = False,
+) -> None:  # fmt: skip
+    """Fit a guide to the posterior, measure how close it came, and write a run folder."""
+    from ppl_lm.cli.fitting import fit_and_measure
+    from ppl_lm.run import folder
+    from ppl_lm.run.prompts_file import read_prompts
+
+    if max_steps is None and time_limit is None:
+        time_limit = 110.0
+    if output_dir is None:
+        output_dir = folder.by_time(model.rpartition(":")[2])
+    with errors(traceback):
+        texts, columns = read_prompts(prompts)
+        if particles is not None and particles < 2:
+            raise ValueError(f"particles={particles}; give at least 2")
+        settings = folder.Settings(
+            model=absolute(model), guide=absolute(guide), objective=objective, reward=absolute(reward), beta=beta,
+            lm=whole_path(lm),
+            prompts=texts, columns=columns,
+            max_new_tokens=max_new_tokens, device=device, seed=seed, batch_size=batch_size,
+            particles=max(8, 128 // max(1, min(batch_size, len(texts)))) if particles is None else particles,
+            learning_rate=learning_rate, max_steps=max_steps, time_limit=time_limit,
+        )  # fmt: skip
+        outcome = fit_and_measure(settings, output_dir, num_samples, out, overwrite, as_typed(context))
+    raise typer.Exit({"finished": GOOD, "interrupted": INTERRUPTED}.get(outcome, FAILED))

@@ -1,0 +1,51 @@
+"""`ppl-lm sample`: draw by any sampler, and say what the draws are worth."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ppl_lm.cli.console import OtherPrompts, Traceback, absolute, as_typed, errors, out, whole_path, with_prompts
+
+
+def command(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or a posterior as for fit.")],
+    sampler: Annotated[str, typer.Option(help="importance: the guide's draws, each with its log weight; rejection: exact "
+                                         "posterior draws, from prior draws and the reward's bound; quasi_rejection, "
+                                         "best_of_n; independence_mh, suffix_mh, particle_gibbs: Markov chains; smc: "
+                                         "sequential Monte Carlo.")] = "importance",
+    num_samples: Annotated[int, typer.Option(help="Draws for each prompt. Markov chains and smc make what their errors need "
+                                             "(smc 1,024 or more), write all, and show so many.")] = 10,
+    guide: Annotated[str | None, typer.Option(help="With MODEL: what proposes, as for fit or a RUN's fitted guide.",
+                                              show_default="prior")] = None,
+    lm: Annotated[str | None, typer.Option(help="With MODEL, as for fit; likewise the next three.")] = None,
+    reward: Annotated[str | None, typer.Option()] = None,
+    beta: Annotated[float | None, typer.Option()] = None,
+    max_new_tokens: Annotated[int | None, typer.Option()] = None,
+    prompts: OtherPrompts = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Where draws.nc and diagnosis.json are written.",
+                                                    show_default="with RUN its folder, by SAMPLER; else runs/")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier draws in OUTPUT_DIR; a RUN's own "
+                                            "always are.")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    traceback: Traceback = False,
+) -> None:  # fmt: skip
+    """Draw texts by any sampler, from a run's fitted guide or a posterior as it is, and write what they are worth.
+
+    The files are draws.nc and diagnosis.json; in a RUN's own folder draws_SAMPLER.nc and diagnosis_SAMPLER.json."""
+    from ppl_lm.cli.sampling import asked, sample_and_write
+    from ppl_lm.run import folder
+
+    given = {"guide": guide, "lm": whole_path(lm), "reward": reward, "beta": beta, "max_new_tokens": max_new_tokens}
+    given = {k: absolute(v) if k in ("guide", "reward") else v for k, v in given.items() if v is not None}
+    with errors(traceback):
+        settings, fitted = asked(absolute(source), sampler, given)
+        settings = replace(with_prompts(settings, prompts), seed=seed)
+        own = output_dir is None and (Path(source) / folder.MARK).is_file()  # a run's own folder takes its draws
+        path = Path(source) if own else output_dir
+        suffix = f"_{sampler}" + ("" if prompts is None else f"_{prompts.stem}") if own else ""
+        shown = None if as_json else out
+        sample_and_write(settings, fitted, sampler, num_samples, path, shown, suffix, own, overwrite, as_typed(context))

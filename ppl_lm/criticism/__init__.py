@@ -1,0 +1,5 @@
+"""Criticism: how close an approximation is to its posterior. Takes draws and returns numbers."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

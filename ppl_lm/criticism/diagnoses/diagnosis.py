@@ -1,0 +1,169 @@
+"""`diagnose`: how close a guide is to its posterior, prompt by prompt, as figures with errors and a verdict."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ppl_lm.criticism.averages import over_prompts
+from ppl_lm.criticism.diagnoses.pool import Pool
+from ppl_lm.criticism.diagnoses.verdicts import Verdict, judge, of_prompts
+from ppl_lm.criticism.evidence import Evidence, log_evidence
+from ppl_lm.criticism.weights import ess, ess_se, khat_se, max_weight, mean, psis_khat
+from ppl_lm.infer.draws import Draws, NoSupportError
+from ppl_lm.infer.samplers.importance_sampling import importance, score
+from ppl_lm.infer.samplers.rejection_sampling import accept, select
+from ppl_lm.infer.traces.observations import likelihood_bound
+
+MIN_EXACT = 20  # exact draws for a prompt, below which the upper bound is the approximate one
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Figures of each prompt (the keys of `diagnosis.json`), their average, the verdict, and the draws behind them.
+
+    :param prior: the prior's draws. Their `stats` hold `log_q`, what log density the guide gives them, nats, and where the
+        likelihood has a bound `accepted`, 1 for those that rejection keeps as exact posterior draws.
+    :param guide: as many of the guide."""
+
+    figures: list[dict[str, Any]]
+    average: dict[str, Any]
+    verdict: Verdict
+    prior: Draws
+    guide: Draws
+
+    @property
+    def exact(self) -> list[Draws | None]:
+        """Each prompt's exact posterior draws with `log_guide` under the guide, None where there were too few."""
+        return [exact_among(self.prior.of_prompt(b)) for b in range(self.prior.log_guide.shape[-1])]
+
+    def as_json(self) -> dict[str, Any]:
+        told = {"sentence": self.verdict.sentence, "remedy": self.verdict.remedy}
+        return {**self.average, **told, "prompts": self.figures}
+
+
+def exact_among(prior: Draws) -> Draws | None:
+    """The exact posterior draws among the prior's of one prompt, as `Diagnosis.prior` has them; None if they are too few."""
+    if "accepted" not in prior.stats:
+        return None
+    keep = prior.stats["accepted"].flatten(0, 1) > 0  # (S, 1)
+    if int(keep.sum()) < MIN_EXACT:
+        return None
+    proposals = replace(prior, latents={})  # with their weights as proposals
+    return replace(select(_scored(prior), keep, int(keep.sum())), proposals=proposals)
+
+
+def _scored(prior: Draws) -> Draws:
+    """The same draws with `log_guide` under the guide, as `score(guide, prior)` has them."""
+    return replace(prior, log_guide=prior.stats["log_q"])
+
+
+def diagnose(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    prompts: Any,
+    num_samples: int = 4096,
+    max_plate_nesting: int = 1,
+) -> Diagnosis:
+    """Draws from the guide and from the prior, weights both to the posterior's (`Pool`), finds exact posterior draws among the
+    prior's where the likelihood has a bound, and says how far the guide is from the posterior.
+
+    :param num_samples: draws of each for every prompt.
+    """
+    require_enough(num_samples)
+    from_prior = importance(model, None, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
+    from_guide = importance(model, guide, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
+    bound = likelihood_bound(model, prompts, joint=not from_guide.is_local)
+    keep = None if bound is None or not from_prior.from_prior else accept(from_prior, bound)  # (S, B)
+    seen = [d.log_weight.flatten(0, 1) > -torch.inf for d in (from_prior, from_guide)]
+    if not bool((seen[0].any(0) | seen[1].any(0)).all()):
+        worst = int((~(seen[0].any(0) | seen[1].any(0))).nonzero()[0])
+        raise NoSupportError(
+            f"prompt {worst}: none of {num_samples} draws of the prior and of the guide is possible under the posterior, so "
+            "nothing is known of it; draw more (--num-samples), or loosen the constraint"
+        )
+    under_guide = score(guide, from_prior, max_plate_nesting)
+    stats = {"log_q": under_guide.log_guide}
+    if keep is not None:
+        stats["accepted"] = keep.reshape(from_prior.log_weight.shape).double()
+    from_prior = replace(from_prior, stats=from_prior.stats | stats, cost=under_guide.cost)
+    figures, verdicts = [], []
+    for b in range(from_guide.log_guide.shape[-1]):
+        p, q = from_prior.of_prompt(b), from_guide.of_prompt(b)
+        exact = exact_among(p)
+        made, verdict = _figures(
+            _scored(p), q, exact, log_evidence(q, exact), bound, 1 / from_guide.log_guide.shape[-1]
+        )
+        figures.append({"prompt": q.prompts.texts[0], **made, "verdict": verdict.code})
+        verdicts.append(verdict)
+    average = over_prompts(
+        figures,
+        largest=("khat", "max_weight"),
+        smallest=("seen",),
+        total=("exact_draws",),
+        shared=("num_samples",),
+        without=("prompt", "verdict"),
+    )
+    cost = from_prior.cost + from_guide.cost
+    average |= {"lm_tokens": cost.lm_tokens, "reward_calls": cost.reward_calls}
+    names = [str(f["prompt"]) for f in figures]
+    verdict = verdicts[0] if len(verdicts) == 1 else of_prompts(judge(**average), verdicts, names)
+    average["verdict"] = verdict.code
+    return Diagnosis(figures, average, verdict, from_prior, from_guide)
+
+
+def require_enough(num_samples: int) -> None:
+    """:raises ValueError: if there are too few draws for standard errors to mean anything."""
+    if num_samples < 100:
+        raise ValueError(f"num_samples={num_samples}; give at least 100 draws for each prompt")
+
+
+def _figures(
+    prior: Draws, guide: Draws, exact: Draws | None, evidence: Evidence, bound: float | None, share: float
+) -> tuple[dict[str, Any], Verdict]:
+    """:param prior: the prior's draws, with `log_guide` under the guide."""
+    made: dict[str, Any] = {}
+    pool = Pool.of(prior, guide)
+
+    def put(name: str, estimate: tuple[Any, Any]) -> None:
+        made[name], made[f"{name}_se"] = map(float, estimate)
+
+    for name in ("elbo", "iwae", "iwae_upper", "upper"):
+        put(name, (getattr(evidence, name), getattr(evidence, f"{name}_se")))
+    made["upper_exact"] = evidence.upper_exact
+    put("log_z", pool.evidence())
+    put("kl_q_p", pool.kl_guide())
+    put("kl_p_q", pool.kl_posterior())
+    put("kl_prior_p", pool.kl_prior())
+    put("kl_p_prior", pool.kl_posterior_prior())
+    put("kl_q_prior", mean((guide.log_guide - guide.log_prior).flatten(0, 1)))
+    base, base_se = map(float, mean(pool.log_likelihood[0]))
+    made["elbo_gain"] = made["elbo_gain_se"] = None  # where both are -inf
+    if base > -math.inf:
+        put("elbo_gain", (made["elbo"] - base, math.hypot(made["elbo_se"], base_se)))
+    put("missing", pool.missing())
+    put("entropy", pool.entropy_guide())
+    put("entropy_posterior", pool.entropy())
+    rows = [row[row > -torch.inf] for row in pool.log_likelihood]
+    few = [len(row) < 2 for row in rows]
+    made["log_likelihood_prior"] = -math.inf if few[0] else float(rows[0].mean())
+    put("log_likelihood", (-math.inf, 0.0) if few[1] else mean(rows[1]))
+    made["log_likelihood_posterior"] = pool.posterior(pool.log_likelihood)[0]
+    made["seen"], made["bounded"] = pool.seen(bound), bound is not None
+    made["possible"] = float((guide.log_weight > -torch.inf).double().mean())
+    if "reward" in guide.records:
+        put("reward", mean(guide["reward"].flatten(0, 1)))
+        put("reward_prior", mean(prior["reward"].flatten(0, 1)))
+        rewards = torch.stack([d["reward"].flatten().double() for d in (prior, guide)])
+        put("reward_posterior", pool.posterior(rewards))
+    log_w = guide.log_weight.flatten()
+    put("ess", (ess(log_w), ess_se(log_w)))
+    made["khat"], made["khat_se"] = psis_khat(log_w), khat_se(log_w)
+    made["max_weight"] = float(max_weight(log_w))
+    made["num_samples"] = guide.num_samples
+    made["exact_draws"] = 0 if exact is None else exact.num_samples
+    cost = prior.cost + guide.cost  # of drawing for all prompts together
+    made["lm_tokens"], made["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
+    return made, judge(**made)

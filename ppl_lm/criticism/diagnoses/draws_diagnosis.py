@@ -1,0 +1,140 @@
+"""`drawn`: what draws are worth, whatever sampler made them: figures with errors for each prompt, and a verdict."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_lm.criticism.averages import over_prompts
+from ppl_lm.criticism.diagnoses.draws_verdicts import DRAWN, judge_drawn
+from ppl_lm.criticism.effective_size import columns, jackknife, of_chains, worst, worth
+from ppl_lm.criticism.statistics import Statistic, numbers, recorded
+from ppl_lm.criticism.weights import (
+    ess_se,
+    khat_se,
+    log_mean,
+    max_weight,
+    mean,
+    pareto_smooth,
+    psis_khat,
+    weighted_mean,
+)
+from ppl_lm.infer.draws import Draws
+
+FIGURES = (  # keys that no statistic may have
+    *("prompt", "prompts", "kind", "num_samples", "chains", "possible", "unique", "acceptance_rate"),
+    *("ess", "ess_se", "max_weight", "khat", "khat_se", "log_z", "log_z_se", "kl_q_p", "kl_q_p_se"),
+    *("ess_bulk", "ess_bulk_se", "ess_tail", "ess_tail_se", "r_hat", "r_hat_se"),
+    *("lm_tokens", "reward_calls", "lm_tokens_per_effective_draw", "verdict", "sentence"),
+)
+WORST = ("khat", "r_hat", "max_weight")  # of several prompts it is the largest that counts
+
+
+def diagnose_draws(draws: Draws, statistics: Mapping[str, Statistic] | None = None) -> dict[str, Any]:
+    """Figures averaged over prompts, verdict and sentence, and under `prompts` the same of each `prompt`. None where a figure
+    does not apply. Keys that end in `_se` are Monte Carlo standard errors, in the unit of what they belong to.
+
+    Of all draws:
+
+    - `kind`: `exact`, `markov`, `interacting` (SMC: `chains` are its runs, and only they are independent) or `weighted`.
+    - `num_samples`, of all `chains`; `possible`: the share of them that the posterior allows; `unique`: that are different
+      texts; the mean `acceptance_rate` of Markov chains.
+    - `ess`, `ess_se`: how many independent posterior draws they are worth. Kong's of weights; all, without error, of exact
+      draws; `ess_bulk` of chains; of interacting draws what the errors of their means amount to, the smallest of their
+      numbers', without `ess_se`.
+    - `reward`, `length` (tokens), `log_prior` (nats), whatever else the model recorded (as NAME_recorded where that is the name
+      of a figure), and the `statistics`: posterior means, by Pareto-smoothed weights where there are any, each with `_se`.
+    - `lm_tokens`, `reward_calls`: the cost; `lm_tokens_per_effective_draw`.
+    - `verdict`: `exact`, `good`, `unknown`, `unreliable`, `not_converged` or `impossible`; `sentence`: why. Of several prompts
+      the worst.
+
+    Of weighted draws: `log_z` and `kl_q_p` = KL(their own law ‖ posterior), nats, with `_se`; `khat` with `khat_se`;
+    `max_weight`, the largest weight's share of their sum. Of interacting ones `log_z`, as `kl_q_p` the bound
+    log Z - E log Ẑ of a text picked from a run by its weight, and `khat` and `max_weight` of the weights of all runs together:
+    where nothing was resampled they are those of importance sampling. Of exact ones with their proposals `log_z`.
+
+    Of Markov chains: `r_hat`, the largest of any number; `ess_bulk` and `ess_tail`, draws, the fewest of any number; all three
+    ArviZ's rank-normalised ones of split chains (Vehtari et al. 2021), `_se` by the jackknife over chains, or 16 groups of them
+    where there are more, None of fewer than 4.
+
+    Over prompts `khat`, `r_hat` and `max_weight` are the largest, with the errors of that prompt; other figures are means.
+
+    :param statistics: name -> function from texts to one finite number each, in any unit; of the text `x`, or the first. They
+        are further numbers of the draws, in all that is said of these.
+    :raises ValueError: if a statistic is not one finite number a text, or has the name of a figure.
+    """
+    taken = sorted({*(statistics or {})} & {*FIGURES})
+    if taken:
+        raise ValueError(f"statistics {taken} have the names of figures; give them other ones")
+    draws = recorded(draws, statistics)
+    batch = draws.log_guide.shape[-1]
+    made = [_figures(draws.of_prompt(b), 1 / batch) for b in range(batch)]
+    worst = max(made, key=lambda figures: DRAWN.index(figures["verdict"]))
+    average = over_prompts(made, largest=WORST, shared=("num_samples", "chains"), without=("prompt",))
+    average |= {"lm_tokens": draws.cost.lm_tokens, "reward_calls": draws.cost.reward_calls}
+    total = sum(figures["ess"] or 0.0 for figures in made)
+    average["lm_tokens_per_effective_draw"] = draws.cost.lm_tokens / total if total else None
+    average |= {"verdict": worst["verdict"], "sentence": worst["sentence"]}
+    if batch > 1:
+        count = sum(figures["verdict"] == worst["verdict"] for figures in made)
+        average["sentence"] = f"{count} of {batch} prompts, first {worst['prompt']!r}: {worst['sentence']}"
+    return {**average, "prompts": made}
+
+
+def _figures(draws: Draws, share: float) -> dict[str, Any]:
+    """Of one prompt, or of all where only their joint weight exists."""
+    kind = "exact" if draws.exact else "markov" if draws.markov else "interacting" if draws.interacting else "weighted"
+    made: dict[str, Any] = dict.fromkeys(key for key in FIGURES if key != "prompts")
+    made |= {"prompt": draws.prompts.texts[0], "kind": kind, "num_samples": draws.num_samples}
+    log_w = draws.log_weight.flatten(0, 1)  # (S, 1)
+    possible = made["possible"] = float((log_w > -torch.inf).double().mean())
+    made |= {"chains": len(draws.log_guide), "ess": worth(draws), "ess_se": 0.0 if draws.exact else None}
+    behind = {"weighted": draws, "interacting": draws.by_run(), "exact": draws.proposals}.get(kind)
+    if behind is not None and possible and behind.num_samples > 1:
+        made["log_z"], made["log_z_se"] = map(float, log_mean(behind.log_weight.flatten(0, 1)))
+    if kind in ("weighted", "interacting") and behind is not None and made["log_z"] is not None:
+        one = behind.log_weight.flatten(0, 1)  # of independent draws, or runs
+        se = ((one - made["log_z"]).exp() - one).std(0) / len(one) ** 0.5  # one influence function: same draws
+        made["kl_q_p"] = made["log_z"] - float(one.mean())
+        made["kl_q_p_se"] = float(se.nan_to_num(math.inf))
+        if draws.proposals is not None:  # quasi-rejection: its law is normalised by an estimate from the proposals
+            made["log_z"], made["log_z_se"] = map(float, log_mean(draws.proposals.log_weight.flatten(0, 1)))
+            made["kl_q_p"] = made["log_z"] - float(one.mean())
+            made["kl_q_p_se"] = math.hypot(float(one.std(0)) / len(one) ** 0.5, made["log_z_se"])
+    if kind in ("weighted", "interacting") and possible:
+        made["khat"], made["max_weight"] = psis_khat(log_w[:, 0]), float(max_weight(log_w))
+    if kind == "weighted" and possible:
+        made["khat_se"] = khat_se(log_w[:, 0])
+        made["ess_se"] = float(ess_se(log_w)) if len(log_w) > 1 else None
+    if kind == "markov":
+        each = columns(draws)
+        for key, found in (("r_hat", ("rhat", "rank")), ("ess_bulk", ("ess", "bulk")), ("ess_tail", ("ess", "tail"))):
+            made[key], made[f"{key}_se"] = worst(each, *found), jackknife(each, *found)
+        made["ess_se"] = made["ess_bulk_se"]
+        if "acceptance_rate" in draws.stats:
+            made["acceptance_rate"] = float(draws.stats["acceptance_rate"].mean())
+    for name, value in numbers(draws).items():
+        name = f"{name}_recorded" if name in FIGURES else name  # a record must not pass for a figure
+        made[name], made[f"{name}_se"] = _mean(value, draws) if possible else (None, None)
+    x = torch.cat([draws[name].flatten(0, 1).flatten(1) for name in draws.texts], -1)  # (S, tokens)
+    made["unique"] = len(x.unique(dim=0)) / len(x)
+    cost = draws.cost  # of drawing for all prompts together
+    made["lm_tokens"], made["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
+    made["lm_tokens_per_effective_draw"] = cost.lm_tokens * share / made["ess"] if made["ess"] else None
+    known = ("kind", "num_samples", "chains", "possible", "ess", "khat", "r_hat", "kl_q_p")
+    verdict = judge_drawn(**{k: made[k] for k in known})
+    return made | {"verdict": verdict.code, "sentence": verdict.sentence}
+
+
+def _mean(value: Tensor, draws: Draws) -> tuple[float, float | None]:
+    """Of a number, (C, S, 1), under the posterior, and its Monte Carlo standard error; None where there is none."""
+    flat = value.flatten(0, 1)
+    if len(flat) < 2:
+        return float(flat), None
+    if draws.markov:
+        (error,) = of_chains([value[..., 0].cpu().numpy()], "mcse") or [0.0]  # of what never changes
+        return float(flat.mean()), None if math.isnan(error) else error
+    centre, se = mean(flat) if draws.exact else weighted_mean(flat, pareto_smooth(draws))
+    return float(centre), float(se)

@@ -1,0 +1,69 @@
+"""`token_gains`: where in a text a guide departs from its prior, token by token."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.traces.layout import ROWS, Given
+from ppl_lm.infer.traces.particles import as_particles
+from ppl_lm.infer.traces.sites import is_sequence
+from ppl_lm.lm.token_sequence import TokenSequence
+
+
+@torch.no_grad()
+def token_gains(
+    model: Callable[..., Any], guide: Callable[..., Any], draws: Draws, site: str = "x", max_plate_nesting: int = 1
+) -> Float[Tensor, "C S B T"]:
+    """log q(x_t | prompt, x_<t) - log p0(x_t | prompt, x_<t) of each token of the draws, nats, float64, 0 after the end; also 0
+    where neither can write the token. With the text as the only latent site, their sum over tokens is
+    `draws.log_guide - draws.log_prior`, if those are of this guide.
+
+    Runs model and guide up to the text, with the draws' values in it: rewards are not called. Scales and masks on the site do
+    not count.
+
+    :raises ValueError: if `site` is not a text, one for each prompt, of the draws and of both programs."""
+    x = draws.latents.get(site)
+    if x is None or site not in draws.texts or x.dim() != 4:
+        raise ValueError(f"site {site!r} is not one text a prompt; the draws' texts are {list(draws.texts)}")
+    flat = {name: value.flatten(0, 1) for name, value in draws.latents.items()}
+    size = max(1, ROWS // len(draws.prompts))
+    parts = []
+    for start in range(0, draws.num_samples, size):
+        values = {name: value[start : start + size] for name, value in flat.items()}
+        log_q, log_p = (_scored(program, draws, values, site, max_plate_nesting) for program in (guide, model))
+        parts.append(torch.where((log_q == -torch.inf) & (log_p == -torch.inf), 0.0, log_q - log_p))
+    gains = torch.cat(parts).reshape(x.shape)
+    return torch.where(draws.prompts.vocabulary.alive(x), gains, 0.0)
+
+
+def _scored(program: Any, draws: Draws, values: dict[str, Tensor], site: str, nesting: int) -> Float[Tensor, "S B T"]:
+    count = len(values[site])
+    try:
+        with _Until(site), Given(values, nesting):
+            as_particles(program, count, nesting)(draws.prompts)
+    except _Found as found:
+        return found.law.token_log_probs(found.value).reshape(values[site].shape)
+    raise ValueError(f"a program has no text at the site {site!r}; give the model and the guide of these draws")
+
+
+class _Found(Exception):
+    def __init__(self, law: TokenSequence, value: Int[Tensor, "*S T"]):
+        super().__init__()
+        self.law, self.value = law, value
+
+
+class _Until(Messenger):
+    """Leaves a program where its text has its value."""
+
+    def __init__(self, site: str):
+        super().__init__()
+        self.site = site
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.site and is_sequence(msg) and not msg["is_observed"]:
+            raise _Found(msg["fn"], msg["value"])

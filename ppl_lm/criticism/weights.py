@@ -1,0 +1,157 @@
+"""Importance weights: how many draws they are worth, and whether their tail can be trusted."""
+
+import math
+import sys
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ppl_lm.infer.draws import Draws
+
+
+def ess(log_w: Float[Tensor, "S *B"] | Draws) -> Float[Tensor, "*B"]:
+    """Effective sample size (Σw)²/Σw² in draws (Kong 1992); 0 where all weights are zero. Of `Draws`: each prompt's,
+    all where they are exact; too many of those that came about together, of which `drawn` takes the errors of their means."""
+    if isinstance(log_w, Draws):
+        if log_w.exact:
+            return log_w.log_weight.new_full(log_w.log_weight.shape[2:], log_w.num_samples)
+        log_w = log_w.log_weight.flatten(0, 1)
+    value = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
+    return torch.where((log_w == -torch.inf).all(0), 0.0, value)
+
+
+def ess_se(log_w: Float[Tensor, "S *B"]) -> Float[Tensor, "*B"]:
+    """Standard error of Kong's effective sample size, in draws; 0 where all weights are the same, or zero.
+
+    With m1 and m2 the means of w and w², ESS = S m1²/m2 changes by ESS/S · [2 (w/m1 - 1) - (w²/m2 - 1)] with each draw: the
+    delta method (van der Vaart 1998, section 3.1). It needs a finite E w⁴, k̂ below 1/4: of heavier weights it is too small.
+
+    :raises ValueError: of fewer than 2 draws."""
+    n = len(log_w)
+    if n < 2:
+        raise ValueError("one draw has no standard error; give at least 2")
+    w = n * log_w.softmax(0)  # w/m1
+    m2 = w.square().mean(0)
+    influence = 2 * (w - 1) - (w.square() / m2 - 1)
+    return torch.where((log_w == -torch.inf).all(0), 0.0, math.sqrt(n) / m2 * influence.std(0))
+
+
+def max_weight(log_w: Float[Tensor, "S *B"]) -> Float[Tensor, "*B"]:
+    """The largest weight's share of their sum, 0 to 1; 0 where all weights are zero. 1/S where all are the same.
+
+    It has no standard error: no property of the weights' law, whose largest share goes to 0 with more draws, but of these
+    draws: how far a mean over them is the value of a single one."""
+    return torch.where((log_w == -torch.inf).all(0), 0.0, log_w.softmax(0).amax(0))
+
+
+def psis_khat(log_w: Float[Tensor, "S"]) -> float | None:
+    """Shape k̂ of a generalised Pareto fitted to the largest weights (Vehtari et al. 2024); below
+    `khat_threshold(S)` importance sampling can be trusted.
+
+    None where the tail is tied, as it is when weights are bounded, or has fewer than 5 weights: k̂ does not apply, and
+    the ESS decides."""
+    fit = _pareto(log_w)
+    return None if fit is None else fit[0]
+
+
+def khat_se(log_w: Float[Tensor, "S"]) -> float | None:
+    """Standard error of `psis_khat`, for a tail that is a generalised Pareto; None where k̂ does not apply.
+
+    Of the M weights of the tail the likeliest shape has the variance (1 + k)²/M for k > -1/2 (Smith 1987); below, where the
+    upper end is known faster than the shape, k²/M (Smith 1985). ArviZ adds to it 10 observations of 1/2: its k̂ is
+    (M k + 5) / (M + 10), and its standard error M/(M + 10) of the likeliest one's. Around -1/2, where k̂ is far below any
+    threshold, up to half of the error is left out."""
+    fit = _pareto(log_w)
+    if fit is None:
+        return None
+    khat, m, _ = fit
+    k = ((m + 10) * khat - 5) / m
+    return m / (m + 10) * max(1 + k, -k) / math.sqrt(m)
+
+
+def khat_threshold(num_samples: int) -> float:
+    """min(1 - 1/log10 S, 0.7), as ArviZ has it."""
+    return min(1 - 1 / math.log10(max(num_samples, 2)), 0.7)
+
+
+def log_mean(log_w: Float[Tensor, "S *B"]) -> tuple[Tensor, Tensor]:
+    """log of the mean weight and its standard error (delta method), nats."""
+    n = len(log_w)
+    value = log_w.logsumexp(0) - math.log(n)
+    relative = (log_w - value).exp()
+    return value, relative.std(0) / math.sqrt(n)
+
+
+def mean(values: Float[Tensor, "S *B"]) -> tuple[Tensor, Tensor]:
+    """Mean over draws and its standard error."""
+    if len(values) < 2:
+        raise ValueError("one draw has no standard error; give at least 2")
+    se = values.std(0) / math.sqrt(len(values))
+    return values.mean(0), se.nan_to_num(math.inf)  # a mean of -inf is known to be nothing
+
+
+def weighted_mean(values: Float[Tensor, "S B"], draws: Draws) -> tuple[Tensor, Tensor]:
+    """Posterior mean of a statistic of the draws with its standard error: self-normalised importance sampling (delta
+    method), or a plain mean where the draws are exact."""
+    if draws.exact:
+        return mean(values)
+    w = draws.log_weight.flatten(0, 1).softmax(0)
+    values = torch.where(w > 0, values, 0.0)  # of an impossible text it may be -inf
+    centre = (w * values).sum(0)
+    influence = w * (values - centre)
+    if draws.interacting:  # only the runs are independent
+        influence = influence.unflatten(0, draws.log_guide.shape[:2]).sum(1)
+        runs = len(influence)
+        influence = influence * (runs / max(1, runs - 1)) ** 0.5
+    return centre, influence.square().sum(0).sqrt()
+
+
+def pareto_smooth(draws: Draws) -> Draws:
+    """The same draws with Pareto-smoothed weights, for means of less variance and a little more bias: the largest weights
+    are replaced by the order statistics of the generalised Pareto that fits them (Vehtari et al. 2024), and all are
+    scaled so that their sum, and with it log Ẑ, stays.
+
+    `log_guide` is what changes, so that `log_weight` is smoothed: it is the density of no program any more. Weights stay as
+    they are where k̂ does not apply (see `psis_khat`), in exact draws, in Markov chains and in draws that came about together;
+    zeros stay zeros."""
+    if draws.exact or draws.markov or draws.interacting:
+        return draws
+    log_w = draws.log_weight
+    columns = [_smoothed(column) for column in log_w.flatten(0, 1).unbind(-1)]
+    change = log_w - torch.stack(columns, -1).reshape(log_w.shape)
+    return replace(draws, log_guide=torch.where(log_w > -torch.inf, draws.log_guide + change, draws.log_guide))
+
+
+def _smoothed(log_w: Float[Tensor, "S"]) -> Tensor:
+    fit = _pareto(log_w)
+    if fit is None:
+        return log_w
+    made = log_w.clone()
+    made[log_w > -torch.inf] = fit[2].to(log_w) + log_w.logsumexp(0)
+    return made
+
+
+def _pareto(log_w: Float[Tensor, "S"]) -> tuple[float, int, Tensor] | None:
+    """ArviZ's fit: k̂, the number M of weights that it is fitted to, and the smoothed log weights of what is possible, whose
+    sum is 1. None where k̂ does not apply."""
+    if log_w.dim() != 1:
+        raise ValueError(f"log weights of shape {tuple(log_w.shape)}; k-hat is that of one prompt's weights, (S,)")
+    import arviz as az
+
+    w = log_w[log_w > -torch.inf].double()
+    if len(w) < 25:
+        return None
+    tail = math.ceil(min(len(w) / 5, 3 * math.sqrt(len(w))))
+    largest = w.sort().values[-tail - 1 :]
+    lowest = torch.maximum(largest[0], largest[-1] + math.log(sys.float_info.min))  # below that a share is 0 to ArviZ
+    largest = largest[largest > lowest]  # ArviZ fits those above the tail's lower end, and fails where they are tied
+    if len(largest) < 5 or float(largest[-1] - largest[0]) < 1e-6:
+        return None
+    with warnings.catch_warnings():  # a high k̂ is reported, not warned about
+        warnings.simplefilter("ignore")
+        normalised, khat = az.psislw(w.cpu().numpy())
+    return (float(khat), len(largest), torch.as_tensor(np.asarray(normalised))) if math.isfinite(khat) else None

@@ -1,0 +1,5 @@
+"""Objectives: what a fit minimises, each a function from `Terms` to an `Estimate`."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,105 @@
+"""What is subtracted from costs, and what log Z is taken to be: estimates that leave the gradient right."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_lm.lm.prompts import Prompts
+
+Baseline = Callable[[Tensor, Tensor], Tensor]  # one that remembers steps says so: `moves = True`
+LogZ = Callable[[Tensor, Prompts], Tensor]
+
+
+def no_baseline(cost: Tensor, ratio: Tensor) -> Tensor:
+    return torch.zeros_like(cost)
+
+
+def leave_one_out(cost: Tensor, ratio: Tensor) -> Tensor:
+    """Mean cost of the other particles of the prompt, (K, B): independent of this one's draw (Kool et al. 2019)."""
+    weighted = ratio * cost
+    return (weighted.sum(0) - weighted) / (len(cost) - 1)
+
+
+def constant(value: float) -> Baseline:
+    """The same for every text. For `forward_kl` the mean cost is -1 whatever the guide: with `constant(-1.0)` the gradient
+    is (P/Z - q)/b · ∇ log q, DPG's baseline Z · q/b (Korbak et al. 2022, GDC++)."""
+    return lambda cost, ratio: torch.full_like(cost, value)
+
+
+class MovingAverage:
+    """Mean cost over earlier steps, of all prompts, exponentially weighted; for few particles, even one.
+
+    :param decay: weight of what was known against a step's own mean."""
+
+    def __init__(self, decay: float = 0.9):
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay}; give a number from 0, which keeps only the last step, to below 1")
+        self.decay, self.known, self.weight = decay, 0.0, 0.0
+
+    moves = True
+
+    def __call__(self, cost: Tensor, ratio: Tensor) -> Tensor:
+        before = self.known / self.weight if self.weight else 0.0
+        self.known = self.decay * self.known + (1 - self.decay) * float((ratio * cost).mean())
+        self.weight = self.decay * self.weight + (1 - self.decay)
+        return torch.full_like(cost, before)
+
+
+def of_particles(log_w: Tensor, prompts: Prompts) -> Tensor:
+    """log of the mean weight of the step's particles, (B,): in a function that is not linear in it, biased by O(1/K)."""
+    return log_w.logsumexp(0) - math.log(len(log_w))
+
+
+def of_others(log_w: Tensor, prompts: Prompts) -> Tensor:
+    """The same without the particle itself, (K, B). It makes the expected gradient of `forward_kl` exact up to one positive
+    factor a prompt, Z · E[1/Ẑ]; not with `leave_one_out`, though, since the others' costs hold this particle's weight."""
+    return log_sum_of_others(log_w) - math.log(max(1, len(log_w) - 1))  # -inf if there are no others
+
+
+def log_sum_of_others(log_w: Tensor) -> Tensor:
+    """log Σ_{j ≠ k} w_j for each k along the first dimension, from sums of those before and after: no subtraction."""
+    edge = torch.full_like(log_w[:1], -torch.inf)
+    before = torch.cat([edge, log_w[:-1].logcumsumexp(0)]) if len(log_w) > 1 else edge
+    after = torch.cat([log_w[1:].flip(0).logcumsumexp(0).flip(0), edge]) if len(log_w) > 1 else edge
+    return torch.logaddexp(before, after)
+
+
+def known(log_z: Tensor) -> LogZ:
+    """log Z that is known, (B,) or (); by enumeration, say."""
+    return lambda log_w, prompts: log_z
+
+
+class MovingLogZ:
+    """log Z of each prompt from all steps so far, weighted exponentially; the first step's own is `of_others`.
+
+    Later it uses earlier steps alone: independent of this step's draws, so that costs are exact for the Ẑ at hand. In a
+    prompt's first step the bias is O(1/K): with prompts that come once, give many particles.
+
+    :param decay: weight of the past against a step."""
+
+    def __init__(self, decay: float = 0.95):
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay}; give a number from 0, which keeps only the last step, to below 1")
+        self.decay = decay
+        self.known: dict[tuple[Any, ...], tuple[float, float]] = {}  # prompt -> log Σ of weighted Ẑ, log of Σ weights
+
+    moves = True
+
+    def __call__(self, log_w: Tensor, prompts: Prompts) -> Tensor:
+        now, others = of_particles(log_w, prompts), of_others(log_w, prompts)
+        columns = []
+        for b, key in enumerate(prompts.identities()):
+            total, weight = self.known.get(key, (-math.inf, -math.inf))
+            columns.append(others[:, b] if total == -math.inf else torch.full_like(others[:, b], total - weight))
+            step = math.log1p(-self.decay) if self.decay else 0.0
+            past = math.log(self.decay) if self.decay else -math.inf
+            self.known[key] = (_log_add(past + total, step + float(now[b])), _log_add(past + weight, step))
+        return torch.stack(columns, 1)
+
+
+def _log_add(a: float, b: float) -> float:
+    top = max(a, b)
+    return top if top == -math.inf else top + math.log(math.exp(a - top) + math.exp(b - top))

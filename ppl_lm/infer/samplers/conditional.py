@@ -1,0 +1,63 @@
+"""Conditional SMC: a population that grows around a given text. An upper bound of log Z, and a Markov kernel."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ppl_lm.infer.draws import Draws, concatenate, only_text
+from ppl_lm.infer.samplers.population import Settings, grow
+from ppl_lm.infer.samplers.resampling import Rule, systematic
+from ppl_lm.infer.samplers.sequential import check, finish, laws
+from ppl_lm.infer.samplers.twist import Twist
+from ppl_lm.infer.traces.layout import ROWS
+from ppl_lm.lm import meter
+
+
+@torch.no_grad()
+def conditional_smc(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    planted: Draws,
+    *,
+    num_samples: int = 256,
+    twist: Twist | None = None,
+    candidates: int | None = None,
+    expand: int = 1,
+    resample: Rule = systematic,
+    threshold: float = 0.5,
+    max_plate_nesting: int = 1,
+) -> Draws:
+    """For each planted draw a run of `smc` with these settings, one of whose texts is that draw and survives every resampling
+    (Andrieu, Doucet & Holenstein 2010).
+
+    Around exact posterior draws E[1/Ẑ] = 1/Z, Ẑ being a run's mean weight: so E[log Ẑ] is an upper bound of log Z, as that of
+    `smc` is a lower one (Zhao et al. 2024, prop. 5.1). `log_evidence(smc(...), conditional_smc(...))` gives both.
+
+    :param planted: draws of the model's posterior, (C, S, B), say `rejection`'s: C·S runs. If they are not exact, neither is
+        the bound; `planted` of the result tells.
+    :param num_samples: texts in each run, the planted one among them; the rest as for `smc`.
+    :raises ValueError: if the planted draws hold another latent site than one text, or the proposal cannot draw one of them.
+    """
+    settings = Settings(twist, candidates, expand, resample, threshold)
+    check(settings, guide, num_samples, 1)
+    (name,) = only_text(planted)
+    prompts = planted.prompts
+    x = planted.latents[name].flatten(0, 1)  # (S, B, T)
+    with meter.measure() as cost:
+        prior, proposal = laws(model, guide, prompts)
+        size = max(1, ROWS // (num_samples * expand * len(prompts)))
+        parts = []
+        possible = (planted.log_weight.flatten(0, 1) > -torch.inf).expand(len(x), len(prompts))
+        for part, known in zip(x.split(size), possible.split(size), strict=True):
+            held = torch.where(
+                known.unsqueeze(-1), part, -1
+            )  # an impossible text, which a chain may begin at, is not held
+            grown = grow(prior, proposal, settings, num_samples, len(part), held.flatten(0, 1))
+            assert grown.slot is not None
+            lost = grown.log_w.gather(0, grown.slot.unsqueeze(0))[0] == -torch.inf
+            if bool((lost & known.flatten()).any()):
+                raise ValueError("the twist finds a text impossible that was planted as the posterior's")
+            parts.append(finish(model, prompts, grown, len(prompts), max_plate_nesting))
+    return replace(concatenate(parts, dim=0), cost=cost, planted=planted.exact)

@@ -1,0 +1,96 @@
+"""Markov chains over text: Metropolis-Hastings with proposals from a guide."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
+from ppl_lm.infer.samplers.importance_sampling import draw
+from ppl_lm.infer.samplers.kernels import Kernel, Propose, suffix
+
+
+@dataclass(frozen=True)
+class Info:
+    """What became of one proposal for each of N chains and B prompts.
+
+    :param log_accept: log α, at most 0, nats, (N, B); (N, 1) where all prompts are accepted together.
+    """
+
+    proposal: Draws
+    log_accept: Float[Tensor, "N B"]
+    accepted: Bool[Tensor, "N B"]
+
+
+@torch.no_grad()
+def step(state: Draws, propose: Propose) -> tuple[Draws, Info]:
+    """One step of Metropolis-Hastings of N chains, (1, N, B), each prompt by itself where it has a weight of its own.
+
+    A state that is impossible under the posterior is always left."""
+    proposal, correction = propose(state)
+    log_ratio = proposal.log_weight[0] - state.log_weight[0] + correction
+    log_accept = torch.where(state.log_weight[0] == -torch.inf, 0.0, log_ratio).clamp_max(0.0)
+    accepted = torch.rand_like(log_accept).log() < log_accept
+    both = concatenate([state, proposal])  # (1, 2N, B)
+    chain, prompt = torch.arange(len(accepted), device=accepted.device), torch.arange(accepted.shape[1])
+    rows = chain.unsqueeze(-1) + len(accepted) * accepted  # (N, B or 1)
+    moved = both.map(lambda v: v[:, rows[:, 0]] if rows.shape[1] == 1 else v[:, rows, prompt.to(v.device)])
+    return replace(moved, cost=proposal.cost), Info(proposal, log_accept, accepted)
+
+
+@torch.no_grad()
+def mcmc(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    prompts: Any,
+    *,
+    num_samples: int = 1000,
+    warmup: int = 100,
+    num_chains: int = 32,
+    kernel: Kernel = suffix,
+    max_plate_nesting: int = 1,
+) -> Draws:
+    """Markov chains whose law tends to the posterior, all run side by side, each from a draw of the guide.
+
+    Whether they have come there is for `az.summary(to_arviz(draws))` to say: R-hat near 1, and how many independent draws
+    they are worth. `stats["acceptance_rate"]` is each step's α.
+
+    :param guide: proposes; None proposes from the model's own prior.
+    :param num_samples: of each chain, after `warmup` further steps.
+    :param kernel: `suffix`, `independence` or `particle_gibbs()`, or any function of that signature.
+    :raises NoSupportError: if a chain has met no possible text by the end of its warm-up.
+    """
+    for what, value, least in (
+        ("num_samples", num_samples, 1),
+        ("warmup", warmup, 0),
+        ("num_chains", num_chains, 2),  # R-hat compares chains
+    ):
+        if value < least:
+            raise ValueError(f"{what}={value}; give at least {least}")
+    propose = kernel(model, guide, prompts, max_plate_nesting)
+    state = draw(model, guide, prompts, num_chains, max_plate_nesting)
+    cost, kept, rates = state.cost, [], []
+    for i in range(warmup + num_samples):
+        if i == warmup:
+            require_support(state)
+        state, info = step(state, propose)
+        cost = cost + state.cost
+        if i >= warmup:
+            kept.append(state)
+            rates.append(info.log_accept.exp())
+    made = concatenate([s.map(lambda v: v.transpose(0, 1)) for s in kept])  # (N, S, B)
+    return replace(made, cost=cost, markov=True, stats={"acceptance_rate": torch.stack(rates, 1)})
+
+
+def require_support(state: Draws) -> None:
+    """:raises NoSupportError: if a chain, of (1, N, B), stands at a text that is impossible under the posterior."""
+    best = state.log_weight[0].max(0)
+    if bool((state.log_weight == -torch.inf).any()):
+        worst = int(best.values.argmin())
+        raise NoSupportError(
+            f"prompt {worst}: chains have met no possible text (the best log weight is {float(best.values[worst]):.2f} "
+            "nats); raise warmup, or use a guide closer to the posterior"
+        )

@@ -1,0 +1,155 @@
+"""One more token for texts begun: from which law it is drawn, and what the intermediate target makes of it."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ppl_lm.infer.samplers.twist import Twist
+from ppl_lm.lm.decoder import Decoder, invert
+from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.network import normalise
+from ppl_lm.lm.token_sequence import TokenSequence
+from ppl_lm.lm.vocabulary import Vocabulary
+
+IMPOSSIBLE = (
+    "the proposal cannot draw a text that was planted as the posterior's: "
+    "its guide or twist finds possible texts impossible"
+)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A next token in M copies of each of n texts; nats, float64.
+
+    :param log_p: log p0(x_t | prompt, x_<t).
+    :param log_target: log γ_t(x_≤t) of the text with its new token.
+    :param log_increment: log γ_t(x_≤t) / (γ_t-1(x_<t) q(x_t | x_<t)).
+    """
+
+    tokens: Int[Tensor, "n M"]
+    log_p: Float[Tensor, "n M"]
+    log_target: Float[Tensor, "n M"]
+    log_increment: Float[Tensor, "n M"]
+
+
+class Laws:
+    """Prior, guide and twist, moved together: a decoder row of each for every text that is still open."""
+
+    def __init__(
+        self,
+        prior: TokenSequence,
+        proposal: TokenSequence | None,
+        twist: Twist | None,
+        candidates: int | None,
+        rows: Int[Tensor, "n"],
+    ):
+        self.vocabulary: Vocabulary = prior.lm.vocabulary
+        self.prompts, self.rows, self.ask, self.candidates = prior.prompts, rows, twist, candidates
+        self.prior = Decoder.of(prior.lm, prior.prompts, rows)
+        self.proposal = None
+        if proposal is not None:
+            same = proposal.lm is prior.lm and torch.equal(proposal.prompts.ids, prior.prompts.ids)
+            self.proposal = self.prior if same else Decoder.of(proposal.lm, proposal.prompts, rows)
+        self.network = None
+        if isinstance(twist, LanguageModel):
+            twist.vocabulary.require_same(self.vocabulary, "twist and target")
+            if twist.max_new_tokens != prior.lm.max_new_tokens:
+                raise ValueError(
+                    f"the twist is for {twist.max_new_tokens} tokens, the model's texts have {prior.lm.max_new_tokens}; give "
+                    "both the same max_new_tokens"
+                )
+            self.network = Decoder.of(twist, prior.prompts, rows)
+
+    def advance(self, rows: Int[Tensor, "m"], tokens: Int[Tensor, "m"]) -> None:
+        """Row i goes on from what was row `rows[i]`, by `tokens[i]`."""
+        moved = len(rows) != len(self.rows) or not torch.equal(rows, torch.arange(len(rows), device=rows.device))
+        self.rows = self.rows[rows]
+        for decoder in dict.fromkeys((self.prior, self.proposal, self.network)):  # a proposal may be the prior
+            if decoder is not None:
+                if moved:
+                    decoder.reorder(rows)
+                decoder.advance(tokens)
+
+    def propose(
+        self,
+        x: Int[Tensor, "n T"],
+        t: int,
+        log_target: Float[Tensor, "n"],
+        log_p0: Float[Tensor, "n"],
+        column: Int[Tensor, "n"],
+        many: int = 1,
+        forced: Int[Tensor, "n M"] | None = None,
+    ) -> Tokens:
+        """Draws `many` next tokens for each text, at position t.
+
+        :param log_target: log γ_t-1 of the texts so far; `log_p0` their log p0.
+        :param column: to whose population each belongs.
+        :param forced: what the next tokens have to be, where it is not -1."""
+        log_p = self.prior.log_probs()  # (n, V)
+        log_psi = None if self.network is None else self.network.logits()
+        log_q = self._proposal(log_p, log_psi, x, t)
+        tokens = choose(log_q, column, many)  # (n, M)
+        if forced is not None:
+            tokens = torch.where(forced >= 0, forced, tokens)
+        lp, lq = log_p.gather(-1, tokens).double(), log_q.gather(-1, tokens).double()
+        before = log_target.unsqueeze(-1)
+        if bool(((lq == -torch.inf) & (lp > -torch.inf)).any()):
+            raise ValueError(IMPOSSIBLE)
+        if self.ask is None:  # the guide's own law, or the prior's, is the intermediate target
+            return Tokens(tokens, lp, before + lq, torch.zeros_like(lq))
+        psi = self._asked(x, t, tokens) if log_psi is None else log_psi.gather(-1, tokens).double()
+        after = log_p0.unsqueeze(-1) + lp + psi
+        after = torch.where((lp == -torch.inf) | (psi == -torch.inf), -torch.inf, after)
+        increment = torch.where((before == -torch.inf) | (after == -torch.inf), -torch.inf, after - before - lq)
+        return Tokens(tokens, lp, after, increment)
+
+    def _proposal(self, log_p: Tensor, log_psi: Tensor | None, x: Tensor, t: int) -> Tensor:
+        """log q of every next token, (n, V)."""
+        if self.proposal is not None:
+            return self.proposal.log_probs()
+        if self.candidates is not None:
+            few = log_p.topk(min(self.candidates, log_p.shape[-1])).indices  # (n, c)
+            psi = self._asked(x, t, few) if log_psi is None else log_psi.gather(-1, few)
+            return _few(log_p, few, psi.to(log_p.dtype))
+        return log_p if log_psi is None else _tilted(log_p, log_p + log_psi)
+
+    def _asked(self, x: Tensor, t: int, tokens: Tensor) -> Tensor:
+        """log ψ_t of each text with each of its tokens, by a twist that is a function: (n, M), float64."""
+        assert self.ask is not None
+        many, vocabulary = tokens.shape[-1], self.vocabulary
+        grown = x.repeat_interleave(many, 0)
+        grown[:, t] = tokens.flatten()
+        if t + 1 < grown.shape[-1]:  # an open text as if it ended here
+            open_ = ~vocabulary.is_end(grown[:, t])
+            grown[:, t + 1] = torch.where(open_, min(vocabulary.end_ids), vocabulary.pad_id)
+        prompts = self.prompts.take(self.rows.repeat_interleave(many))
+        length = torch.full((len(grown),), t + 1, device=x.device)
+        answer: Tensor = self.ask(prompts, grown, length)  # pyright: ignore[reportAssignmentType]
+        if answer.shape != (len(grown),) or bool(answer.isnan().any()) or bool((answer == torch.inf).any()):
+            raise ValueError(
+                f"the twist answered shape {tuple(answer.shape)} for {len(grown)} texts, {int(answer.isnan().sum())} of "
+                f"them NaN and {int((answer == torch.inf).sum())} infinite; it needs one log ψ for each, finite or -inf"
+            )
+        return answer.double().reshape(-1, many)
+
+
+def choose(log_q: Float[Tensor, "n V"], column: Int[Tensor, "n"], many: int) -> Int[Tensor, "n M"]:
+    """`many` tokens of each row's law. One random number each, from torch's global generator."""
+    u = torch.rand(len(log_q), many, dtype=torch.float64, device=log_q.device)
+    return torch.stack([invert(log_q, u[:, m]) for m in range(many)], 1)
+
+
+def _tilted(log_p: Tensor, log_gamma: Tensor) -> Tensor:
+    """The law in proportion to exp(log_gamma); where nothing is possible, the prior's: those texts have weight zero."""
+    lost = (log_gamma == -torch.inf).all(-1, keepdim=True)
+    return torch.where(lost, log_p, normalise(log_gamma)) if bool(lost.any()) else normalise(log_gamma)
+
+
+def _few(log_p: Tensor, few: Tensor, log_psi: Tensor) -> Tensor:
+    """q ∝ p0 ψ over the tokens that were asked for, and p0 times their mean ψ over the others."""
+    known = log_p.gather(-1, few)
+    mean = (known + log_psi).logsumexp(-1, keepdim=True) - known.logsumexp(-1, keepdim=True)
+    mean = torch.where(mean == -torch.inf, 0.0, mean)  # none of them is possible: the others are all that is left
+    return _tilted(log_p, (log_p + mean).scatter(-1, few, known + log_psi))

@@ -1,0 +1,5 @@
+"""Programs run and their traces read: Pyro's data structures end here."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

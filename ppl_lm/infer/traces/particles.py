@@ -1,0 +1,264 @@
+"""One run of guide and model with K particles: where Pyro's traces are read, and nowhere else."""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.util import MultiFrameTensor
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match
+from torch import Tensor
+
+from ppl_lm.infer.binding import require_separate
+from ppl_lm.infer.traces.sites import (
+    Site,
+    check_shape,
+    is_record,
+    is_sequence,
+    log_density,
+    log_shift,
+    same_law,
+    sample_sites,
+    score_site,
+)
+from ppl_lm.infer.traces.sources import Source
+from ppl_lm.lm.prompts import Prompts
+
+PLATE = "particles"
+
+
+@dataclass
+class Particles:
+    """Guide and model traces of K particles, every latent site's value drawn once, every log-probability found once.
+
+    Sequence sites are scored without autograd (`token_log_probs`, (K, B, T)); ordinary sites keep their graph.
+
+    :param log_p: site name -> scaled and masked log-probability under the model, observed sites included.
+    :param log_q: site name -> the same under the guide.
+    :param token_log_p: sequence site name -> (K, B, T) scaled and masked; likewise `token_log_q`. Their pad positions
+        are 0, and a completion that is not canonical has -inf in `log_p` alone.
+    :param again: the model on other values of its latent sites.
+    :param drawn: site name -> density that drew its values, by token for texts, NaN where not known; None: the guide's.
+    :param fresh: then which particles the guide drew as it is, (K, B), where that is all that is known.
+    :param repeated: whether an earlier step has seen these very draws.
+    """
+
+    count: int
+    guide_sites: dict[str, Site]
+    model_sites: dict[str, Site]
+    log_p: dict[str, Tensor]
+    log_q: dict[str, Tensor]
+    token_log_p: dict[str, Tensor]
+    token_log_q: dict[str, Tensor]
+    again: Callable[[Trace, int], Trace]
+    guide: Any
+    drawn: dict[str, Tensor] | None = None
+    fresh: Tensor | None = None
+    repeated: bool = False
+
+    @property
+    def latents(self) -> dict[str, Tensor]:
+        return {name: site["value"] for name, site in self.guide_sites.items()}
+
+    @property
+    def records(self) -> dict[str, Tensor]:
+        """What the model recorded with `pyro.deterministic`."""
+        return {name: site["value"] for name, site in self.model_sites.items() if is_record(site)}
+
+    @property
+    def prompts(self) -> Prompts:
+        """Of the text that continues no other: batch shape (B,)."""
+        return self.first_text()["fn"].prompts
+
+    def first_text(self) -> Site:
+        for site in self.guide_sites.values():
+            if is_sequence(site) and len(site["fn"].prompts.batch_shape) == 1:
+                return site
+        raise ValueError("the guide has no text among its sites: use Pyro's own inference for such programs")
+
+    def log_prior(self) -> Tensor:
+        """log p of all latent sites, detached, float64, nats: (K, B), or (K, 1) where a site lies outside the prompt
+        plate, so that only a joint value of all prompts exists. Likewise `log_likelihood`, `log_guide`, `log_drawn`."""
+        return self._by_prompt(self.log_p[name] for name in self.guide_sites if name in self.log_p)
+
+    def log_likelihood(self) -> Tensor:
+        """log p of all observed sites, for exp(r/β): what a bounded `Optimality` subtracts is added again."""
+        return self._by_prompt(self.log_p[n] + log_shift(s) for n, s in self.observed_sites.items())
+
+    def log_likelihoods(self) -> dict[str, Tensor]:
+        """`log_likelihood` site by site."""
+        return {n: self._by_prompt([self.log_p[n] + log_shift(s)]) for n, s in self.observed_sites.items()}
+
+    @property
+    def observed_sites(self) -> dict[str, Site]:
+        return {name: self.model_sites[name] for name in self.log_p if name not in self.guide_sites}
+
+    def log_evidence(self) -> Tensor:
+        """log p of all observed sites as Pyro has it: `log_likelihood` less what a bounded `Optimality` subtracts."""
+        return self._by_prompt(log_p for name, log_p in self.log_p.items() if name not in self.guide_sites)
+
+    def log_guide(self) -> Tensor:
+        return self._by_prompt(self.log_q.values())
+
+    @torch.no_grad()
+    def log_drawn(self) -> Tensor:
+        """The density that drew the values: `log_guide` without what `poutine.scale` and `mask` make of it."""
+        if self.drawn is not None:
+            return self._by_prompt(d.sum(-1) if is_sequence(self.guide_sites[n]) else d for n, d in self.drawn.items())
+        return self._by_prompt(log_density(site) for site in self.guide_sites.values())
+
+    def share(self) -> Tensor:
+        """What each particle counts in a mean under the guide, (K, B): 1/K, or self-normalised importance ratios."""
+        if self.fresh is not None:
+            return self.fresh.double() / self.fresh.sum(0)
+        if self.drawn is None:
+            return torch.full_like(self.log_guide(), 1 / self.count)
+        return (self.log_guide() - self.log_drawn()).softmax(0)
+
+    def _by_prompt(self, terms: Iterable[Tensor]) -> Tensor:
+        return by_prompt(terms, self.count, len(self.prompts) if self.is_local else 1)
+
+    @property
+    def prompt_plates(self) -> set[str]:
+        """Names of the plate of the prompts, in guide and model."""
+        name = self.first_text()["name"]
+        sites = (self.guide_sites[name], self.model_sites[name])
+        return {f.name for site in sites for f in site["cond_indep_stack"] if f.dim == -1}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether every site lies in the prompt plate, so that each prompt has a weight of its own."""
+        name = self.first_text()["name"]
+
+        def local(sites: dict[str, Site]) -> bool:  # guide and model may name their plates differently
+            plates = [
+                {f.name for f in s["cond_indep_stack"] if f.dim == -1} for s in sites.values() if not is_record(s)
+            ]
+            return all(plate & {f.name for f in sites[name]["cond_indep_stack"] if f.dim == -1} for plate in plates)
+
+        return local(self.guide_sites) and local(self.model_sites)
+
+    def is_hard(self) -> bool:
+        """Whether the evidence rules texts out: a site says so, or one that was drawn is impossible."""
+        declared = any(site["infer"].get("hard") for site in self.model_sites.values())
+        return declared or any(bool((log_p == -torch.inf).any()) for log_p in self.log_p.values())
+
+    def subsampled(self) -> str | None:
+        """Name of a plate that subsamples, if one does."""
+        for site in (*self.guide_sites.values(), *self.model_sites.values()):
+            for f in site["cond_indep_stack"]:
+                if f.full_size is not None and f.full_size != f.size:
+                    return f.name
+        return None
+
+    def cost(self) -> MultiFrameTensor:
+        """log q - log p of every site, detached, summed by plates (Schulman et al. 2015: what lies in other cells of a
+        plate does not depend on this one)."""
+        terms = MultiFrameTensor()
+        for name, log_q in self.log_q.items():
+            terms.add((self.guide_sites[name]["cond_indep_stack"], log_q.detach()))
+        for name, log_p in self.log_p.items():
+            terms.add((self.model_sites[name]["cond_indep_stack"], -log_p.detach()))
+        return terms
+
+
+def run(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_particles: int,
+    max_plate_nesting: int = 1,
+    source: Source | None = None,
+    pathwise: bool = True,
+) -> Particles:
+    """Runs the guide, then the model on the guide's values, once, with all particles in an outermost plate.
+
+    Without a guide the model's own prior draws its latent sites, and serves as their guide. With a source, it draws, and
+    the guide is replayed on what it drew.
+
+    :param pathwise: whether values keep the graph of a reparameterised draw."""
+
+    def trace_of(program: Callable[..., Any], values: Trace | None = None, count: int = num_particles) -> Trace:
+        program = as_particles(program, count, max_plate_nesting)
+        program = program if values is None else poutine.replay(program, trace=values)
+        with nullcontext() if pathwise else _Detached():
+            return poutine.trace(program).get_trace(*args, **kwargs)
+
+    nesting = max_plate_nesting + 1
+    if guide is None:
+        model_trace = trace_of(model)
+        model_sites = sample_sites(model_trace)
+        guide_sites = {n: s for n, s in model_sites.items() if not s["is_observed"]}
+    else:
+        require_separate(model, guide)
+        drawn = None if source is None else source(lambda program=None: trace_of(program or guide), args[0])
+        guide_trace = trace_of(guide, None if drawn is None else drawn.trace)
+        if drawn is not None and (lacks := set(sample_sites(guide_trace)) - set(sample_sites(drawn.trace))):
+            raise ValueError(f"the source draws no site {min(lacks)!r}; it must draw every latent site of the guide")
+        model_trace = trace_of(model, guide_trace)
+        guide_sites = {n: s for n, s in sample_sites(guide_trace).items() if not s["is_observed"]}
+        model_sites = sample_sites(model_trace)
+        missing = [n for n, s in model_sites.items() if not s["is_observed"] and n not in guide_sites]
+        if missing:
+            raise ValueError(f"the guide has no site {missing[0]!r}; it must draw every latent site of the model")
+        check_model_guide_match(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace), nesting)
+    made = Particles(num_particles, guide_sites, model_sites, {}, {}, {}, {}, partial(trace_of, model), guide)
+    if guide is not None and drawn is not None:
+        made.drawn = {name: drawn.log_density(name) for name in guide_sites}
+        made.fresh, made.repeated = drawn.fresh, drawn.repeated
+    for name, site in guide_sites.items():
+        made.log_q[name] = score_site(name, site, made.token_log_q)
+        if pyro.settings.get("validate_poutine"):
+            check_shape(site, made.log_q[name], nesting)
+    for name, site in model_sites.items():
+        if is_record(site):
+            continue
+        twin = guide_sites.get(name)
+        if twin is site or (
+            twin is not None and same_law(site, twin)
+        ):  # the prior as its own proposal: one pass serves both
+            made.log_p[name] = made.log_q[name]
+            if name in made.token_log_q:
+                made.token_log_p[name] = made.token_log_q[name]
+            continue
+        made.log_p[name] = score_site(name, site, made.token_log_p)
+        if pyro.settings.get("validate_poutine"):
+            check_shape(site, made.log_p[name], nesting)
+    for name, value in (*made.log_q.items(), *made.log_p.items()):
+        if bool(torch.isnan(value.detach()).any()):
+            raise ValueError(f"site {name!r} has a log-probability that is NaN; check the program and its reward")
+    return made
+
+
+class _Detached(Messenger):
+    """Values without the graph of their draw: later sites' densities then depend on parameters of their own alone."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and isinstance(msg["value"], Tensor):
+            msg["value"] = msg["value"].detach()
+
+
+def by_prompt(terms: Iterable[Tensor], count: int, batch: int) -> Tensor:
+    """Sums sites' log-probabilities, each over the dimensions between particles and prompts, to (count, batch)."""
+    total: Any = torch.zeros(count, batch, dtype=torch.float64)
+    for term in terms:
+        term = term.detach().double()
+        term = term.expand(count) if term.dim() == 0 else term
+        term = term.reshape(count, -1, term.shape[-1]) if term.dim() > 1 or count == 1 else term.reshape(count, 1, 1)
+        term = term.sum(1)
+        total = total.to(term.device) + (term if term.shape[-1] == batch else term.sum(-1, keepdim=True))
+    return total
+
+
+def as_particles(program: Callable[..., Any], num_particles: int, max_plate_nesting: int = 1) -> Callable[..., Any]:
+    """The program with all its sites in an outermost plate of `num_particles`. To be replayed from outside, so that the
+    plate broadcasts replayed sites too."""
+    return pyro.plate(PLATE, num_particles, dim=-max_plate_nesting - 1)(program)

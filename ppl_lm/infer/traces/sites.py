@@ -1,0 +1,77 @@
+"""One sample site of a Pyro trace: what kind it is, and its log-probability."""
+
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_site_shape
+from torch import Tensor
+
+from ppl_lm.likelihood.optimality import Optimality
+from ppl_lm.lm.token_sequence import TokenSequence
+
+Site = dict[str, Any]
+
+
+def sample_sites(trace: Any) -> dict[str, Site]:
+    """The sample sites of a Pyro trace by name, without those that plates make to subsample."""
+    nodes: Any = prune_subsample_sites(trace).nodes
+    return {n: s for n, s in nodes.items() if s["type"] == "sample"}
+
+
+def is_sequence(site: Site) -> bool:
+    return isinstance(site["fn"], TokenSequence)
+
+
+def check_shape(site: Site, log_prob: Tensor, nesting: int) -> None:
+    """:raises ValueError: by Pyro, if a plate is missing around the site."""
+    shaped: Any = {**site, "log_prob": log_prob}
+    check_site_shape(shaped, nesting)
+
+
+def log_density(site: Site) -> Tensor:
+    """Log-probability of a site's value as its distribution has it, unscaled and unmasked, without autograd for texts."""
+    return score_site("", {**site, "scale": 1.0, "mask": None}, {})
+
+
+def log_shift(site: Site) -> Tensor:
+    """What a bounded `Optimality` subtracts of its log-potential, scaled and masked as its log-probability is."""
+    fn = site["fn"]
+    bound = (fn.log_bound or 0.0) if isinstance(fn, Optimality) else 0.0
+    shift = torch.full(fn.batch_shape, bound, dtype=torch.float64, device=site["value"].device)
+    return scale_and_mask(shift, site["scale"], site["mask"])
+
+
+def score_site(name: str, site: Site, tokens: dict[str, Tensor]) -> Tensor:
+    fn, value, mask = site["fn"], site["value"], site["mask"]
+    scale: Any = site["scale"]  # a tensor under poutine.scale(scale=tensor)
+    if not is_sequence(site):
+        return scale_and_mask(fn.log_prob(value, *site["args"], **site["kwargs"]), scale, mask)
+    with torch.no_grad():
+        by_token = fn.drawn_log_probs(value)
+        if by_token is None:
+            by_token = fn.token_log_probs(value)
+        wide: Any = scale.unsqueeze(-1) if isinstance(scale, Tensor) and scale.dim() else scale
+        tokens[name] = scale_and_mask(by_token, wide, mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask)
+        canonical = fn.lm.vocabulary.is_canonical(value)
+        total = tokens[name].sum(-1)
+        return total if bool(canonical.all()) else total.masked_fill(~canonical, -torch.inf)
+
+
+def same_law(site: Site, twin: Site) -> bool:
+    """Whether model and guide draw a sequence site from the same network, prompts, scale and mask."""
+    if not (is_sequence(site) and is_sequence(twin)):
+        return False
+    a, b = site["fn"], twin["fn"]
+    same_prompts = a.prompts is b.prompts or (
+        torch.equal(a.prompts.ids, b.prompts.ids) and torch.equal(a.prompts.lengths, b.prompts.lengths)
+    )
+    same_scale = all(type(site[k]) is not Tensor and site[k] == twin[k] for k in ("scale", "mask"))
+    if not same_prompts:
+        a.prompts.vocabulary.require_same(b.prompts.vocabulary, "guide and target")
+    return a.lm is b.lm and same_prompts and same_scale
+
+
+def is_record(site: Site) -> bool:
+    return bool(site["infer"].get("_deterministic"))

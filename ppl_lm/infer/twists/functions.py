@@ -1,0 +1,76 @@
+"""Twists: what a text begun is expected to be worth, so that SMC keeps the beginnings that lead somewhere.
+
+The intermediate targets are p0(x_≤t) ψ_t(x_≤t) / Z_t (Zhao et al. 2024). A twist is a network, whose logits are log ψ_t of
+every next token at once, or a function of texts begun.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.samplers.twist import Function
+from ppl_lm.infer.traces.particles import by_prompt
+from ppl_lm.infer.traces.sites import is_record, log_shift, sample_sites, score_site
+from ppl_lm.infer.traces.text_site import TextIs, text_law
+from ppl_lm.lm.prompts import Prompts
+
+
+def prefix_likelihood(model: Callable[..., Any]) -> Function:
+    """ψ_t(x_≤t) = p(evidence | x_≤t), as if the text ended there: what the reward says of the part that is written."""
+
+    def log_psi(prompts: Prompts, x: Tensor, n: Tensor) -> Tensor:
+        with TextIs(x):
+            sites = sample_sites(poutine.trace(model).get_trace(prompts))
+        observed = {k: s for k, s in sites.items() if s["is_observed"] and not is_record(s)}
+        terms = [score_site(name, site, {}) + log_shift(site) for name, site in observed.items()]
+        return by_prompt([term.unsqueeze(0) for term in terms], 1, len(x))[0]
+
+    return log_psi
+
+
+def tempered(twist: Function, over: int) -> Function:
+    """ψ_t^min(1, t / over): a path in β, from the prior's law (β = ∞) to the posterior's after `over` tokens."""
+    if over < 1:
+        raise ValueError(f"over={over}; give the number of tokens after which the twist counts in full, at least 1")
+
+    def log_psi(prompts: Prompts, x: Tensor, n: Tensor) -> Tensor:
+        return twist(prompts, x, n) * (n / over).clamp_max(1.0)
+
+    return log_psi
+
+
+def exact_twist(model: Callable[..., Any], prompts: Any) -> Function:
+    """ψ*_t(x_≤t) = E_p0[p(evidence | x) | x_≤t] by enumeration, for tiny vocabularies: with all tokens as `candidates` every
+    weight is Z, and every draw the posterior's.
+
+    :raises ValueError: from `exact`, where texts cannot be enumerated; or if the model has another latent site."""
+    truth = enumerate_posterior(model, None, prompts)
+    if len(truth.latents) != 1:
+        raise ValueError(f"the model has the latent sites {sorted(truth.latents)}; a twist is of one text alone")
+    (x,) = truth.latents.values()  # (N, B, T)
+    law = text_law(model, prompts)
+    log_prior = law.log_prob(x).detach()  # (N, B)
+    log_joint = truth.log_joint.detach()
+    known, rows_of = x[:, 0], law.prompts
+
+    def log_psi(prompts: Prompts, x: Tensor, n: Tensor) -> Tensor:
+        out = torch.empty(len(x), dtype=torch.float64, device=x.device)
+        column = _same_prompt(rows_of, prompts)
+        for length in n.unique().tolist():
+            mine = (n == length).nonzero()[:, 0]
+            begins = (known[:, None, :length] == x[None, mine, :length]).all(-1)  # (outcomes, mine)
+            joint = torch.where(begins, log_joint[:, column[mine]], -torch.inf).logsumexp(0)
+            out[mine] = joint - torch.where(begins, log_prior[:, column[mine]], -torch.inf).logsumexp(0)
+        return out.nan_to_num(-torch.inf, neginf=-torch.inf)
+
+    return log_psi
+
+
+def _same_prompt(known: Prompts, asked: Prompts) -> Tensor:
+    """Which of the known prompts each of the asked ones is."""
+    rows = {identity: b for b, identity in enumerate(known.identities())}
+    return torch.tensor([rows[identity] for identity in asked.identities()], device=known.ids.device)

@@ -1,0 +1,5 @@
+"""Pictures: each takes what criticism returns and draws it on matplotlib Axes."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

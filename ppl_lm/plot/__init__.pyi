@@ -1,0 +1,9 @@
+from .automaton_diagram import automaton as automaton
+from .evidence_brackets import evidence as evidence
+from .frontier_curve import frontier as frontier
+from .model_diagram import model as model
+from .prefix_diagram import prefix_tree as prefix_tree
+from .rank_ecdf import calibration as calibration
+from .token_heat import heat as heat
+from .training_curve import training as training
+from .weight_tails import weight_tail as weight_tail

@@ -1,0 +1,69 @@
+"""The bracket of log Z by method."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ppl_lm.criticism.evidence import FEWEST, Evidence
+from ppl_lm.plot.style import BOUNDS, GREY, axes, legend_below, number, plain, said
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def evidence(evidence: Mapping[str, Evidence | Mapping[str, Any]], ax: "Axes | None" = None) -> "Axes":
+    """The bracket of log Z by method, one row each: ELBO, IWAE, log Z, reverse IWAE and EUBO, each ± one standard error, nats,
+    mean over prompts. Hollow upper bounds are approximate.
+
+    :param evidence: method -> `Evidence`, or what `diagnosis.json` holds."""
+    ax, notes = axes(ax), [] if evidence else ["no method is given"]
+    hollow, particles, labelled = False, set(), set()
+    for row, (method, made) in enumerate(evidence.items()):
+        bounds, exact, count = _bounds(made)
+        particles.add(count)
+        lacking = [name for key, (name, _, _) in BOUNDS.items() if not math.isfinite(bounds[key][0])]
+        if lacking:
+            notes.append(f"{plain(method)}: {', '.join(lacking)} not finite")
+        places = [(bounds[key][0], row + 0.12 * (n - 2)) for n, key in enumerate(BOUNDS)]  # close bounds stay apart
+        ax.plot(*zip(*places, strict=True), color=GREY, linewidth=1, zorder=1)
+        for n, (key, (_, marker, colour)) in enumerate(BOUNDS.items()):
+            value, se = bounds[key]
+            if not math.isfinite(value):
+                continue
+            approximate = key in ("iwae_upper", "upper") and not exact
+            hollow |= approximate
+            ax.errorbar(
+                *places[n],
+                xerr=se if math.isfinite(se) else None,
+                marker=marker,
+                color=colour,
+                mfc="none" if approximate else colour,
+                capsize=3,
+                linestyle="none",
+                label=None if key in labelled else key,
+            )
+            labelled.add(key)
+    handles, keys = ax.get_legend_handles_labels()
+    (width,) = particles if len(particles) == 1 else (None,)
+    names = {
+        key: name if width is None else name.replace("IWAE", f"IWAE-{width}") for key, (name, _, _) in BOUNDS.items()
+    }
+    if handles:
+        order = sorted(range(len(keys)), key=lambda i: list(BOUNDS).index(keys[i]))
+        legend_below(ax, [handles[i] for i in order], [names[keys[i]] for i in order], 5)
+    ax.set_yticks(range(len(evidence)), [plain(method) for method in evidence])
+    ax.set_ylim(max(len(evidence), 1) - 0.5, -0.5)
+    ax.set_xlabel("log evidence bounds [nats per prompt], ± SE")
+    return said(ax, notes + ["hollow: approximate, from the guide's own draws"] * hollow)
+
+
+def _bounds(made: Evidence | Mapping[str, Any]) -> tuple[dict[str, tuple[float, float]], bool, int | None]:
+    """Each bound with its error, whether the upper ones are exact, and the particles of IWAE where they are known."""
+    if isinstance(made, Evidence):
+        pairs = {key: (getattr(made, key), getattr(made, f"{key}_se")) for key in BOUNDS}
+        mean = {key: (float(v.mean()), float(se.square().sum().sqrt()) / len(se)) for key, (v, se) in pairs.items()}
+        return mean, made.upper_exact, made.iwae_particles
+    known = made.get("num_samples")
+    count = min(64, max(1, int(known) // FEWEST)) if known else None  # as log_evidence has it
+    pairs = {key: (number(made.get(key)), number(made.get(f"{key}_se"))) for key in BOUNDS}
+    return pairs, bool(made.get("upper_exact", True)), count

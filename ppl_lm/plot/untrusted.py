@@ -1,0 +1,21 @@
+"""Text of models, rewards and users, made safe to show: nothing is hidden, nothing moves the cursor."""
+
+import unicodedata
+
+PART = "⋯"  # a token that writes no whole character
+
+
+def visible(text: str) -> str:
+    """Characters that would not be seen, or would move others, as ⟨U+202E⟩; a new line as ↵."""
+
+    def show(c: str) -> str:
+        hidden = unicodedata.category(c)[0] == "C" or unicodedata.category(c) in ("Zl", "Zp")
+        return "↵" if c == "\n" else f"⟨U+{ord(c):04X}⟩" if hidden else c
+
+    return "".join(map(show, text)) or PART
+
+
+def one_line(text: str, width: int = 0) -> str:
+    """A line of text that cannot move the cursor, colour the screen or reverse its direction; cut to `width` characters."""
+    plain = "".join(c if c == " " or unicodedata.category(c)[0] != "C" else " " for c in " ".join(text.split()))
+    return plain if not width or len(plain) <= width else plain[: width - 1] + "…"

@@ -1,0 +1,2 @@
+from .fitting import Fit as Fit
+from .fitting import fit as fit

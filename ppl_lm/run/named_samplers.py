@@ -1,0 +1,118 @@
+"""The samplers of `ppl-lm sample` by name: each gives its draws, chains whole, and says how they came about."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+
+from ppl_lm.criticism.effective_size import r_hat
+from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.kernels import Kernel, independence, particle_gibbs, suffix
+from ppl_lm.infer.samplers.markov_chains import mcmc
+from ppl_lm.infer.samplers.quasi_rejection_sampling import quality, quasi_rejection
+from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.traces.sites import sample_sites
+from ppl_lm.infer.traces.text_site import text_law
+from ppl_lm.infer.twists.functions import prefix_likelihood, tempered
+from ppl_lm.lm import meter
+from ppl_lm.lm.prompts import Prompts
+
+CHAINS, STEPS, WARMUP = 32, 100, 100
+PILOT = 1000  # draws by which quasi-rejection chooses its bound: their largest weight
+RUNS, PARTICLES = 16, 64  # of SMC
+THRESHOLD = 0.25  # not 0.5: what is written says little of what will be, and resampling by it costs more than it gives
+GIBBS = 16  # particles of particle Gibbs
+LEAST = 128  # bests of n, from whose draws their own law is estimated
+
+
+def _importance(*what: Any, num_samples: int) -> tuple[Draws, str]:
+    """the guide's draws, each with its log weight"""
+    made = importance(*what, num_samples=num_samples)
+    return made, "the guide's draws, as they come; the log weight (nats) is what makes them the posterior's"
+
+
+def _rejection(model: Any, _: Any, prompts: Prompts, num_samples: int) -> tuple[Draws, str]:
+    """exact posterior draws, from prior draws and the reward's bound"""
+    made = rejection(model, None, prompts, num_samples=num_samples)
+    assert made.proposals is not None
+    return made, f"exact posterior draws, from {made.proposals.num_samples} proposals of the prior for each prompt"
+
+
+def _quasi_rejection(*what: Any, num_samples: int) -> tuple[Draws, str]:
+    """the guide's draws, kept up to a bound that some weights may exceed"""
+    bound = importance(*what, num_samples=PILOT).log_weight.flatten(0, 1).amax(0)
+    made = quasi_rejection(*what, num_samples=num_samples, log_bound=bound)
+    assert made.proposals is not None
+    found = quality(made.proposals, bound)
+    return made, (
+        f"nearly the posterior's draws: their total variation from it is at most "
+        f"{float(found.total_variation_bound.max()):.2g} by these weights, "
+        f"{float(found.acceptance_rate.min()):.1%} of {made.proposals.num_samples} proposals accepted; the log weight (nats) "
+        "corrects what is left"
+    )
+
+
+def _best_of_n(*what: Any, num_samples: int) -> tuple[Draws, str]:
+    """of 8 draws of the guide the one with the best evidence"""
+    made = best_of_n(*what, num_samples=max(num_samples, LEAST)).map(lambda v: v[:, :num_samples])
+    return made, "each the best of 8 draws of the guide: not the posterior; the log weight (nats) corrects them"
+
+
+def _markov(kernel: Kernel, least: int = STEPS, warmup: int = WARMUP) -> Callable[..., tuple[Draws, str]]:
+    def made(*what: Any, num_samples: int) -> tuple[Draws, str]:
+        steps = max(least, math.ceil(num_samples / CHAINS))
+        draws = mcmc(*what, num_samples=steps, warmup=warmup, num_chains=CHAINS, kernel=kernel)
+        worst, rate = r_hat(draws), float(draws.stats["acceptance_rate"].mean())
+        how = (
+            f"{CHAINS} Markov chains, the last {steps} of {warmup + steps} steps each; {rate:.0%} accepted; largest R-hat "
+            f"{worst:.2f}"
+        )
+        return draws, how
+
+    return made
+
+
+def _smc(model: Any, guide: Any, prompts: Prompts, num_samples: int) -> tuple[Draws, str]:
+    """texts that grow together: sequential Monte Carlo"""
+    runs = max(RUNS, math.ceil(num_samples / PARTICLES))
+    twist = None
+    if guide is None and not evidence_is_hard(model, prompts) and not evidence_asks_a_network(model, prompts):
+        twist = tempered(prefix_likelihood(model), text_law(model, prompts).event_shape[0])
+    draws = smc(model, guide, prompts, num_samples=PARTICLES, num_runs=runs, twist=twist, threshold=THRESHOLD)
+    how = f"{runs} runs of {PARTICLES} texts"
+    if twist is not None:
+        how += " that grew together, resampled by the evidence of what is written, tempered"
+    else:  # of half a text a yes or no says nothing, and a fitted guide knows more of what is to come than its reward
+        how += ", none resampled as it grew: only whole texts are weighed here, as by importance"
+    return draws, f"{how}; the log weight (nats) makes them the posterior's"
+
+
+def evidence_is_hard(model: Any, prompts: Prompts) -> bool:
+    """Whether an observed site says that it rules texts out (`infer={"hard": True}`)."""
+    sites = sample_sites(poutine.trace(model).get_trace(prompts[:1])).values()
+    return any(site["infer"].get("hard") for site in sites)
+
+
+def evidence_asks_a_network(model: Any, prompts: Prompts) -> bool:
+    """Whether a text's likelihood takes a forward pass: too much to ask of every text at every token."""
+    some = text_law(model, prompts[:1]).sample((1,))[:, 0]
+    with meter.measure() as cost:
+        prefix_likelihood(model)(prompts[:1], some, torch.ones(1, dtype=torch.int64, device=some.device))
+    return cost.lm_tokens > 0
+
+
+SAMPLERS: dict[str, Callable[..., tuple[Draws, str]]] = {
+    "importance": _importance,
+    "rejection": _rejection,
+    "quasi_rejection": _quasi_rejection,
+    "best_of_n": _best_of_n,
+    "independence_mh": _markov(independence),
+    "suffix_mh": _markov(suffix),
+    "particle_gibbs": _markov(particle_gibbs(GIBBS), 30, 10),
+    "smc": _smc,
+}
