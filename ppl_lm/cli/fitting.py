@@ -16,11 +16,13 @@ from ppl_lm.criticism.arviz_groups import to_arviz
 from ppl_lm.criticism.diagnoses.diagnosis import diagnose, require_enough
 from ppl_lm.criticism.diagnoses.side_by_side import samples, variety
 from ppl_lm.criticism.diagnoses.verdicts import doubt
+from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.objectives.catalogue import objective as objective_named
 from ppl_lm.report import terminal as show
 from ppl_lm.run import folder
 from ppl_lm.run.fitting import Fit
 from ppl_lm.run.fitting import fit as fit_guide
+from ppl_lm.run.step_metrics import StepMetrics
 
 LOWER = "Lower --learning-rate, or raise --particles."
 
@@ -51,8 +53,7 @@ def fit_and_measure(
             programs.model,
             programs.guide,
             programs.prompts,
-            objective=objective,
-            num_particles=settings.particles,
+            SequenceELBO(num_particles=settings.particles, objective=objective),
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
             max_steps=settings.max_steps,
@@ -193,7 +194,7 @@ class _Log:
         if self.file is not None:
             self.file.close()
 
-    def step(self, row: dict[str, float]) -> None:
+    def step(self, row: StepMetrics) -> None:
         if self.file is None:
             folder.require_savable(self.programs.model, self.programs.guide)
             folder.claim(self.path, self.overwrite)
@@ -201,7 +202,7 @@ class _Log:
             of = f"posterior {self.settings.model}, guide {self.settings.guide}, {len(self.programs.prompts)} prompt(s)"
             self.out.print(f"{of}; fitting", markup=False)
             self.file = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
-        known = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        known = {k: v if math.isfinite(float(str(v))) else None for k, v in row.items()}
         self.file.write(json.dumps(known) + "\n")
         self.file.flush()
         reward = f"reward {row['reward']:.3f}, " if "reward" in row else ""

@@ -16,6 +16,7 @@ from ppl_lm.experiments.lab import Result, panels
 from ppl_lm.guides import finetuned
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.objectives import catalogue as objectives
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.kernels import independence, particle_gibbs, suffix
@@ -104,7 +105,8 @@ def _fitted(
     """With a guide fitted by forward KL: one that is to propose must cover, which reverse KL does not ask for."""
     guide = bind(finetuned, prior.copy())
     with meter.measure() as cost:
-        fitted = fit(target, guide, prompts, objective=objectives.forward_kl, time_limit=limit, seed=seed)
+        loss = SequenceELBO(num_particles=128, objective=objectives.forward_kl)
+        fitted = fit(target, guide, prompts, loss, time_limit=limit, seed=seed)
     return Task(name, target, guide, cost.lm_tokens, fitted.seconds, samplers, exact)
 
 

@@ -33,7 +33,8 @@ def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
     for name in ("the prior", *OBJECTIVES, "standard RL"):
         guide, steps = bind(finetuned, prior.copy()), 0
         if name in OBJECTIVES:
-            made = fit(target, guide, [""], objective=OBJECTIVES[name], time_limit=time_limit, seed=seed)
+            loss = SequenceELBO(num_particles=128, objective=OBJECTIVES[name])
+            made = fit(target, guide, [""], loss, time_limit=time_limit, seed=seed)
             steps, rate = made.steps, max(row["learning_rate"] for row in made.metrics)
         elif name == "standard RL":
             steps = reinforce(target, guide, rate, time_limit, seed)

@@ -8,23 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from ppl_lm.infer.binding import Bound
 from ppl_lm.infer.elbo import SequenceELBO
-from ppl_lm.infer.objectives.baselines import Baseline, LogZ, leave_one_out
-from ppl_lm.infer.objectives.divergences import reverse_kl
-from ppl_lm.infer.terms import Objective
-from ppl_lm.infer.traces.particles import Particles, run
-from ppl_lm.infer.traces.sources import Source
+from ppl_lm.infer.traces.parameters import trainable_parameters
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.network import DivergedError
-from ppl_lm.lm.prompts import Prompts, shuffled
+from ppl_lm.lm.prompts import shuffled
+from ppl_lm.run.best_guide import WINDOW, BestGuide, keep_best
 from ppl_lm.run.gain import Gain
 from ppl_lm.run.learning_rate import Rate
-
-WINDOW = 25  # steps over which the ELBO is averaged before a guide counts as better or worse
+from ppl_lm.run.step_metrics import StepMetrics, guide_metrics
 
 
 @dataclass
@@ -50,21 +45,15 @@ class Fit:
     last_gain: float
     last_gain_se: float
     covers: bool = False
-    metrics: list[dict[str, float]] = field(default_factory=list, repr=False)
+    metrics: list[StepMetrics] = field(default_factory=list, repr=False)
 
 
 def fit(
     model: Bound,
     guide: Bound,
     prompts: Any,
+    loss: SequenceELBO | None = None,
     *,
-    objective: Objective = reverse_kl,
-    baseline: Baseline = leave_one_out,
-    log_z: LogZ | None = None,
-    source: Source | None = None,
-    max_ratio: float = math.inf,
-    clip_ratio: float | None = None,
-    num_particles: int = 128,
     batch_size: int = 16,
     learning_rate: float | None = None,
     warmup: int = 15,
@@ -72,20 +61,18 @@ def fit(
     max_steps: int | None = None,
     time_limit: float | None = None,
     seed: int | None = None,
-    max_plate_nesting: int = 1,
-    micro_batch: int | None = None,
-    on_step: Callable[[dict[str, float]], None] | None = None,
+    on_step: Callable[[StepMetrics], None] | None = None,
     on_fault: Callable[[str], None] | None = None,
 ) -> Fit:
-    """Fits a guide by SVI with `SequenceELBO` and one Adam over all its weights; keeps the best guide seen.
+    """Fits a guide by SVI with one Adam over all its weights; keeps the best guide seen.
 
     Watches the gain, ELBO(q) - ELBO(prior): it needs no log Z, and unlike the reward it rises only as q nears the posterior.
     Where the objective asks for cover (`forward_kl`, `chi2`), or a hard constraint makes every ELBO -inf, the gain is
     KL(p ‖ prior) - KL(p ‖ q) instead.
 
-    :param objective: what is minimised; `baseline`, `log_z`, `source`, `max_ratio` and `clip_ratio` likewise as for
-        `SequenceELBO`. Standard RL and GRPO are fitted too, but kept only if they come closer to the posterior.
-    :param num_particles: texts drawn for each prompt and step.
+    :param loss: what is minimised and how it is estimated, as for Pyro's `SVI`; None: `SequenceELBO(num_particles=128)`. One
+        with an objective, estimate or source that remembers steps is for one fit. Standard RL and GRPO are fitted too, but
+        kept only if they come closer to the posterior.
     :param batch_size: prompts a step.
     :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run. None: found in
         the warm-up by how far a step moves the guide; see `ppl_lm.run.learning_rate`.
@@ -97,7 +84,8 @@ def fit(
         which guide's weights were restored: `best` or `start`.
     :raises ValueError: on bad arguments, before anything is drawn.
     """
-    _check(learning_rate, max_steps, time_limit, clip)
+    _check(loss, learning_rate, max_steps, time_limit, clip)
+    elbo = SequenceELBO(num_particles=128) if loss is None else loss
     reader = model.lm or guide.lm
     if reader is None:
         raise ValueError("neither model nor guide holds a language model; fit such programs with Pyro's SVI")
@@ -106,18 +94,22 @@ def fit(
     began = time.monotonic()
     if seed is not None:
         torch.manual_seed(seed)
-    ratios: Any = {"source": source, "max_ratio": max_ratio, "clip_ratio": clip_ratio}
-    elbo = SequenceELBO(num_particles, max_plate_nesting, micro_batch, objective, baseline, log_z, **ratios)
-    weights = _weights(elbo, model, guide, batch[:1])
-    gain = Gain(model, guide, batch, objective, max_plate_nesting)
+    weights = trainable_parameters(model, guide, batch[:1], elbo.max_plate_nesting)
+    if not weights:
+        raise ValueError(
+            "the guide has nothing to train; choose another, or draw from it as it is with importance(), on the command "
+            "line with ppl-lm sample MODEL --guide GUIDE"
+        )
+    gain = Gain(model, guide, batch, elbo.objective, elbo.max_plate_nesting)
     optimiser = torch.optim.Adam(weights, betas=(0.9, 0.99))
     schedule = Rate(learning_rate, warmup)
-    best = _Best(weights)
-    metrics: list[dict[str, float]] = []
+    guides = BestGuide(weights)
+    metrics: list[StepMetrics] = []
     tokens = 0
     outcome = "finished"
+    updates = getattr(elbo.source, "updates", 1)
     try:
-        for step, rows in enumerate(_again(shuffled(len(batch), batch_size, seed or 0), getattr(source, "updates", 1))):
+        for step, rows in enumerate(_repeated(shuffled(len(batch), batch_size, seed or 0), updates)):
             done = _progress(step, time.monotonic() - began, max_steps, time_limit)
             if step > 0 and done >= 1:
                 break
@@ -133,18 +125,25 @@ def fit(
                 usual = statistics.median(m["grad_norm"] for m in metrics[-WINDOW:])
                 if usual > 0:
                     nn.utils.clip_grads_with_norm_(weights, clip * usual, torch.tensor(norm))
-            row = _metrics(particles, gain, rows)
-            row |= {"step": step, "seconds": time.monotonic() - began, "learning_rate": rate, "grad_norm": norm}
-            tokens += cost.lm_tokens
-            row |= {"lm_tokens": cost.lm_tokens, "done": done, "tokens_per_second": tokens / max(row["seconds"], 1e-9)}
+            seconds, tokens = time.monotonic() - began, tokens + cost.lm_tokens
+            row: StepMetrics = {
+                **guide_metrics(particles, gain, rows),
+                "step": step,
+                "seconds": seconds,
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "lm_tokens": cost.lm_tokens,
+                "done": done,
+                "tokens_per_second": tokens / max(seconds, 1e-9),
+            }
             metrics.append(row)
-            best.consider(metrics)  # before the step: these particles are of the weights as they are
+            guides.consider(metrics)  # before the step: these particles are of the weights as they are
             if on_step is not None:
                 on_step(row)
             if not math.isfinite(norm):
                 outcome = "diverged"
                 break
-            if best.is_lost(metrics):
+            if guides.is_lost(metrics):
                 break
             with schedule.watch(step, particles):
                 optimiser.step()
@@ -153,136 +152,34 @@ def fit(
     except DivergedError:
         outcome = "diverged"
     except Exception as error:
-        best.load(best.kept)
+        guides.load(guides.best)
         if metrics and on_fault is not None:
             try:
-                on_fault("start" if best.step < 0 else "best")
+                on_fault("start" if guides.step < 0 else "best")
             except Exception as fault:  # must not hide what went wrong first
                 error.add_note(f"the best guide could not be saved: {fault}")
         raise
-    return _keep_best(gain, best, metrics, outcome, began)
-
-
-class _Best:
-    """The weights at the best running mean of the gain so far, and the weights at the start."""
-
-    def __init__(self, weights: list[Tensor]):
-        self.weights = weights
-        self.start = self.copy()
-        self.kept, self.step, self.gain = self.start, -1, 0.0
-
-    def copy(self) -> list[Tensor]:
-        return [w.detach().clone() for w in self.weights]
-
-    def load(self, values: list[Tensor]) -> None:
-        with torch.no_grad():
-            for w, value in zip(self.weights, values, strict=True):
-                w.copy_(value)
-
-    def consider(self, metrics: list[dict[str, float]]) -> None:
-        if len(metrics) % WINDOW:
-            return
-        gain = sum(m["gain"] for m in metrics[-WINDOW:]) / WINDOW
-        if gain > self.gain:
-            self.kept, self.step, self.gain = self.copy(), len(metrics) - 1, gain
-
-    def is_lost(self, metrics: list[dict[str, float]]) -> bool:
-        """Whether a window's mean gain lies more than a nat, and five standard errors, below the prior's ELBO."""
-        gains = torch.tensor([m["gain"] for m in metrics[-WINDOW:]])
-        if len(gains) < WINDOW:
-            return False
-        return float(gains.mean() + 5 * gains.std() / WINDOW**0.5) < -1.0
-
-
-def _keep_best(gain: Gain, best: _Best, metrics: Any, outcome: str, began: float) -> Fit:
-    """Measures the last guide and the best earlier one on fresh draws, and leaves the best of both and the start.
-    Interrupted in this, it leaves the last guide, or the best earlier one if that was the better in training."""
-
-    def of(weights: list[Tensor]) -> tuple[float, float]:
-        best.load(weights)
-        try:
-            return gain.measure()
-        except DivergedError:
-            return -math.inf, 0.0
-
-    last = best.copy()
-    recent = [m["gain"] for m in metrics[-WINDOW:]] or [0.0]
-    last_gain, last_se = sum(recent) / len(recent), math.nan
-    try:
-        for _ in range(2):
-            covers = gain.covers
-            last_gain, last_se = of(last)
-            candidates = [("last", len(metrics), last_gain, last_se, last)]
-            if 0 <= best.step < len(metrics) - 1:
-                candidates.append(("best", best.step + 1, *of(best.kept), best.kept))
-            first, first_se = of(best.start)
-            if gain.covers == covers:  # else an impossible text made another measure of all: once more
-                break
-        if all(first - c[2] > 2 * math.hypot(first_se, c[3]) for c in candidates):  # noise must not discard the fit
-            candidates = [("start", 0, first, first_se, best.start)]
-        elif len(candidates) > 1:  # the better of two on the same draws looks better than it is
-            name, step, _, _, weights = max(candidates, key=lambda c: c[2])
-            candidates = [(name, step, *of(weights), weights)]
-    except KeyboardInterrupt:
+    kept, last, interrupted = keep_best(gain, guides, metrics)
+    if interrupted:
         outcome = "interrupted"
-        earlier = ("start", 0, 0.0) if best.step < 0 else ("best", best.step + 1, best.gain)
-        candidates = [("last", len(metrics), last_gain, last_se, last), (*earlier, math.nan, best.kept)]
-    kept, kept_step, kept_gain, kept_se, weights = max(candidates, key=lambda c: c[2])
-    best.load(weights)
-    if last_gain < -3 * last_se:
+    if last.gain < -3 * last.se:
         outcome = "worse_than_prior"
     return Fit(
         outcome=outcome,
-        kept=kept,
-        kept_step=kept_step,
+        kept=kept.name,
+        kept_step=kept.step,
         steps=len(metrics),
         seconds=time.monotonic() - began,
-        gain=kept_gain,
-        gain_se=kept_se,
-        last_gain=last_gain,
-        last_gain_se=last_se,
+        gain=kept.gain,
+        gain_se=kept.se,
+        last_gain=last.gain,
+        last_gain_se=last.se,
         covers=gain.covers,
         metrics=metrics,
     )
 
 
-def _weights(elbo: SequenceELBO, model: Bound, guide: Bound, batch: Prompts) -> list[Tensor]:
-    """Every trainable parameter: of the networks, and what the programs themselves make with `pyro.param`."""
-    with poutine.trace(param_only=True) as capture, torch.no_grad():
-        run(model, guide, (batch,), {}, 1, elbo.max_plate_nesting)  # not through the objective, which may remember it
-    sites: Any = capture.trace.nodes.values()
-    found = [site["value"].unconstrained() for site in sites if site["type"] == "param"]
-    weights = list({id(p): p for p in found if p.requires_grad}.values())
-    if not weights:
-        raise ValueError(
-            "the guide has nothing to train; choose another, or draw from it as it is with importance(), on the command "
-            "line with ppl-lm sample MODEL --guide GUIDE"
-        )
-    return weights
-
-
-def _metrics(particles: Particles, gain: Gain, rows: Tensor) -> dict[str, float]:
-    """Means under the guide over particles and prompts, nats for each prompt; by importance ratios where something else drew
-    the texts."""
-    log_w = particles.log_prior() + particles.log_likelihood() - particles.log_guide()  # (K, B)
-    moved, share = particles.log_guide() - particles.log_prior(), particles.share()
-    row = {
-        "elbo": _mean(log_w, share),
-        "elbo_se": float((log_w.var(0).mean().sqrt() / math.sqrt(log_w.numel())).nan_to_num(math.inf)),
-        "gain": gain.of_step(log_w, moved, rows, share),
-        "kl_prior": _mean(moved, share),
-    }
-    if "reward" in particles.records:
-        reward = particles.records["reward"]
-        row["reward"] = _mean(reward.reshape(log_w.shape), share) if particles.drawn else float(reward.mean())
-    return row
-
-
-def _mean(values: Tensor, share: Tensor) -> float:
-    return float(torch.where(share > 0, share * values, 0.0).sum(0).mean())
-
-
-def _again(batches: Iterator[Tensor], times: int) -> Iterator[Tensor]:
+def _repeated(batches: Iterator[Tensor], times: int) -> Iterator[Tensor]:
     """Each batch so many times in a row, for a source that reuses its texts."""
     return (rows for rows in batches for _ in range(times))
 
@@ -294,7 +191,11 @@ def _progress(step: int, seconds: float, max_steps: int | None, time_limit: floa
     return max(step / max_steps if max_steps else 0.0, seconds / time_limit if time_limit else 0.0)
 
 
-def _check(learning_rate: float | None, max_steps: int | None, time_limit: float | None, clip: float) -> None:
+def _check(
+    loss: SequenceELBO | None, learning_rate: float | None, max_steps: int | None, time_limit: float | None, clip: float
+) -> None:
+    if loss is not None and not isinstance(loss, SequenceELBO):
+        raise ValueError(f"loss={loss!r}; give a SequenceELBO, such as ppl_lm.SequenceELBO(num_particles=128)")
     if learning_rate is not None and not (learning_rate > 0 and math.isfinite(learning_rate)):
         raise ValueError(f"learning_rate={learning_rate}; give a number above 0")
     if not clip > 0:
