@@ -53,6 +53,6 @@ from .lm.experts import product as product
 from .lm.language_model import LanguageModel as LanguageModel
 from .lm.network import DivergedError as DivergedError
 from .lm.prompts import Prompts as Prompts
-from .run.fitting import fit as fit
+from .run.fitting.loop import fit as fit
 
 __version__: str

@@ -17,7 +17,7 @@ from ppl_lm.likelihood.best_of import BestOfN, log_ratio
 from ppl_lm.likelihood.reward import Reward
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
-from ppl_lm.run.fitting import fit
+from ppl_lm.run.fitting.loop import fit
 
 
 def letters(completions, **_):

@@ -15,10 +15,10 @@ from ppl_lm.infer.objectives.divergences import reverse_kl
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
-from ppl_lm.run.fitting import fit
-from ppl_lm.run.gain import Gain
-from ppl_lm.run.learning_rate import MOST, Rate, peak
-from ppl_lm.run.step_metrics import guide_metrics
+from ppl_lm.run.fitting.gain import Gain
+from ppl_lm.run.fitting.learning_rate import MOST_MOVED, Rate, peak
+from ppl_lm.run.fitting.loop import fit
+from ppl_lm.run.fitting.step_metrics import guide_metrics
 
 
 def letters(completions, **_):
@@ -52,7 +52,7 @@ def test_fit_closes_most_of_the_distance_for_every_prompt(problem):
 def test_the_learning_rate_is_found_from_the_exact_move(problem, monkeypatch):
     """What `Rate` measures in the warm-up is the exact KL of the guide after a step from the guide before it."""
     target, guide, start = problem
-    module = importlib.import_module("ppl_lm.run.fitting")
+    module = importlib.import_module("ppl_lm.run.fitting.loop")
     schedules: list[Rate] = []
 
     def remember(*args):
@@ -126,7 +126,7 @@ def test_the_learning_rate_of_networks_of_all_sizes():
     """A table, a small and a large network: the rate falls as they move further, and no step moves one too far."""
     rates = [peak(c) for c in (1.0, 1e4, 1e6, 1e10)]
     assert rates == sorted(rates, reverse=True) and rates[0] == 0.01 and 1e-4 <= rates[2] < rates[1] < 1e-3
-    assert all(c * peak(c) ** 2 <= MOST * 1.001 for c in (1e-6, 1.0, 1e4, 1e6, 1e10)) and peak(0.0) > 0
+    assert all(c * peak(c) ** 2 <= MOST_MOVED * 1.001 for c in (1e-6, 1.0, 1e4, 1e6, 1e10)) and peak(0.0) > 0
 
 
 def test_same_seed_same_fit(problem):
@@ -198,7 +198,7 @@ def test_interruption_while_measuring_keeps_the_guide(problem, monkeypatch):
     """Ctrl-C after the last step, while guides are compared on fresh draws: the fitted one is not thrown away."""
     target, guide, start = problem
     before, calls = kls(target, guide, [""]), []
-    module = importlib.import_module("ppl_lm.run.gain")
+    module = importlib.import_module("ppl_lm.run.fitting.gain")
 
     def second_is_interrupted(*args, **kwargs):
         calls.append(args)
@@ -214,7 +214,7 @@ def test_interruption_while_measuring_keeps_the_guide(problem, monkeypatch):
 
 def test_the_gain_is_that_of_draws_that_chose_nothing(problem, monkeypatch):
     """The better of two guides on the same draws looks better than it is, so the one that is kept is measured once more."""
-    module, gains = importlib.import_module("ppl_lm.run.gain"), []
+    module, gains = importlib.import_module("ppl_lm.run.fitting.gain"), []
 
     def remember(*args, **kwargs):
         draws = importance(*args, **kwargs)

@@ -19,7 +19,7 @@ from ppl_lm.infer.objectives.catalogue import OBJECTIVES, objective
 from ppl_lm.infer.off_policy import Proposal, Replay, Reuse
 from ppl_lm.lm.table import table_like, table_lm
 from ppl_lm.models import constrained, tilted
-from ppl_lm.run.fitting import fit
+from ppl_lm.run.fitting.loop import fit
 from ppl_lm.run.names import OBJECTIVES as NAMES
 
 NO_POSTERIOR = ("expected_reward", "grpo")  # their optimum is another law

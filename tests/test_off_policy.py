@@ -27,8 +27,8 @@ from ppl_lm.likelihood.reward import Reward
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
-from ppl_lm.run.fitting import fit
-from ppl_lm.run.gain import Gain
+from ppl_lm.run.fitting.gain import Gain
+from ppl_lm.run.fitting.loop import fit
 
 LM = table_lm(4, 2, max_prompt=2, concentration=1.0, seed=1)
 

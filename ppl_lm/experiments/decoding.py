@@ -31,7 +31,7 @@ from ppl_lm.lm import meter
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.models import constrained, tilted
-from ppl_lm.run.fitting import fit
+from ppl_lm.run.fitting.loop import fit
 
 WORD = "cake"
 EXACT = (6000, 200)  # exact draws of each posterior, that all others are held against

@@ -19,7 +19,7 @@ from ppl_lm.infer.objectives.rl import expected_reward
 from ppl_lm.likelihood import rewards
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.models import tilted
-from ppl_lm.run.fitting import fit
+from ppl_lm.run.fitting.loop import fit
 
 OBJECTIVES = {"reverse KL": reverse_kl, "Jensen-Shannon": jensen_shannon, "forward KL": forward_kl}
 MADE_OF = {"reverse KL": ("KL(q‖p)",), "Jensen-Shannon": ("KL(q‖p)", "KL(p‖q)"), "forward KL": ("KL(p‖q)",)}

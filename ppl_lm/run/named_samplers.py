@@ -32,39 +32,38 @@ LEAST = 128  # bests of n, from whose draws their own law is estimated
 
 def _importance(*what: Any, num_samples: int) -> tuple[Draws, str]:
     """the guide's draws, each with its log weight"""
-    made = importance(*what, num_samples=num_samples)
-    return made, "the guide's draws, as they come; the log weight (nats) is what makes them the posterior's"
+    draws = importance(*what, num_samples=num_samples)
+    return draws, "the guide's draws, as they come; the log weight (nats) is what makes them the posterior's"
 
 
 def _rejection(model: Any, _: Any, prompts: Prompts, num_samples: int) -> tuple[Draws, str]:
     """exact posterior draws, from prior draws and the reward's bound"""
-    made = rejection(model, None, prompts, num_samples=num_samples)
-    assert made.proposals is not None
-    return made, f"exact posterior draws, from {made.proposals.num_samples} proposals of the prior for each prompt"
+    draws = rejection(model, None, prompts, num_samples=num_samples)
+    assert draws.proposals is not None
+    return draws, f"exact posterior draws, from {draws.proposals.num_samples} proposals of the prior for each prompt"
 
 
 def _quasi_rejection(*what: Any, num_samples: int) -> tuple[Draws, str]:
     """the guide's draws, kept up to a bound that some weights may exceed"""
     bound = importance(*what, num_samples=PILOT).log_weight.flatten(0, 1).amax(0)
-    made = quasi_rejection(*what, num_samples=num_samples, log_bound=bound)
-    assert made.proposals is not None
-    found = quality(made.proposals, bound)
-    return made, (
-        f"nearly the posterior's draws: their total variation from it is at most "
-        f"{float(found.total_variation_bound.max()):.2g} by these weights, "
-        f"{float(found.acceptance_rate.min()):.1%} of {made.proposals.num_samples} proposals accepted; the log weight (nats) "
-        "corrects what is left"
+    draws = quasi_rejection(*what, num_samples=num_samples, log_bound=bound)
+    assert draws.proposals is not None
+    bounded = quality(draws.proposals, bound)
+    distance, rate = float(bounded.total_variation_bound.max()), float(bounded.acceptance_rate.min())
+    return draws, (
+        f"nearly the posterior's draws: their total variation from it is at most {distance:.2g} by these weights, "
+        f"{rate:.1%} of {draws.proposals.num_samples} proposals accepted; the log weight (nats) corrects what is left"
     )
 
 
 def _best_of_n(*what: Any, num_samples: int) -> tuple[Draws, str]:
     """of 8 draws of the guide the one with the best evidence"""
-    made = best_of_n(*what, num_samples=max(num_samples, LEAST)).map(lambda v: v[:, :num_samples])
-    return made, "each the best of 8 draws of the guide: not the posterior; the log weight (nats) corrects them"
+    draws = best_of_n(*what, num_samples=max(num_samples, LEAST)).map(lambda v: v[:, :num_samples])
+    return draws, "each the best of 8 draws of the guide: not the posterior; the log weight (nats) corrects them"
 
 
 def _markov(kernel: Kernel, least: int = STEPS, warmup: int = WARMUP) -> Callable[..., tuple[Draws, str]]:
-    def made(*what: Any, num_samples: int) -> tuple[Draws, str]:
+    def chains(*what: Any, num_samples: int) -> tuple[Draws, str]:
         steps = max(least, math.ceil(num_samples / CHAINS))
         draws = mcmc(*what, num_samples=steps, warmup=warmup, num_chains=CHAINS, kernel=kernel)
         worst, rate = r_hat(draws), float(draws.stats["acceptance_rate"].mean())
@@ -74,7 +73,7 @@ def _markov(kernel: Kernel, least: int = STEPS, warmup: int = WARMUP) -> Callabl
         )
         return draws, how
 
-    return made
+    return chains
 
 
 def _smc(model: Any, guide: Any, prompts: Prompts, num_samples: int) -> tuple[Draws, str]:

@@ -16,10 +16,10 @@ from ppl_lm.infer.traces.parameters import trainable_parameters
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.network import DivergedError
 from ppl_lm.lm.prompts import shuffled
-from ppl_lm.run.best_guide import WINDOW, BestGuide, keep_best
-from ppl_lm.run.gain import Gain
-from ppl_lm.run.learning_rate import Rate
-from ppl_lm.run.step_metrics import StepMetrics, guide_metrics
+from ppl_lm.run.fitting.best_guide import WINDOW, BestGuide, keep_best
+from ppl_lm.run.fitting.gain import Gain
+from ppl_lm.run.fitting.learning_rate import Rate
+from ppl_lm.run.fitting.step_metrics import StepMetrics, guide_metrics
 
 
 @dataclass
@@ -75,7 +75,7 @@ def fit(
         kept only if they come closer to the posterior.
     :param batch_size: prompts a step.
     :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run. None: found in
-        the warm-up by how far a step moves the guide; see `ppl_lm.run.learning_rate`.
+        the warm-up by how far a step moves the guide; see `ppl_lm.run.fitting.learning_rate`.
     :param clip: largest norm of the gradient, in multiples of its median over the last `WINDOW` steps. A limit near the
         usual norm would clip just the steps that unlearn a rare bad text, and bias where the fit ends.
     :param max_steps: steps; `time_limit`: seconds. At least one of them; whichever comes first.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ppl_lm.infer.traces.particles import Particles
-from ppl_lm.run.gain import Gain
+from ppl_lm.run.fitting.gain import Gain
 
 
 class GuideMetrics(TypedDict):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ppl_lm.lm.network import DivergedError
-from ppl_lm.run.gain import Gain
-from ppl_lm.run.step_metrics import StepMetrics
+from ppl_lm.run.fitting.gain import Gain
+from ppl_lm.run.fitting.step_metrics import StepMetrics
 
 WINDOW = 25  # steps over which the gain is averaged before a guide counts as better or worse
 

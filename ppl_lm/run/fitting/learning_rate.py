@@ -14,7 +14,7 @@ from ppl_lm.lm.token_sequence import TokenSequence
 
 PROBE = 2e-5  # learning rate of the steps that are measured
 SCALE = 0.01
-MOST = 0.05  # nats of KL: what a step at the peak may move the guide
+MOST_MOVED = 0.05  # nats of KL: what a step at the peak may move the guide
 TEXTS = 64  # on which a move is measured
 
 
@@ -25,7 +25,7 @@ class Rate:
     Networks differ by orders of magnitude in how far one step of Adam moves their distribution: KL(before ‖ after) =
     c · rate² nats a text, with c near 1 for a table of logits, 10⁴ to 10⁶ for small language models. If no peak is
     given, c is measured in the warm-up, and the peak is SCALE / c^⅓: between one rate for all networks (which ruins
-    large ones) and one KL for all (with which a step that could go further does not); never more than `MOST` nats.
+    large ones) and one KL for all (with which a step that could go further does not); never more than `MOST_MOVED` nats.
     """
 
     def __init__(self, peak: float | None, warmup: int):
@@ -60,7 +60,7 @@ def peak(c: float) -> float:
     """The learning rate for a network that a step moves by c · rate² nats of KL; SCALE, as for a table, where it moves
     less, or is not what is fitted."""
     c = max(c, 1.0)
-    return min(SCALE / c ** (1 / 3), math.sqrt(MOST / c))
+    return min(SCALE / c ** (1 / 3), math.sqrt(MOST_MOVED / c))
 
 
 @torch.no_grad()

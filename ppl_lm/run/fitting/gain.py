@@ -12,8 +12,8 @@ from ppl_lm.infer.samplers.importance_sampling import importance, score
 from ppl_lm.infer.terms import Objective
 from ppl_lm.lm.prompts import Prompts
 
-MOST = 8192  # draws of the prior in search of a possible text, for a prompt that lacks one
-FEWEST = 5.0  # effective draws for each prompt, below which they give no standard error
+MOST_DRAWS = 8192  # draws of the prior in search of a possible text, for a prompt that lacks one
+LEAST_EFFECTIVE = 5.0  # effective draws for each prompt, below which they give no standard error
 
 
 class Gain:
@@ -45,13 +45,13 @@ class Gain:
 
     def _require_possible(self, log_w: Tensor) -> None:
         lacking = (log_w == -torch.inf).all(0).nonzero()[:, 0].cpu()
-        drawn = log_w.shape[0]
-        while len(lacking) and drawn < MOST:
+        count = log_w.shape[0]
+        while len(lacking) and count < MOST_DRAWS:
             more = importance(self.model, None, self.batch.take(lacking), **self.settings).log_weight.flatten(0, 1)
-            lacking, drawn = lacking[(more == -torch.inf).all(0).cpu()], drawn + log_w.shape[0]
+            lacking, count = lacking[(more == -torch.inf).all(0).cpu()], count + log_w.shape[0]
         if len(lacking):
             raise NoSupportError(
-                f"prompt {int(lacking[0])}: none of {drawn} draws of the prior is possible under the posterior, so there is "
+                f"prompt {int(lacking[0])}: none of {count} draws of the prior is possible under the posterior, so there is "
                 "nothing to learn from; loosen the constraint, or start from a prior that meets it more often"
             )
 
@@ -85,10 +85,10 @@ class Gain:
         share, moved = log_w[:, known].softmax(0), moved[:, known]
         value = torch.where(share > 0, share * moved, 0.0).sum(0)
         errors = (share.square() * torch.where(share > 0, moved - value, 0.0).square()).sum(0)
-        if float(1 / share.square().sum(0).mean()) >= FEWEST:
+        if float(1 / share.square().sum(0).mean()) >= LEAST_EFFECTIVE:
             return float(value.mean()), float(errors.sum().sqrt()) / len(value)
         # One weight's own spread says nothing of its error; that of many prompts' values does.
-        return float(value.mean()), _se(value) if len(value) >= FEWEST else math.inf
+        return float(value.mean()), _se(value) if len(value) >= LEAST_EFFECTIVE else math.inf
 
 
 def _se(values: Tensor) -> float:
