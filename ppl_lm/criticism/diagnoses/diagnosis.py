@@ -130,8 +130,9 @@ def _figures(
     def put(name: str, estimate: tuple[Any, Any]) -> None:
         made[name], made[f"{name}_se"] = map(float, estimate)
 
-    for name in ("elbo", "iwae", "iwae_upper", "upper"):
+    for name in ("elbo", "iwae", "iwae_upper"):
         put(name, (getattr(evidence, name), getattr(evidence, f"{name}_se")))
+    put("upper", pool.eubo())
     made["upper_exact"] = evidence.upper_exact
     put("log_z", pool.evidence())
     put("kl_q_p", pool.kl_guide())

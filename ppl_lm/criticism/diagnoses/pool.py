@@ -81,10 +81,17 @@ class Pool:
         """KL(prior ‖ posterior), nats."""
         return self._kl_from(0, self.log_likelihood[0])
 
-    def kl_posterior(self) -> tuple[float, float]:
-        """KL(posterior ‖ guide) = E_p[log p(x, evidence) - log q] - log Z, nats."""
+    def eubo(self) -> tuple[float, float]:
+        """E_p[log p(x, evidence) - log q] = log Z + KL(posterior ‖ guide): an upper bound of log Z, nats."""
         centre, influence = self._posterior(self.log_joint - self.log_guide)
         if centre == torch.inf:  # the guide cannot draw some text that the posterior has
+            return math.inf, math.inf
+        return float(centre), _error(influence)
+
+    def kl_posterior(self) -> tuple[float, float]:
+        """KL(posterior ‖ guide) = EUBO - log Z, nats."""
+        centre, influence = self._posterior(self.log_joint - self.log_guide)
+        if centre == torch.inf:
             return math.inf, math.inf
         return float(centre - self.log_z), _error(influence - self.relative)
 
