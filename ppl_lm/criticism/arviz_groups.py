@@ -1,5 +1,6 @@
 """`to_arviz`: draws as what ArviZ reads, in either of its two lives."""
 
+import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -8,15 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_lm.criticism.effective_size import worth
-from ppl_lm.infer.draws import Draws
+from ppl_lm.criticism.effective_size import ess
+from ppl_lm.infer.draws import EQUAL, Draws
 from ppl_lm.lm.prompts import Prompts
 
 Variable = tuple[tuple[str, ...], np.ndarray, dict[str, int]]  # dimensions, values, attributes
 Variables = dict[str, Variable]
 DRAWN = ("chain", "draw", "prompt")
 LOG_PROBABILITIES = ("log_prior", "log_likelihood", "log_guide")
-KINDS = ("exact", "markov", "interacting", "planted")
 
 
 def to_arviz(
@@ -76,7 +76,7 @@ def _datasets(
     chains, count, batch = *draws.log_guide.shape[:2], len(draws.prompts)
     n = num_samples or draws.num_samples
     picks = draws.reweighted(n).cpu().expand(-1, batch)  # (S, B)
-    shape = (chains, count) if (draws.exact or draws.markov) and n == draws.num_samples else (1, n)
+    shape = (chains, count) if draws.kind in EQUAL and n == draws.num_samples else (1, n)
     column = torch.arange(batch)
 
     def posterior(name: str, value: Tensor) -> Variable:
@@ -92,7 +92,7 @@ def _datasets(
     for name in draws.texts:
         tokens = completions[f"{name}_tokens"] = posterior(f"{name}_tokens", draws[name])
         completions[f"{name}_text"] = _text(draws, tokens)
-    made: dict[str, Variables] = {
+    groups: dict[str, Variables] = {
         "posterior": {k: posterior(k, v) for k, v in _scalars(draws).items()},
         "completions": completions,
         "log_likelihood": {k: posterior(k, v) for k, v in draws.log_likelihoods.items()},
@@ -106,27 +106,27 @@ def _datasets(
         },
     }
     if prior is not None:
-        made["prior"] = {k: raw(k, v) for k, v in {**_scalars(prior), **_log_probabilities(prior)}.items()}
+        groups["prior"] = {k: raw(k, v) for k, v in {**_scalars(prior), **_log_probabilities(prior)}.items()}
         tokens = {f"{name}_tokens": raw(f"{name}_tokens", prior[name]) for name in prior.texts}
-        made["prior_completions"] = tokens | {f"{n}_text": _text(prior, tokens[f"{n}_tokens"]) for n in prior.texts}
-        made["sample_stats_prior"] = {k: raw(k, v) for k, v in prior.stats.items()}
+        groups["prior_completions"] = tokens | {f"{n}_text": _text(prior, tokens[f"{n}_tokens"]) for n in prior.texts}
+        groups["sample_stats_prior"] = {k: raw(k, v) for k, v in prior.stats.items()}
     if draws.proposals is not None:
-        made["proposals"] = {k: raw(k, v) for k, v in _log_probabilities(draws.proposals).items()}
+        groups["proposals"] = {k: raw(k, v) for k, v in _log_probabilities(draws.proposals).items()}
     if predicted is not None:
-        made["posterior_predictive"] = {k: posterior(k, v) for k, v in predicted.items()}
-    told = {**_attributes(draws, picks), **(attributes or {})}
+        groups["posterior_predictive"] = {k: posterior(k, v) for k, v in predicted.items()}
+    attached = {**_attributes(draws, picks), **(attributes or {})}
     own: dict[str, Any] = {}
     if prior is not None:
         own = dict.fromkeys(("prior", "prior_completions", "sample_stats_prior"), _cost(prior))
-    return {name: _dataset(variables, told | own.get(name, {})) for name, variables in made.items() if variables}
+    return {name: _dataset(variables, attached | own.get(name, {})) for name, variables in groups.items() if variables}
 
 
 def _scalars(draws: Draws) -> dict[str, Tensor]:
     """What is a number, float64, (C, S, B, ...)."""
-    found = {k: v.double() for k, v in (*draws.records.items(), *draws.latents.items()) if k not in draws.texts}
+    scalars = {k: v.double() for k, v in (*draws.records.items(), *draws.latents.items()) if k not in draws.texts}
     for name in draws.texts:
-        found[length_name(name)] = draws.prompts.vocabulary.lengths(draws[name]).double()
-    return {**found, "log_prior": draws.log_prior}
+        scalars[length_name(name)] = draws.prompts.vocabulary.lengths(draws[name]).double()
+    return {**scalars, "log_prior": draws.log_prior}
 
 
 def length_name(text: str) -> str:
@@ -179,20 +179,20 @@ def _attributes(draws: Draws, picks: Tensor) -> dict[str, Any]:
     versions = {
         f"{name.replace('-', '_')}_version": version(name) for name in ("torch", "pyro-ppl", "transformers", "arviz")
     }
-    made: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "inference_library": "ppl_lm",
         "inference_library_version": version("ppl_lm"),
         **versions,
-        **{kind: int(getattr(draws, kind)) for kind in KINDS},
+        "kind": draws.kind,
         "num_samples": len(picks),
         "unique_fraction": float(np.mean([len(set(column.tolist())) / len(picks) for column in picks.T])),
         **_cost(draws),
     }
-    ess = [] if draws.markov else [worth(draws.of_prompt(b)) for b in range(draws.log_guide.shape[-1])]
-    known = [value for value in ess if value is not None]
-    if known:  # ArviZ finds what chains are worth: az.ess
-        made["weighted_ess"] = float(np.mean(known))
-    return made
+    amounts = [] if draws.kind == "chains" else ess(draws).tolist()  # ArviZ finds what chains are worth: az.ess
+    known = [amount for amount in amounts if not math.isnan(amount)]
+    if known:
+        attributes["weighted_ess"] = float(np.mean(known))
+    return attributes
 
 
 def _cost(draws: Draws) -> dict[str, int]:

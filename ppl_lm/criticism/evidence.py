@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ppl_lm.criticism.weights import log_mean, mean
-from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.draws import EQUAL, TOGETHER, Draws
 
-FEWEST = 30  # independent means of weights, below which their standard error cannot be trusted
+MIN_MEANS = 30  # independent means of weights, below which their standard error cannot be trusted
 
 
 @dataclass(frozen=True)
@@ -60,23 +60,23 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
     """Bounds of log Z from a guide's draws, and from exact posterior draws where there are some.
 
     :param draws: the guide's (`importance`).
-    :param exact: exact posterior draws whose `log_guide` is that of the same guide: `score(guide, rejection(...))`. With
+    :param exact: exact posterior draws whose `log_guide` is that of the same guide: `rejection(...).under(guide)`. With
         `smc`'s draws, `conditional_smc`'s: each run counts as one draw, its weight being the run's Ẑ, so that the KLs are those
         of all that a run chooses at random, and above those of a text picked from it.
     :raises ValueError: if `exact` holds draws that are not exact, or `draws` holds exact ones or Markov chains.
     """
-    if draws.exact or draws.markov:
+    if draws.kind in EQUAL:
         raise ValueError("draws= must be the guide's own draws; pass exact posterior draws as exact=")
-    if draws.interacting or (exact is not None and exact.interacting):
-        if exact is not None and not (draws.interacting and exact.interacting):
+    if draws.kind in TOGETHER or (exact is not None and exact.kind in TOGETHER):
+        if draws.kind != "runs" or (exact is not None and exact.kind != "conditional_runs"):
             raise ValueError("smc's draws go with conditional_smc's of the same settings, and with no others")
         draws, exact = draws.by_run(), None if exact is None else exact.by_run()
-    if exact is not None and not exact.exact:
+    if exact is not None and exact.kind != "exact":
         raise ValueError("exact= must hold exact posterior draws (rejection); these are weighted ones")
     log_w = draws.log_weight.flatten(0, 1)  # (S, B)
     n = len(log_w)
     elbo, elbo_se = mean(log_w)
-    groups = min(iwae_particles, max(1, n // FEWEST))
+    groups = min(iwae_particles, max(1, n // MIN_MEANS))
     bound = log_w[: n // groups * groups].reshape(-1, groups, log_w.shape[1])
     iwae, iwae_se = mean(bound.logsumexp(1) - math.log(groups))
     log_z, log_z_se = log_mean(log_w)
@@ -150,6 +150,9 @@ def _covariance(exact: Draws, log_z: Tensor) -> Tensor:
     ):  # their weights as proposals are not known any more: the largest error there can be
         se = [mean(exact.log_weight.flatten(0, 1))[1], log_mean(exact.proposals.log_weight.flatten(0, 1))[1]]
         return -se[0] * se[1]
-    log_w, drawn = exact.log_weight.flatten(0, 1), exact.log_likelihood.flatten(0, 1)  # the latter their own weight
+    log_w, log_proposal_weight = (
+        exact.log_weight.flatten(0, 1),
+        exact.log_likelihood.flatten(0, 1),
+    )  # the latter their own weight
     centred = log_w - log_w.mean(0)
-    return ((drawn - log_z).exp() * centred).mean(0) / exact.proposals.num_samples
+    return ((log_proposal_weight - log_z).exp() * centred).mean(0) / exact.proposals.num_samples

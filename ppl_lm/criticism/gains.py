@@ -46,8 +46,8 @@ def _scored(program: Any, draws: Draws, values: dict[str, Tensor], site: str, ne
     try:
         with _Until(site), Given(values, nesting):
             as_particles(program, count, nesting)(draws.prompts)
-    except _Found as found:
-        return found.law.token_log_probs(found.value).reshape(values[site].shape)
+    except _Found as reached:
+        return reached.law.token_log_probs(reached.value).reshape(values[site].shape)
     raise ValueError(f"a program has no text at the site {site!r}; give the model and the guide of these draws")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ppl_lm import plot
-from ppl_lm.criticism.diagnoses.draws_verdicts import DRAWN
+from ppl_lm.criticism.diagnoses.draws_verdicts import CODES_OF_DRAWS
 from ppl_lm.report.page import picture, pm, render
 from ppl_lm.report.pictures import frontier, is_tilted, points
 from ppl_lm.run.diagnosis_records import GuideFigures
@@ -60,7 +60,7 @@ def _distance(run: FittedRun, hard: bool) -> tuple[float, float]:
 
 def _worth(run: SampledRun) -> tuple[int, float]:
     each = run.diagnosis.average.lm_tokens_per_effective_draw
-    return DRAWN.index(run.diagnosis.verdict.code), each or math.inf
+    return CODES_OF_DRAWS.index(run.diagnosis.verdict.code), each or math.inf
 
 
 def leaderboard(runs: Sequence[FittedRun | SampledRun]) -> str:

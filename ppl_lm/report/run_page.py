@@ -145,8 +145,8 @@ def _guide_tables(average: GuideFigures) -> list[tuple[str, list[dict[str, str]]
 def _draws_tables(diagnosis: DrawsDiagnosis) -> list[tuple[str, list[dict[str, str]]]]:
     """Whatever the model recorded has a mean, too."""
     average = diagnosis.average
-    recorded = {name: (f"E[{shown(name)}]", "", "") for name in average.means if name not in words.DRAWS}
-    return [("What the draws say", rows(average.as_json(), words.DRAWS | recorded))]
+    recorded = {name: (f"E[{shown(name)}]", "", "") for name in average.means if name not in words.DRAWS_FIGURES}
+    return [("What the draws say", rows(average.as_json(), words.DRAWS_FIGURES | recorded))]
 
 
 def _variety(diversity: dict[str, dict[str, Any] | None]) -> tuple[list[str], list[dict[str, Any]]] | None:
@@ -172,10 +172,10 @@ def _texts(draws: Draws) -> list[dict[str, Any]]:
         log_w = few.log_weight[0, :, min(b, few.log_weight.shape[-1] - 1)].tolist()
         lines = [
             {"tokens": [text], "gains": None, "reward": r}
-            | ({} if draws.exact or draws.markov else {"log_weight": w if math.isfinite(w) else None})
+            | ({} if draws.kind in ("exact", "chains") else {"log_weight": w if math.isfinite(w) else None})
             for text, r, w in zip(texts, values, log_w, strict=True)
         ]
-        shown_texts.append({"prompt": draws.prompts.texts[b], "exact": draws.exact, "draws": lines})
+        shown_texts.append({"prompt": draws.prompts.texts[b], "exact": draws.kind == "exact", "draws": lines})
     return shown_texts
 
 

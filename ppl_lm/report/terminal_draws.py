@@ -27,7 +27,7 @@ def draw_rows(draws: Draws, count: int) -> list[dict[str, Any]]:
     draws."""
     few = some(draws, count)
     columns = {name: value[0] for name, value in few.records.items()}  # (S, B)
-    if not (few.exact or few.markov):
+    if few.kind not in ("exact", "chains"):
         columns["log_weight"] = few.log_weight[0].expand(-1, len(few.prompts))
     return [
         {"prompt": few.prompts.texts[b], "completion": text, **{k: float(v[s, b]) for k, v in columns.items()}}

@@ -36,7 +36,7 @@ WEIGHTS = {
     "exact_draws": ("exact draws", "draws", "of the posterior, behind the upper bounds"),
     "num_samples": ("draws", "draws", "of the prior and of the guide each, for every prompt"),
 }
-DRAWS = {  # of a sampler's draws
+DRAWS_FIGURES = {  # of a sampler's draws
     "reward": ("E[reward] of the posterior", "", "by these draws, in the reward's own unit"),
     "length": ("E[length] of the posterior", "tokens", "the end token included"),
     "log_prior": ("E[log p0] of the posterior", "nats", "how probable the prior finds its texts"),

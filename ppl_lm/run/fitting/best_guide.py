@@ -91,9 +91,8 @@ def keep_best(gain: Gain, guides: BestGuide, metrics: Sequence[StepMetrics]) -> 
             start = measured("start", 0, guides.start)
             if gain.covers == covers:  # else an impossible text made another measure of all: once more
                 break
-        if all(
-            start.gain - c.gain > 2 * math.hypot(start.se, c.se) for c in candidates
-        ):  # noise must not discard the fit
+        behind = [start.gain - c.gain > 2 * math.hypot(start.se, c.se) for c in candidates]
+        if all(behind):  # by more than noise, which must not discard the fit
             candidates = [start]
         elif len(candidates) > 1:  # the better of two on the same draws looks better than it is
             better = max(candidates, key=lambda c: c.gain)
