@@ -17,7 +17,7 @@ from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
-from ppl_lm.embedded.rules import RATES, Rules
+from ppl_lm.embedded.rules import RATES, Rules, all_rules
 from ppl_lm.embedded.words import FACTS, LISTS, RUDE
 
 
