@@ -39,7 +39,7 @@ def derivations(grammar: Grammar, symbol: str) -> list[tuple[float, list[str]]]:
 
 def cut_down(start: str) -> Grammar:
     """The real grammar below `start`, with every list of equally likely entries cut to one."""
-    small = {s: e if isinstance(e, dict) else list(e)[:1] for s, e in rules().items()}
+    small = {s: e if isinstance(e, dict) else list(e)[:1] for s, e in all_rules().items()}
     return Grammar(small | {"male_name": ["Adam", "Max"]}, start)
 
 
