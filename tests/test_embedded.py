@@ -16,7 +16,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from ppl_lm.embedded import FOLDER
 from ppl_lm.embedded.grammar import ATTRIBUTES, GRAMMAR, Grammar, detokenise, log_prob, parses, sample, tokenise
-from ppl_lm.embedded.rules import KINDS, RATES, rules
+from ppl_lm.embedded.rules import KINDS, RATES, all_rules
 from ppl_lm.embedded.train import draw, encode, pad, rate, text_cross_entropy, training_texts
 
 AMBIGUOUS = {
