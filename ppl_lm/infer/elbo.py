@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.infer import ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
@@ -15,9 +14,11 @@ from ppl_lm.infer.objectives.baselines import Baseline, LogZ, MovingLogZ, leave_
 from ppl_lm.infer.objectives.catalogue import hard_constraint
 from ppl_lm.infer.objectives.divergences import reverse_kl
 from ppl_lm.infer.terms import Objective
+from ppl_lm.infer.traces.gradients import ordinary_surrogate
 from ppl_lm.infer.traces.objective_terms import as_terms
+from ppl_lm.infer.traces.parameters import trainable_of_block
 from ppl_lm.infer.traces.particles import Particles, run
-from ppl_lm.infer.traces.sites import Site, is_sequence
+from ppl_lm.infer.traces.sites import TextSite
 from ppl_lm.infer.traces.sources import Source
 
 
@@ -135,16 +136,15 @@ class SequenceELBO(ELBO):
 
         :raises ValueError: if nothing is trainable, or the posterior has a hard constraint, which reverse KL cannot fit.
         """
-        with poutine.trace(param_only=True) as capture:
+        with trainable_of_block() as parameters:
             particles = self.particles(model, guide, *args, **kwargs)
-        sites: Any = capture.trace.nodes.values()
-        if not any(site["value"].unconstrained().requires_grad for site in sites if site["type"] == "param"):
+        if not parameters:
             raise ValueError(
                 "this step has nothing to train: guide and model registered no trainable parameter. Wrap the guide "
                 "with ppl_lm.bind, around prior.copy() rather than the frozen prior"
             )
         step = self._step(particles)
-        ordinary = self._ordinary_surrogate(particles, step)
+        ordinary = ordinary_surrogate(particles, step.coefficients, step.pathwise)
         if ordinary.requires_grad:
             ordinary.backward()
         for part in self._sequence_surrogates(particles, step):
@@ -161,8 +161,8 @@ class SequenceELBO(ELBO):
         """The second phase on its own. The micro-batches are differentiated here and now, so that memory stays bounded;
         what is returned is linear in the weights with those gradients as its slopes."""
         step = self._step(particles)
-        surrogate = self._ordinary_surrogate(particles, step)
-        weights = [p for p in _sequence_weights(particles) if p.requires_grad]
+        surrogate = ordinary_surrogate(particles, step.coefficients, step.pathwise)
+        weights = [p for p in _text_weights(particles) if p.requires_grad]
         slopes = [torch.zeros_like(p) for p in weights]
         for part in self._sequence_surrogates(particles, step):
             for slope, grad in zip(slopes, torch.autograd.grad(part, weights, allow_unused=True), strict=True):
@@ -219,49 +219,32 @@ class SequenceELBO(ELBO):
 
         return frozen if self.source is not None and getattr(estimate, "moves", False) else estimate
 
-    def _ordinary_surrogate(self, particles: Particles, step: _Step) -> Tensor:
-        """What ordinary sites add to the gradient: pathwise terms with their graph, score functions with theirs."""
-        surrogate = torch.zeros((), dtype=torch.float64)
-        for name, site in particles.model_sites.items():
-            if step.pathwise and name in particles.log_p and not is_sequence(site):
-                surrogate = surrogate - particles.log_p[name].sum()
-        for name, site in particles.guide_sites.items():
-            if is_sequence(site):
-                continue
-            if step.pathwise and site["fn"].has_rsample:
-                surrogate = surrogate + particles.log_q[name].sum()
-            elif particles.log_q[name].requires_grad:
-                score = site["fn"].log_prob(site["value"].detach())
-                surrogate = surrogate + (score * step.coefficients[name]).sum()
-        return surrogate / particles.count
-
     def _sequence_surrogates(self, particles: Particles, step: _Step) -> Iterator[Tensor]:
         """One scalar a micro-batch; the gradients of all add up to what texts add to the gradient."""
-        for name, site in particles.guide_sites.items():
-            if not is_sequence(site) or not _trainable(site):
+        for name, text in particles.texts().items():
+            if not text.is_trainable:
                 continue
             shape, coefficient = particles.token_log_q[name].shape, step.coefficients[name]  # (K, B, T)
             coefficient = coefficient if coefficient.dim() == len(shape) else coefficient.unsqueeze(-1)
             ends = None if step.end_coefficient is None else step.end_coefficient / particles.count
-            yield from self._rescore(site, coefficient.expand(shape) / particles.count, ends)
-        for name, site in particles.model_sites.items():
-            if step.pathwise and is_sequence(site) and _trainable(site):
-                ones = torch.ones_like(particles.token_log_p[name])
-                weight = scale_like(site, ones)
-                yield from self._rescore(site, -weight / particles.count)
+            yield from self._rescore(text, coefficient.expand(shape) / particles.count, ends)
+        for name, text in particles.model_texts().items():
+            if step.pathwise and text.is_trainable:
+                weight = text.scaled(torch.ones_like(particles.token_log_p[name]))
+                yield from self._rescore(text, -weight / particles.count)
 
-    def _rescore(self, site: Site, coefficient: Tensor, ends: Tensor | None = None) -> Iterator[Tensor]:
+    def _rescore(self, text: TextSite, coefficient: Tensor, ends: Tensor | None = None) -> Iterator[Tensor]:
         """Σ coefficient · log-probability of each token, (K, B, T) both, and Σ ends · that of ending there, a micro-batch of
         texts at a time."""
-        fn, x = site["fn"].expand(coefficient.shape[:-1]), site["value"]
+        law, x = text.law.expand(coefficient.shape[:-1]), text.value
         x = x.expand(*coefficient.shape[:-1], x.shape[-1]).reshape(-1, x.shape[-1])  # (K·B, T)
         flat = coefficient.reshape(x.shape)
-        size = self.micro_batch or fn.lm.rows_per_pass(fn.prompts.ids.shape[-1], x.shape[-1], gradient=True)
+        size = self.micro_batch or law.lm.rows_per_pass(law.prompts.ids.shape[-1], x.shape[-1], gradient=True)
         for rows in torch.arange(len(x), device=x.device).split(size):
             if ends is None:
-                yield (flat[rows] * fn.slice(rows).token_log_probs(x[rows])).sum()
+                yield (flat[rows] * law.slice(rows).token_log_probs(x[rows])).sum()
             else:
-                by_token, ending = fn.slice(rows).token_and_end_log_probs(x[rows])
+                by_token, ending = law.slice(rows).token_and_end_log_probs(x[rows])
                 yield (flat[rows] * by_token + ends.reshape(x.shape)[rows] * ending).sum()
 
     def _minus_baseline(self, coefficient: Tensor, particles: Particles) -> Tensor:
@@ -271,18 +254,7 @@ class SequenceELBO(ELBO):
         return (coefficient - coefficient.mean(0, keepdim=True)) * (n / (n - 1))
 
 
-def scale_like(site: Site, ones: Tensor) -> Tensor:
-    """The site's scale and mask at every token."""
-    scale, mask = site["scale"], site["mask"]
-    wide = scale.unsqueeze(-1) if isinstance(scale, Tensor) and scale.dim() else scale
-    return ones * wide if mask is None else ones * wide * torch.as_tensor(mask).unsqueeze(-1)
-
-
-def _trainable(site: Site) -> bool:
-    return any(p.requires_grad for p in site["fn"].lm.parameters())
-
-
-def _sequence_weights(particles: Particles) -> list[Tensor]:
-    sites = (*particles.guide_sites.values(), *particles.model_sites.values())
-    found = {id(p): p for site in sites if is_sequence(site) for p in site["fn"].lm.parameters()}
-    return list(found.values())
+def _text_weights(particles: Particles) -> list[Tensor]:
+    """Weights of all language models that texts come from, each once."""
+    texts = (*particles.texts().values(), *particles.model_texts().values())
+    return list({id(weight): weight for text in texts for weight in text.law.lm.parameters()}.values())

@@ -62,7 +62,7 @@ def as_terms(
         log_prior=particles.log_prior() * inverse,
         log_likelihood=particles.log_evidence() * inverse,
         log_guide=particles.log_guide() * inverse,
-        log_proposal=None if particles.drawn is None else particles.log_drawn(),
+        log_proposal=None if particles.proposal_log_q is None else particles.log_proposal(),
         estimate_log_z=estimate_log_z,
         baseline=baseline,
         max_ratio=max_ratio,
@@ -70,8 +70,8 @@ def as_terms(
         token_log_prior=tokens(particles.token_log_p),
         token_log_guide=tokens(particles.token_log_q),
         token_log_proposal=None
-        if particles.drawn is None or only is None
-        else particles.drawn[only].reshape(*shape, -1),
+        if particles.proposal_log_q is None or only is None
+        else particles.proposal_log_q[only].reshape(*shape, -1),
         prefixes=None
         if only is None or particles.token_log_q[only].dim() != 3
         else lambda: _prefixes(particles, only, inverse),
