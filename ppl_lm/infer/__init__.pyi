@@ -21,6 +21,7 @@ from .elbo import SequenceELBO as SequenceELBO
 from .enumeration import EnumeratedPosterior as EnumeratedPosterior
 from .enumeration import enumerate_posterior as enumerate_posterior
 from .objectives import baselines as baselines
+from .objectives.protocol import Objective as Objective
 from .prediction import predictive as predictive
 from .terms import Estimate as Estimate
 from .terms import Terms as Terms

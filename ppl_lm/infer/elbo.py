@@ -1,5 +1,6 @@
 """`SequenceELBO`: the evidence lower bound, or another objective, for programs with whole texts among their latents."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,11 +11,19 @@ from pyro.infer import ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
 
-from ppl_lm.infer.objectives.baselines import Baseline, LogZ, MovingLogZ, leave_one_out
+from ppl_lm.infer.objectives.baselines import (
+    Baseline,
+    BaselineFunction,
+    LogZ,
+    LogZFunction,
+    MovingLogZ,
+    as_estimate,
+    leave_one_out,
+)
 from ppl_lm.infer.objectives.catalogue import hard_constraint
 from ppl_lm.infer.objectives.divergences import reverse_kl
-from ppl_lm.infer.terms import Objective
-from ppl_lm.infer.traces.gradients import ordinary_surrogate
+from ppl_lm.infer.objectives.protocol import Objective, ObjectiveFunction, as_objective
+from ppl_lm.infer.traces.gradients import ordinary_surrogate, plate_costs
 from ppl_lm.infer.traces.objective_terms import as_terms
 from ppl_lm.infer.traces.parameters import trainable_of_block
 from ppl_lm.infer.traces.particles import Particles, run
@@ -51,14 +60,15 @@ class SequenceELBO(ELBO):
     have cost may be left in or out; it stays in, because log q/p0 of a prefix is the guide's own estimate of the value
     that the prefix has gained (exactly that, at the posterior), and so the best baseline at hand: the closer the guide,
     the less noise, down to none. Ordinary sites may sit beside the text: reparameterised ones keep their pathwise
-    gradient, others get the same score-function treatment, and learnable model parameters get theirs.
+    gradient, others get the same score-function treatment, and learnable model parameters get theirs: with every baseline.
 
     :param num_particles: K, texts drawn for each prompt and step; at least 2, for the baseline.
     :param max_plate_nesting: as in Pyro, of the programs without the particles.
     :param micro_batch: texts scored with gradients at a time; None: as many as a memory budget allows. The gradient
         does not depend on it.
-    :param objective: from `Terms` to an `Estimate`. Others than `reverse_kl` are for guides whose latent sites all lie in
-        the prompt plate and models without parameters of their own; every site gets a score-function gradient.
+    :param objective: an `Objective`, or a plain function from `Terms` to an `Estimate`. Others than `reverse_kl` are for guides
+        whose latent sites all lie in the prompt plate and models without parameters of their own; every site gets a
+        score-function gradient. So it is for `reverse_kl` with a source.
     :param baseline: subtracted from the costs of f-divergences and `expected_reward`; others have their own.
     :param log_z: estimate of log Z in f-divergences other than reverse KL; None: a `MovingLogZ`. One from the same
         particles biases them by O(1/K); `of_others` leaves forward KL its direction.
@@ -75,9 +85,9 @@ class SequenceELBO(ELBO):
         num_particles: int = 16,
         max_plate_nesting: int = 1,
         micro_batch: int | None = None,
-        objective: Objective = reverse_kl,
-        baseline: Baseline = leave_one_out,
-        log_z: LogZ | None = None,
+        objective: Objective | ObjectiveFunction = reverse_kl,
+        baseline: Baseline | BaselineFunction = leave_one_out,
+        log_z: LogZ | LogZFunction | None = None,
         source: Source | None = None,
         max_ratio: float = math.inf,
         clip_ratio: float | None = None,
@@ -89,16 +99,15 @@ class SequenceELBO(ELBO):
                 "num_particles=1; the leave-one-out baseline needs at least 2. With one, give baseline=MovingAverage() "
                 "or no_baseline, of ppl_lm.baselines"
             )
-        of_terms = "give a function of Terms, such as ppl_lm.objectives.forward_kl or ppl_lm.objectives.SubTB()"
         kinds = {
-            "objective": (objective, of_terms),
             "baseline": (baseline, "give a function of costs and ratios: see ppl_lm.baselines"),
             "log_z": (log_z, "give a function of log weights and prompts, such as ppl_lm.baselines.MovingLogZ()"),
-            "source": (source, "give a source of texts, such as ppl_lm.off_policy.Reuse(4)"),
         }
         for name, (value, instead) in kinds.items():
             if isinstance(value, type) or not (value is None or callable(value)):
                 raise ValueError(f"{name}={value!r}; {instead}")
+        if isinstance(source, type) or not (source is None or isinstance(source, Source)):
+            raise ValueError(f"source={source!r}; give a source of texts, such as ppl_lm.off_policy.Reuse(4)")
         if not max_ratio > 0 or (clip_ratio is not None and not clip_ratio > 0):
             raise ValueError(f"max_ratio={max_ratio}, clip_ratio={clip_ratio}; give numbers above 0")
         if source is None and (max_ratio < math.inf or clip_ratio is not None):
@@ -108,8 +117,13 @@ class SequenceELBO(ELBO):
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.max_plate_nesting = max_plate_nesting
         self.micro_batch = micro_batch
-        self.objective, self.baseline, self.log_z = objective, baseline, log_z or MovingLogZ()
+        self.objective = as_objective(objective)
+        self.baseline, self.log_z = as_estimate(baseline), as_estimate(log_z or MovingLogZ())
         self.source, self.max_ratio, self.clip_ratio = source, max_ratio, clip_ratio
+        self._untouched = copy.deepcopy(self.baseline)
+        self._baselines: dict[
+            tuple[str, ...], Any
+        ] = {}  # with a memory for each set of plates: costs are of another size
         self._kept: dict[Any, Tensor] = {}  # what estimates that remember steps gave for draws that may come again
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
@@ -122,8 +136,9 @@ class SequenceELBO(ELBO):
 
     @property
     def pathwise(self) -> bool:
-        """Whether reparameterised sites and parameters of the model get their own gradients: plain reverse KL."""
-        return self.objective == reverse_kl and self.baseline is leave_one_out and self.source is None
+        """Whether reparameterised sites and the model's own parameters get their gradients through log q - log p: reverse KL
+        on the guide's own draws, whatever the baseline."""
+        return self.objective.is_negative_elbo and self.source is None
 
     @torch.no_grad()
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
@@ -179,17 +194,16 @@ class SequenceELBO(ELBO):
 
     def _step(self, particles: Particles) -> _Step:
         """Loss and coefficients of these particles; moves what the estimates of log Z and the baselines remember."""
-        if particles.is_hard() and not getattr(self.objective, "mends", False):
+        if particles.is_hard() and not self.objective.allows_hard_constraints:
             raise hard_constraint(self.objective)
         if not self.pathwise:
             return self._objective_step(particles)
         terms = [v.sum() for v in particles.log_q.values()] + [-v.sum() for v in particles.log_p.values()]
         values: list[Any] = [torch_item(term) for term in terms]
-        cost: Any = particles.cost()
-        coefficients = {
-            name: self._minus_baseline(cost.sum_to(site["cond_indep_stack"]), particles)
-            for name, site in particles.guide_sites.items()
-        }
+        coefficients = {}
+        for part in plate_costs(particles):
+            cost = self._minus_baseline(part.cost / part.scale, self._baseline_in(part.plates)) * part.scale
+            coefficients |= dict.fromkeys(part.sites, cost)
         return _Step(sum(values) / particles.count, coefficients, pathwise=True)
 
     def _objective_step(self, particles: Particles) -> _Step:
@@ -202,13 +216,13 @@ class SequenceELBO(ELBO):
         if not bool(coefficient.isfinite().all()):
             raise ValueError("an objective gave a cost that is not finite; its values: " + str(made.value.tolist()[:4]))
         coefficients = {}
-        for name in particles.guide_sites:
-            inner = particles.log_q[name].dim() - 2  # plates between particles and prompts
+        for name, log_q in particles.log_q.items():
+            inner = log_q.dim() - 2  # plates between particles and prompts
             coefficients[name] = coefficient.reshape(coefficient.shape[0], *[1] * inner, *coefficient.shape[1:])
         ends = None if made.end_coefficient is None else made.end_coefficient * scale.unsqueeze(-1)
         return _Step(float((made.value * scale.mean(0)).sum()), coefficients, False, ends)
 
-    def _once(self, estimate: Callable[..., Tensor], repeated: bool) -> Callable[..., Tensor]:
+    def _once(self, estimate: Any, repeated: bool) -> Callable[..., Tensor]:
         """An estimate from earlier steps must not have seen the draws that it is used for: for draws that come again it
         stays what it was, and learns nothing more."""
 
@@ -217,7 +231,7 @@ class SequenceELBO(ELBO):
                 self._kept[estimate] = estimate(*args)
             return self._kept[estimate]
 
-        return frozen if self.source is not None and getattr(estimate, "moves", False) else estimate
+        return frozen if self.source is not None and estimate.remembers_steps else estimate
 
     def _sequence_surrogates(self, particles: Particles, step: _Step) -> Iterator[Tensor]:
         """One scalar a micro-batch; the gradients of all add up to what texts add to the gradient."""
@@ -247,11 +261,17 @@ class SequenceELBO(ELBO):
                 by_token, ending = law.slice(rows).token_and_end_log_probs(x[rows])
                 yield (flat[rows] * by_token + ends.reshape(x.shape)[rows] * ending).sum()
 
-    def _minus_baseline(self, coefficient: Tensor, particles: Particles) -> Tensor:
-        """Subtracts the mean over the *other* particles: it does not depend on this one's draw, so the gradient stays
-        unbiased (Kool et al. 2019). Along the particle dimension alone, never across prompts."""
-        n = particles.count
-        return (coefficient - coefficient.mean(0, keepdim=True)) * (n / (n - 1))
+    def _baseline_in(self, plates: tuple[str, ...]) -> Any:
+        """The baseline of sites in these plates. One that remembers steps must not see a step's costs before all of its sites
+        have theirs."""
+        if self.baseline.remembers_steps and plates not in self._baselines:
+            self._baselines[plates] = copy.deepcopy(self._untouched) if self._baselines else self.baseline
+        return self._baselines.get(plates, self.baseline)
+
+    def _minus_baseline(self, cost: Tensor, baseline: Any) -> Tensor:
+        """What multiplies the score functions, (K, *plates, B): unbiased since a baseline does not depend on a particle's own
+        draw (leave-one-out: Kool et al. 2019). Along the particle dimension alone, never across prompts."""
+        return cost - baseline(cost, torch.ones_like(cost))
 
 
 def _text_weights(particles: Particles) -> list[Tensor]:

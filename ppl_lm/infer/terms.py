@@ -133,9 +133,6 @@ class Prefixes:
     valid: Bool[Tensor, "K B T1"]
 
 
-Objective = Callable[[Terms], Estimate]
-
-
 def scored(terms: Terms, cost: Tensor, value: Tensor) -> Estimate:
     """The estimate E_q[cost · ∇ log q] less a baseline, off-policy by importance ratios.
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ppl_lm.infer.binding import Bound
 from ppl_lm.infer.elbo import SequenceELBO
-from ppl_lm.infer.objectives.baselines import Baseline, LogZ, leave_one_out
+from ppl_lm.infer.objectives.baselines import Baseline, BaselineFunction, LogZ, LogZFunction, leave_one_out
 from ppl_lm.infer.objectives.divergences import reverse_kl
-from ppl_lm.infer.terms import Objective
+from ppl_lm.infer.objectives.protocol import Objective, ObjectiveFunction
 from ppl_lm.infer.traces.parameters import trainable_parameters
 from ppl_lm.infer.traces.particles import Particles
 from ppl_lm.infer.traces.sources import Source
@@ -58,9 +58,9 @@ def fit(
     guide: Bound,
     prompts: Any,
     *,
-    objective: Objective = reverse_kl,
-    baseline: Baseline = leave_one_out,
-    log_z: LogZ | None = None,
+    objective: Objective | ObjectiveFunction = reverse_kl,
+    baseline: Baseline | BaselineFunction = leave_one_out,
+    log_z: LogZ | LogZFunction | None = None,
     source: Source | None = None,
     max_ratio: float = math.inf,
     clip_ratio: float | None = None,
@@ -109,7 +109,7 @@ def fit(
     ratios: Any = {"source": source, "max_ratio": max_ratio, "clip_ratio": clip_ratio}
     elbo = SequenceELBO(num_particles, max_plate_nesting, micro_batch, objective, baseline, log_z, **ratios)
     weights = _weights(model, guide, batch[:1], max_plate_nesting)
-    gain = Gain(model, guide, batch, objective, max_plate_nesting)
+    gain = Gain(model, guide, batch, elbo.objective, max_plate_nesting)
     optimiser = torch.optim.Adam(weights, betas=(0.9, 0.99))
     schedule = Rate(learning_rate, warmup)
     best = _Best(weights)

@@ -27,5 +27,11 @@ from .divergences import (
 from .divergences import (
     total_variation as total_variation,
 )
+from .protocol import (
+    FunctionObjective as FunctionObjective,
+)
+from .protocol import (
+    Objective as Objective,
+)
 from .rl import GRPO as GRPO
 from .rl import expected_reward as expected_reward

@@ -20,6 +20,7 @@ class TrajectoryBalance:
     """
 
     name = "trajectory_balance"
+    allows_hard_constraints = mass_covering = is_negative_elbo = False
 
     def __init__(self, rate: float = 0.1):
         if not 0 < rate <= 1:
@@ -64,6 +65,9 @@ class SubTB:
     """
 
     name: ClassVar[str] = "subtb"
+    allows_hard_constraints: ClassVar[bool] = False
+    mass_covering: ClassVar[bool] = False
+    is_negative_elbo: ClassVar[bool] = False
     decay: float = 1.0
 
     def __post_init__(self) -> None:

@@ -32,8 +32,8 @@ class EnumeratedSites:
 def enumerate_sites(model: Callable[..., Any], guide: Callable[..., Any] | None, prompts: Any) -> EnumeratedSites:
     """Runs the model over every value of its latent sites, and the guide at the same values.
 
-    :raises ValueError: if a latent site cannot be enumerated, a site lies elsewhere than in the prompt plate alone, or there are
-        too many values."""
+    :raises ValueError: if a latent site cannot be enumerated, a site lies elsewhere than in the prompt plate alone, or there
+        are too many values."""
     marked = config_enumerate(model, default="parallel", expand=False)
     trace = poutine.trace(poutine.enum(marked, first_available_dim=-2)).get_trace(prompts)
     sites = sample_sites(trace)

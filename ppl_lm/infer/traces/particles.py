@@ -9,7 +9,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.util import MultiFrameTensor
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
@@ -46,7 +45,8 @@ class Particles:
     :param token_log_p: sequence site name -> (K, B, T) scaled and masked; likewise `token_log_q`. Their pad positions
         are 0, and a completion that is not canonical has -inf in `log_p` alone.
     :param again: the model on other values of its latent sites.
-    :param proposal_log_q: site name -> density that drew its values, by token for texts, NaN where not known; None: the guide's.
+    :param proposal_log_q: site name -> density that drew its values, by token for texts, NaN where not known; None: the
+        guide's.
     :param from_guide: then which particles the guide drew as it is, (K, B), where that is all that is known.
     :param repeated: whether an earlier step has seen these very draws.
     """
@@ -169,16 +169,6 @@ class Particles:
                 if f.full_size is not None and f.full_size != f.size:
                     return f.name
         return None
-
-    def cost(self) -> MultiFrameTensor:
-        """log q - log p of every site, detached, summed by plates (Schulman et al. 2015: what lies in other cells of a
-        plate does not depend on this one)."""
-        terms = MultiFrameTensor()
-        for name, log_q in self.log_q.items():
-            terms.add((self.guide_sites[name]["cond_indep_stack"], log_q.detach()))
-        for name, log_p in self.log_p.items():
-            terms.add((self.model_sites[name]["cond_indep_stack"], -log_p.detach()))
-        return terms
 
 
 def run(
