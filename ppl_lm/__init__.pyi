@@ -40,6 +40,7 @@ from .infer.samplers.quasi_rejection_sampling import quality as quality
 from .infer.samplers.quasi_rejection_sampling import quasi_rejection as quasi_rejection
 from .infer.samplers.rejection_sampling import rejection as rejection
 from .infer.samplers.sequential import smc as smc
+from .infer.samplers.settings import SMCSettings as SMCSettings
 
 # What it is conditioned on.
 from .infer.traces.observations import likelihood_bound as likelihood_bound

@@ -38,6 +38,7 @@ from ppl_lm.infer.samplers.markov_chains import mcmc
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.resampling import Resampled, multinomial, stratified, systematic, without_replacement
 from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.twists.functions import exact_twist, prefix_likelihood, tempered
 from ppl_lm.lm import meter
 from ppl_lm.lm.table import table_lm
@@ -104,9 +105,8 @@ def expected_weights(monkeypatch, world=SMALL, guide=None, resample=systematic, 
             patch.setattr(GROW, "choose", w.choose)
             patch.setattr(SMC, "ROWS", 10**9)
             patch.setattr(POPULATION, "_needed", w.needed(POPULATION._needed))
-            made = smc(
-                world.model, guide, TEXTS, num_samples=count, num_runs=runs, resample=w.rule(resample), **settings
-            )
+            how = SMCSettings(resample=w.rule(resample), **settings)
+            made = smc(world.model, guide, TEXTS, num_samples=count, num_runs=runs, settings=how)
         return world.by_text(made.log_weight, made["x"])
 
     found = walk.explore(program, len(TEXTS))
@@ -134,9 +134,8 @@ def conditional_expectations(monkeypatch, world=SMALL, guide=None, resample=syst
                 patch.setattr(POPULATION, "_anywhere", w.anywhere)
                 patch.setattr(POPULATION, "_needed", w.needed(POPULATION._needed))
                 patch.setattr(CONDITIONAL, "ROWS", 10**9)
-                made = conditional_smc(
-                    world.model, guide, planted, num_samples=count, resample=w.rule(resample), **settings
-                )
+                how = SMCSettings(resample=w.rule(resample), **settings)
+                made = conditional_smc(world.model, guide, planted, num_samples=count, settings=how)
             assert made.planted and bool((made["x"] == x).all(-1).any(1).all())  # it is still there
             return world.by_text(made.log_weight, made["x"])
 
@@ -243,8 +242,8 @@ def test_a_wrong_weight_is_rejected(mutant, monkeypatch):
     if mutant == "twist for the evidence":
         finish = SMC.finish
 
-        def wrong(model, prompts, grown, *rest):
-            return finish(model, prompts, replace(grown, log_target=grown.token_log_p.sum(-1)), *rest)
+        def wrong(model, prompts, population, *rest):
+            return finish(model, prompts, replace(population, log_target=population.token_log_p.sum(-1)), *rest)
 
         monkeypatch.setattr(SMC, "finish", wrong)
     found = expected_weights(monkeypatch, **settings)
@@ -314,14 +313,14 @@ def test_what_a_rule_does(rule, w, monkeypatch):
 
 
 def test_the_exact_twist_leaves_nothing_to_chance():
-    made = smc(MODEL, None, TEXTS, num_samples=8, num_runs=5, twist=TWISTS["exact"], candidates=V)
+    made = smc(MODEL, None, TEXTS, num_samples=8, num_runs=5, settings=SMCSettings(twist=TWISTS["exact"], candidates=V))
     torch.testing.assert_close(made.log_weight, JOINT.logsumexp(0).expand(5, 8, -1), atol=1e-10, rtol=0)
     assert float(made.log_weight.exp().var()) >= 0 and float(made.by_run().log_weight.exp().var(1).max()) < 1e-20
 
 
 def test_bounds_meet_around_log_z():
     """E[log Ẑ] ≤ log Z ≤ E[log Ẑ given a planted posterior draw], each within 4 standard errors, and log Z between."""
-    settings = dict(num_samples=4, twist=TWISTS["likelihood"])
+    settings = dict(num_samples=4, settings=SMCSettings(twist=TWISTS["likelihood"]))
     made = smc(MODEL, None, TEXTS, num_runs=400, **settings)
     planted = rejection(MODEL, None, TEXTS, num_samples=400, log_bound=T / BETA)
     found = log_evidence(made, conditional_smc(MODEL, None, planted, **settings))
@@ -337,7 +336,8 @@ def test_bounds_meet_around_log_z():
 
 def test_what_interacting_draws_are_worth():
     """Means, log Z and the count of effective draws: against the spread over many repetitions, within 4 errors or 20%."""
-    many = [smc(MODEL, None, TEXTS, num_samples=16, num_runs=30, twist=TWISTS["likelihood"]) for _ in range(60)]
+    settings = SMCSettings(twist=TWISTS["likelihood"])
+    many = [smc(MODEL, None, TEXTS, num_samples=16, num_runs=30, settings=settings) for _ in range(60)]
     found = [diagnose_draws(draws)["prompts"][1] for draws in many]
     assert {f["kind"] for f in found} == {"interacting"} and {f["khat"] for f in found} == {None}
     means = torch.tensor([f["reward"] for f in found])
@@ -354,7 +354,7 @@ def test_what_interacting_draws_are_worth():
 def test_particle_gibbs_reaches_the_posterior():
     chains = mcmc(
         MODEL, GUIDE, TEXTS, num_samples=30, warmup=5, num_chains=300,
-        kernel=particle_gibbs(3, twist=TWISTS["likelihood"], resample=stratified),
+        kernel=particle_gibbs(3, SMCSettings(twist=TWISTS["likelihood"], resample=stratified)),
     )  # fmt: skip
     means = chains["reward"].mean(1)  # (N, B): independent chains
     truth = (JOINT.softmax(0) * REWARD[:, None]).sum(0)
@@ -377,7 +377,8 @@ def test_the_caches_follow_the_resampling(kind):
         dict(twist=twist, expand=2),
     ):
         for proposal in (None,) if "candidates" in settings else (None, guide):
-            made = smc(model, proposal, prompts, num_samples=16, num_runs=2, threshold=2.0, **settings)
+            how = SMCSettings(threshold=2.0, **settings)
+            made = smc(model, proposal, prompts, num_samples=16, num_runs=2, settings=how)
             again = lm(prompts).log_prob(made["x"])
             torch.testing.assert_close(made.log_prior, again, atol=1e-10, rtol=0)
             assert len(made["x"].flatten(0, 2).unique(dim=0)) > 6
@@ -404,8 +405,9 @@ def test_it_forwards_each_prompt_once_and_each_open_text_a_token(monkeypatch):
         return made
 
     monkeypatch.setattr(POPULATION, "_step", step)
+    settings = SMCSettings(twist=prefix_likelihood(model), threshold=2.0)
     with meter.measure() as cost:
-        made = smc(model, None, prompts, num_samples=32, twist=prefix_likelihood(model), threshold=2.0)
+        made = smc(model, None, prompts, num_samples=32, settings=settings)
     assert forwards[0] == (3, max(len(lm.vocabulary.encode(p)) for p in prompts))
     assert forwards[1:] == [(n, 1) for n in open_texts[: len(forwards) - 1]] and min(open_texts) < 96
     assert made.cost == cost and cost.lm_tokens == sum(a * b for a, b in forwards)
@@ -421,9 +423,8 @@ def test_what_is_impossible_is_told():
     assert bool((log_z == -torch.inf).any()) and not bool(made.log_weight.isnan().any())
     truth = enumerate_posterior(rare, None, TEXTS).log_z.exp()
     assert bool(((log_z.exp().mean(0) - truth).abs() < 4 * log_z.exp().std(0) / 40**0.5).all())
-    blind = smc(
-        MODEL, None, TEXTS, num_samples=64, twist=lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf)
-    )
+    starts_with_0 = SMCSettings(twist=lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf))
+    blind = smc(MODEL, None, TEXTS, num_samples=64, settings=starts_with_0)
     assert bool((blind["x"][..., 0] == 0)[blind.log_weight > -torch.inf].all())
 
 
@@ -444,9 +445,10 @@ def test_what_is_impossible_is_told():
     ],
 )
 def test_refusals(settings, message):
+    own = {name: settings.pop(name) for name in ("num_samples", "num_runs") if name in settings}
     guide = settings.pop("guide", None)
     with pytest.raises(ValueError, match=message):
-        smc(MODEL, guide, TEXTS, **settings)
+        smc(MODEL, guide, TEXTS, settings=SMCSettings(**settings), **own)
 
 
 def test_no_prompts_are_refused():
@@ -462,7 +464,7 @@ def test_a_chain_of_particle_gibbs_leaves_an_impossible_text():
     target = bind(constrained, lm, constraint=automaton)
     start = importance(target, None, [""], num_samples=200)
     assert float((start.log_weight > -torch.inf).double().mean()) < 0.7
-    kernel = particle_gibbs(4, twist=automaton.mask(lm))
+    kernel = particle_gibbs(4, SMCSettings(twist=automaton.mask(lm)))
     chains = mcmc(target, None, [""], num_samples=20, warmup=5, num_chains=64, kernel=kernel)
     assert bool((chains.log_weight > -torch.inf).all())
 
@@ -479,7 +481,8 @@ def test_a_program_with_plates_of_its_own():
 
     settings = dict(num_samples=400, max_plate_nesting=2)
     right = importance(rated, None, TEXTS, **settings)
-    grown = smc(rated, None, TEXTS, num_runs=30, twist=prefix_likelihood(rated), threshold=2.0, **settings)
+    how = SMCSettings(twist=prefix_likelihood(rated), threshold=2.0)
+    grown = smc(rated, None, TEXTS, num_runs=30, settings=how, **settings)
     chains = mcmc(rated, None, TEXTS, num_samples=4, warmup=2, max_plate_nesting=2, kernel=particle_gibbs(4))
     assert grown["x"].shape == (30, 400, 2, T) and chains["x"].shape == (32, 4, 2, T)
     log_z = [made.log_weight.flatten(0, 1).exp().mean(0).log() for made in (right, grown)]
@@ -491,7 +494,7 @@ def test_a_program_with_plates_of_its_own():
 
 
 def test_what_is_too_few_runs_is_not_judged():
-    made = smc(MODEL, None, TEXTS, num_samples=64, num_runs=4, twist=TWISTS["likelihood"])
+    made = smc(MODEL, None, TEXTS, num_samples=64, num_runs=4, settings=SMCSettings(twist=TWISTS["likelihood"]))
     assert all(figures["verdict"] == "unknown" for figures in diagnose_draws(made)["prompts"])
     assert "What 4 runs are worth" in diagnose_draws(made)["prompts"][0]["sentence"]
 
@@ -518,10 +521,8 @@ def test_a_planted_text_that_cannot_be_proposed_is_told():
     blind.model.table.data[:, 0] = -torch.inf  # never writes the first token
     for twist in (None, prefix_likelihood(MODEL)):
         with pytest.raises(ValueError, match="impossible"):
-            conditional_smc(MODEL, bind(finetuned, blind), planted, num_samples=4, twist=twist)
+            conditional_smc(MODEL, bind(finetuned, blind), planted, num_samples=4, settings=SMCSettings(twist=twist))
     for candidates in (None, V):
         with pytest.raises(ValueError, match="impossible"):
-            conditional_smc(
-                MODEL, None, planted, num_samples=4, candidates=candidates,
-                twist=lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf),
-            )  # fmt: skip
+            twist = lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf)  # noqa: E731
+            conditional_smc(MODEL, None, planted, num_samples=4, settings=SMCSettings(twist, candidates))

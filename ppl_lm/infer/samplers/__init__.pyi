@@ -10,4 +10,5 @@ from .quasi_rejection_sampling import quality as quality
 from .quasi_rejection_sampling import quasi_rejection as quasi_rejection
 from .rejection_sampling import rejection as rejection
 from .sequential import smc as smc
+from .settings import SMCSettings as SMCSettings
 from .twist import Twist as Twist

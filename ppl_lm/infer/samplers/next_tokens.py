@@ -78,19 +78,19 @@ class Laws:
         t: int,
         log_target: Float[Tensor, "n"],
         log_p0: Float[Tensor, "n"],
-        column: Int[Tensor, "n"],
+        population: Int[Tensor, "n"],
         many: int = 1,
         forced: Int[Tensor, "n M"] | None = None,
     ) -> Tokens:
         """Draws `many` next tokens for each text, at position t.
 
         :param log_target: log γ_t-1 of the texts so far; `log_p0` their log p0.
-        :param column: to whose population each belongs.
+        :param population: that each belongs to.
         :param forced: what the next tokens have to be, where it is not -1."""
         log_p = self.prior.log_probs()  # (n, V)
         log_psi = None if self.network is None else self.network.logits()
         log_q = self._proposal(log_p, log_psi, x, t)
-        tokens = choose(log_q, column, many)  # (n, M)
+        tokens = choose(log_q, population, many)  # (n, M)
         if forced is not None:
             tokens = torch.where(forced >= 0, forced, tokens)
         lp, lq = log_p.gather(-1, tokens).double(), log_q.gather(-1, tokens).double()
@@ -135,7 +135,7 @@ class Laws:
         return answer.double().reshape(-1, many)
 
 
-def choose(log_q: Float[Tensor, "n V"], column: Int[Tensor, "n"], many: int) -> Int[Tensor, "n M"]:
+def choose(log_q: Float[Tensor, "n V"], population: Int[Tensor, "n"], many: int) -> Int[Tensor, "n M"]:
     """`many` tokens of each row's law. One random number each, from torch's global generator."""
     u = torch.rand(len(log_q), many, dtype=torch.float64, device=log_q.device)
     return torch.stack([invert(log_q, u[:, m]) for m in range(many)], 1)

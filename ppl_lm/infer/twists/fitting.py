@@ -30,7 +30,8 @@ def fit_twist(
 ) -> list[float]:
     """Fits a twist, in place, by Adam whose rate falls to zero; returns the losses.
 
-    `bind(twisted, prior, twist)` is then a guide, and `smc(model, None, prompts, twist=twist)` uses it at every token.
+    `bind(twisted, prior, twist)` is then a guide, and `smc(model, None, prompts, settings=SMCSettings(twist=twist))`
+    uses it at every token.
 
     :param twist: from `twist_like(prior)`, or any network whose logits are log ψ_t.
     :param num_samples: texts drawn at each step for each prompt.
