@@ -1,5 +1,6 @@
 """`to_arviz`: draws as what ArviZ reads, in either of its two lives."""
 
+import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -8,15 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_lm.criticism.effective_size import worth
-from ppl_lm.infer.draws import Draws
+from ppl_lm.criticism.effective_size import ess
+from ppl_lm.infer.draws import EQUAL, Draws
 from ppl_lm.lm.prompts import Prompts
 
 Variable = tuple[tuple[str, ...], np.ndarray, dict[str, int]]  # dimensions, values, attributes
 Variables = dict[str, Variable]
 DRAWN = ("chain", "draw", "prompt")
 LOG_PROBABILITIES = ("log_prior", "log_likelihood", "log_guide")
-KINDS = ("exact", "markov", "interacting", "planted")
 
 
 def to_arviz(
@@ -36,7 +36,8 @@ def to_arviz(
       latent sites together, nats: what `az.psens` scales.
     - `guide`: the raw draws with their tokens, numbers, log-probabilities and weights, nats. `az.psislw` takes `log_weight`.
     - `proposals`: log-probabilities of all that a sampler proposed, which discards some, and by which its evidence is known.
-    - `sample_stats`: how each draw came about, such as the acceptance rates of Markov chains.
+    - `sample_stats`: how each draw came about, such as the acceptance rates of Markov chains; how each run of SMC did, by
+      (chain, prompt, token).
     - `prior`: where it is given, the prior's draws: numbers and log-probabilities; their tokens and texts are in
       `prior_completions`, how each came about in `sample_stats_prior`. `posterior_predictive`: where it is given, below.
     - `observed_data`: what the model observed. `constant_data`: `prompt_text`, and what is given.
@@ -76,7 +77,7 @@ def _datasets(
     chains, count, batch = *draws.log_guide.shape[:2], len(draws.prompts)
     n = num_samples or draws.num_samples
     picks = draws.reweighted(n).cpu().expand(-1, batch)  # (S, B)
-    shape = (chains, count) if (draws.exact or draws.markov) and n == draws.num_samples else (1, n)
+    shape = (chains, count) if draws.kind in EQUAL and n == draws.num_samples else (1, n)
     column = torch.arange(batch)
 
     def posterior(name: str, value: Tensor) -> Variable:
@@ -88,6 +89,13 @@ def _datasets(
         role = {"latent": int(name in draws.latents), "shared": int(value.shape[2] < batch)}
         return (*_named(name, _each(value, batch))[:2], role)
 
+    def stat(name: str, value: Tensor) -> Variable:
+        """What all draws of a run share, (C, 1, B, T), is by chain, prompt and token."""
+        if value.shape[1] == draws.log_guide.shape[1] or value.dim() != 4:
+            return raw(name, value)
+        _, numbers, role = raw(name, value)
+        return ("chain", "prompt", "token"), numbers[:, 0], role
+
     completions: Variables = {}
     for name in draws.texts:
         tokens = completions[f"{name}_tokens"] = posterior(f"{name}_tokens", draws[name])
@@ -98,7 +106,7 @@ def _datasets(
         "log_likelihood": {k: posterior(k, v) for k, v in draws.log_likelihoods.items()},
         "log_prior": {"latent": posterior("latent", draws.log_prior)},
         "guide": {k: raw(k, v) for k, v in _raw(draws).items()},
-        "sample_stats": {k: raw(k, v) for k, v in draws.stats.items()},
+        "sample_stats": {k: stat(k, v) for k, v in draws.stats.items()},
         "observed_data": {k: _data(k, v.cpu().numpy(), batch) for k, v in draws.observed.items()},
         "constant_data": {
             "prompt_text": (("prompt",), np.array(prompt_texts(draws.prompts)), {}),
@@ -183,14 +191,14 @@ def _attributes(draws: Draws, picks: Tensor) -> dict[str, Any]:
         "inference_library": "ppl_lm",
         "inference_library_version": version("ppl_lm"),
         **versions,
-        **{kind: int(getattr(draws, kind)) for kind in KINDS},
+        "kind": draws.kind,
         "num_samples": len(picks),
         "unique_fraction": float(np.mean([len(set(column.tolist())) / len(picks) for column in picks.T])),
         **_cost(draws),
     }
-    ess = [] if draws.markov else [worth(draws.of_prompt(b)) for b in range(draws.log_guide.shape[-1])]
-    known = [value for value in ess if value is not None]
-    if known:  # ArviZ finds what chains are worth: az.ess
+    amounts = [] if draws.kind == "chains" else ess(draws).tolist()  # ArviZ finds what chains are worth: az.ess
+    known = [amount for amount in amounts if not math.isnan(amount)]
+    if known:
         made["weighted_ess"] = float(np.mean(known))
     return made
 

@@ -30,11 +30,16 @@ def conditional_smc(
     Around exact posterior draws E[1/Ẑ] = 1/Z, Ẑ being a run's mean weight: so E[log Ẑ] is an upper bound of log Z, as that of
     `smc` is a lower one (Zhao et al. 2024, prop. 5.1). `log_evidence(smc(...), conditional_smc(...))` gives both.
 
-    :param planted: draws of the model's posterior, (C, S, B), say `rejection`'s: C·S runs. If they are not exact, neither is
-        the bound; `planted` of the result tells.
+    :param planted: exact draws of the model's posterior, (C, S, B), say `rejection`'s: C·S runs.
     :param num_samples: texts in each run, the planted one among them; the rest as for `smc`.
-    :raises ValueError: if the planted draws hold another latent site than one text, or the proposal cannot draw one of them.
+    :raises ValueError: if the planted draws are not exact or hold another latent site than one text, or the proposal cannot
+        draw one of them.
     """
+    if planted.kind != "exact":
+        raise ValueError(
+            f"planted= must hold exact posterior draws (rejection), and these are {planted.kind}: around others a run's mean "
+            "weight is no bound; particle_gibbs() moves draws that are not exact"
+        )
     return grow_around(planted, model, guide, settings, num_samples, max_plate_nesting)
 
 
@@ -66,4 +71,4 @@ def grow_around(
             if bool((lost & known.flatten()).any()):
                 raise ValueError("the twist finds a text impossible that was planted as the posterior's")
             parts.append(finish(model, prompts, population, history, len(prompts), nesting))
-    return replace(concatenate(parts, dim=0), cost=cost, planted=planted.exact)
+    return replace(concatenate(parts, dim=0), cost=cost, kind="conditional_runs")

@@ -77,7 +77,7 @@ def particle_gibbs(num_particles: int = 16, settings: SMCSettings = PLAIN) -> Ke
             chain = torch.arange(chains, device=pick.device).unsqueeze(-1)
             prompt = torch.arange(batch, device=pick.device)
             chosen = replace(runs, stats={}).map(lambda v: v[chain, pick, prompt].unsqueeze(0))
-            chosen = replace(chosen, interacting=False, planted=False)
+            chosen = replace(chosen, kind="weighted")
             return chosen, state.log_weight[0] - chosen.log_weight[0]
 
         return propose

@@ -40,8 +40,8 @@ def smc(
     a text that has ended keeps its weight and takes part in the resampling.
 
     `stats` says how each run went, token by token, (C, 1, B, T), since all draws of a run share it: `ess`, the effective sample
-    size before resampling; `resampled`; `log_z_increment`, nats, which sum to the log of the run's mean weight. The last token's
-    hold what the evidence does to the whole texts, too. `ppl_lm.plot.smc_steps` shows them.
+    size before resampling; `resampled`; `log_z_increment`, nats, which sum to the log of the run's mean weight. The last
+    token's hold what the evidence does to the whole texts, too. `ppl_lm.plot.smc_steps` shows them.
 
     :param guide: proposes; without a twist its own law is the intermediate target, so that weights arise at the end alone.
         None: the twist-induced proposal, q ∝ p0 ψ_t; the prior where there is no twist to ask.
@@ -118,7 +118,7 @@ def finish(
     draws = replace(
         draws,
         log_guide=log_guide.unsqueeze(0),
-        interacting=True,
+        kind="runs",
         stats={"log_weight_before_evidence": before.unsqueeze(0)},
     )
     draws = draws.map(lambda v: v[0].unflatten(0, (count, runs)).transpose(0, 1))

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ppl_lm.infer.traces.layout import prompts_first
 from ppl_lm.infer.traces.particles import by_prompt
-from ppl_lm.infer.traces.sites import is_record, log_shift, score_site, sites_of
+from ppl_lm.infer.traces.sites import Site, is_record, log_shift, score_site, sites_of
 from ppl_lm.infer.traces.text_site import TextIs
 from ppl_lm.likelihood.optimality import Optimality
 
@@ -50,3 +51,22 @@ def log_likelihood_of_text(model: Callable[..., Any], prompts: Any, x: Int[Tenso
     observed = {name: site for name, site in sites.items() if site["is_observed"] and not is_record(site)}
     terms = [score_site(name, site, {}) + log_shift(site) for name, site in observed.items()]
     return by_prompt([term.unsqueeze(0) for term in terms], 1, len(x))[0]
+
+
+def replicates(sites: dict[str, Site], nesting: int) -> dict[str, Tensor]:
+    """A new value of each observed site, (n, B, *inner, *event), as latent sites are.
+
+    :raises ValueError: if one cannot be sampled, by name."""
+    observed = {name: site for name, site in sites.items() if site["is_observed"] and not is_record(site)}
+    return {name: _replicate(name, site, nesting) for name, site in observed.items()}
+
+
+def _replicate(name: str, site: Site, nesting: int) -> Tensor:
+    fn: Any = site["fn"]
+    bound = site["infer"].get("log_bound")
+    if isinstance(fn, Optimality) and fn.log_bound is None and bound is not None:
+        fn = Optimality(fn.log_potential, float(bound))
+    try:
+        return prompts_first({**site, "value": fn.sample()}, nesting)
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"site {name!r} cannot be sampled, so that it predicts nothing: {error}") from error
