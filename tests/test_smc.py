@@ -10,8 +10,8 @@
 | networks | log p0 of the texts from the cache = scored again; tokens forwarded = prompts + open texts | 1e-10; exact |
 
 Mutants that are rejected: weights not reset, weights lost where nothing is resampled, ended texts left out, no division by
-`expand`, twist taken for the evidence, a planted text that stays where it was; increments without the evidence, or of the weights
-before they are resampled; an ESS of the weights after.
+`expand`, twist taken for the evidence, a planted text that stays where it was; increments without the evidence, or of the
+weights before they are resampled; an ESS of the weights after.
 """
 
 import itertools

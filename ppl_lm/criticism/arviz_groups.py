@@ -100,7 +100,7 @@ def _datasets(
     for name in draws.texts:
         tokens = completions[f"{name}_tokens"] = posterior(f"{name}_tokens", draws[name])
         completions[f"{name}_text"] = _text(draws, tokens)
-    made: dict[str, Variables] = {
+    groups: dict[str, Variables] = {
         "posterior": {k: posterior(k, v) for k, v in _scalars(draws).items()},
         "completions": completions,
         "log_likelihood": {k: posterior(k, v) for k, v in draws.log_likelihoods.items()},
@@ -114,27 +114,27 @@ def _datasets(
         },
     }
     if prior is not None:
-        made["prior"] = {k: raw(k, v) for k, v in {**_scalars(prior), **_log_probabilities(prior)}.items()}
+        groups["prior"] = {k: raw(k, v) for k, v in {**_scalars(prior), **_log_probabilities(prior)}.items()}
         tokens = {f"{name}_tokens": raw(f"{name}_tokens", prior[name]) for name in prior.texts}
-        made["prior_completions"] = tokens | {f"{n}_text": _text(prior, tokens[f"{n}_tokens"]) for n in prior.texts}
-        made["sample_stats_prior"] = {k: raw(k, v) for k, v in prior.stats.items()}
+        groups["prior_completions"] = tokens | {f"{n}_text": _text(prior, tokens[f"{n}_tokens"]) for n in prior.texts}
+        groups["sample_stats_prior"] = {k: raw(k, v) for k, v in prior.stats.items()}
     if draws.proposals is not None:
-        made["proposals"] = {k: raw(k, v) for k, v in _log_probabilities(draws.proposals).items()}
+        groups["proposals"] = {k: raw(k, v) for k, v in _log_probabilities(draws.proposals).items()}
     if predicted is not None:
-        made["posterior_predictive"] = {k: posterior(k, v) for k, v in predicted.items()}
-    told = {**_attributes(draws, picks), **(attributes or {})}
+        groups["posterior_predictive"] = {k: posterior(k, v) for k, v in predicted.items()}
+    attached = {**_attributes(draws, picks), **(attributes or {})}
     own: dict[str, Any] = {}
     if prior is not None:
         own = dict.fromkeys(("prior", "prior_completions", "sample_stats_prior"), _cost(prior))
-    return {name: _dataset(variables, told | own.get(name, {})) for name, variables in made.items() if variables}
+    return {name: _dataset(variables, attached | own.get(name, {})) for name, variables in groups.items() if variables}
 
 
 def _scalars(draws: Draws) -> dict[str, Tensor]:
     """What is a number, float64, (C, S, B, ...)."""
-    found = {k: v.double() for k, v in (*draws.records.items(), *draws.latents.items()) if k not in draws.texts}
+    scalars = {k: v.double() for k, v in (*draws.records.items(), *draws.latents.items()) if k not in draws.texts}
     for name in draws.texts:
-        found[length_name(name)] = draws.prompts.vocabulary.lengths(draws[name]).double()
-    return {**found, "log_prior": draws.log_prior}
+        scalars[length_name(name)] = draws.prompts.vocabulary.lengths(draws[name]).double()
+    return {**scalars, "log_prior": draws.log_prior}
 
 
 def length_name(text: str) -> str:
@@ -187,7 +187,7 @@ def _attributes(draws: Draws, picks: Tensor) -> dict[str, Any]:
     versions = {
         f"{name.replace('-', '_')}_version": version(name) for name in ("torch", "pyro-ppl", "transformers", "arviz")
     }
-    made: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "inference_library": "ppl_lm",
         "inference_library_version": version("ppl_lm"),
         **versions,
@@ -199,8 +199,8 @@ def _attributes(draws: Draws, picks: Tensor) -> dict[str, Any]:
     amounts = [] if draws.kind == "chains" else ess(draws).tolist()  # ArviZ finds what chains are worth: az.ess
     known = [amount for amount in amounts if not math.isnan(amount)]
     if known:
-        made["weighted_ess"] = float(np.mean(known))
-    return made
+        attributes["weighted_ess"] = float(np.mean(known))
+    return attributes
 
 
 def _cost(draws: Draws) -> dict[str, int]:

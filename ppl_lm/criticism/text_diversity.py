@@ -50,9 +50,9 @@ def diversity(draws: Draws, name: str | None = None, seed: int = 0) -> dict[str,
         raise ValueError("log_guide is NaN for some draws; give draws as a sampler made them")
     draws = draws.map(lambda v: v.cpu())
     x = draws[name]  # (C, S, B, *inner, T)
-    made = [_figures(x[:, :, b], draws, b, seed) for b in range(x.shape[2])]
-    average = over_prompts(made, shared=("num_samples",), without=("prompt",))
-    return {**average, "prompts": made}
+    by_prompt = [_figures(x[:, :, b], draws, b, seed) for b in range(x.shape[2])]
+    average = over_prompts(by_prompt, shared=("num_samples",), without=("prompt",))
+    return {**average, "prompts": by_prompt}
 
 
 def distinct(rows: Sequence[Sequence[int]], n: int) -> float | None:

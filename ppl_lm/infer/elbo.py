@@ -209,18 +209,20 @@ class SequenceELBO(ELBO):
     def _objective_step(self, particles: Particles) -> _Step:
         log_z, baseline = (self._once(f, particles.repeated) for f in (self.log_z, self.baseline))
         terms, scale = as_terms(particles, log_z, baseline, self.max_ratio, self.clip_ratio)
-        made = self.objective(terms)
+        estimate = self.objective(terms)
         if self.source is not None:
             self.source.update(terms, particles.guide)
-        coefficient = made.coefficient * (scale if made.coefficient.dim() == 2 else scale.unsqueeze(-1))
+        coefficient = estimate.coefficient * (scale if estimate.coefficient.dim() == 2 else scale.unsqueeze(-1))
         if not bool(coefficient.isfinite().all()):
-            raise ValueError("an objective gave a cost that is not finite; its values: " + str(made.value.tolist()[:4]))
+            raise ValueError(
+                "an objective gave a cost that is not finite; its values: " + str(estimate.value.tolist()[:4])
+            )
         coefficients = {}
         for name, log_q in particles.log_q.items():
             inner = log_q.dim() - 2  # plates between particles and prompts
             coefficients[name] = coefficient.reshape(coefficient.shape[0], *[1] * inner, *coefficient.shape[1:])
-        ends = None if made.end_coefficient is None else made.end_coefficient * scale.unsqueeze(-1)
-        return _Step(float((made.value * scale.mean(0)).sum()), coefficients, False, ends)
+        ends = None if estimate.end_coefficient is None else estimate.end_coefficient * scale.unsqueeze(-1)
+        return _Step(float((estimate.value * scale.mean(0)).sum()), coefficients, False, ends)
 
     def _once(self, estimate: Any, repeated: bool) -> Callable[..., Tensor]:
         """An estimate from earlier steps must not have seen the draws that it is used for: for draws that come again it

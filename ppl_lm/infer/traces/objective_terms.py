@@ -62,7 +62,7 @@ def as_terms(
             return None
         return of[only].double().reshape(*shape, -1) * inverse.unsqueeze(-1)
 
-    made = Terms(
+    terms = Terms(
         prompts=particles.prompts,
         log_prior=particles.log_prior() * inverse,
         log_likelihood=particles.log_evidence() * inverse,
@@ -81,7 +81,7 @@ def as_terms(
         if only is None or particles.token_log_q[only].dim() != 3
         else lambda: _prefixes(particles, only, inverse),
     )
-    return made, scale
+    return terms, scale
 
 
 @torch.no_grad()

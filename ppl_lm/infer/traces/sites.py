@@ -85,7 +85,7 @@ def score_site(name: str, site: Site, tokens: dict[str, Tensor]) -> Tensor:
     if not is_sequence(site):
         return scale_and_mask(fn.log_prob(value, *site["args"], **site["kwargs"]), scale, mask)
     with torch.no_grad():
-        by_token = fn.drawn_log_probs(value)
+        by_token = fn.sampled_log_probs(value)
         if by_token is None:
             by_token = fn.token_log_probs(value)
         wide: Any = scale.unsqueeze(-1) if isinstance(scale, Tensor) and scale.dim() else scale

@@ -79,5 +79,5 @@ def _density(site: Site) -> Float[Tensor, "..."]:
     fn, value = site["fn"], site["value"]
     if not isinstance(fn, TokenSequence):
         return fn.log_prob(value).detach()
-    recalled = fn.drawn_log_probs(value)
+    recalled = fn.sampled_log_probs(value)
     return fn.token_log_probs(value) if recalled is None else recalled

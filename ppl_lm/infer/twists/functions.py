@@ -53,7 +53,7 @@ def exact_twist(model: Callable[..., Any], prompts: Any) -> Function:
 
     def log_psi(prompts: Prompts, x: Tensor, n: Tensor) -> Tensor:
         out = torch.empty(len(x), dtype=torch.float64, device=x.device)
-        column = _same_prompt(rows_of, prompts)
+        column = _rows_among(rows_of, prompts)
         for length in n.unique().tolist():
             mine = (n == length).nonzero()[:, 0]
             begins = (known[:, None, :length] == x[None, mine, :length]).all(-1)  # (outcomes, mine)
@@ -64,7 +64,7 @@ def exact_twist(model: Callable[..., Any], prompts: Any) -> Function:
     return log_psi
 
 
-def _same_prompt(known: Prompts, asked: Prompts) -> Tensor:
-    """Which of the known prompts each of the asked ones is."""
+def _rows_among(known: Prompts, prompts: Prompts) -> Tensor:
+    """Which of the known prompts each of these is."""
     rows = {identity: b for b, identity in enumerate(known.identities())}
-    return torch.tensor([rows[identity] for identity in asked.identities()], device=known.ids.device)
+    return torch.tensor([rows[identity] for identity in prompts.identities()], device=known.ids.device)
