@@ -33,6 +33,7 @@ from .infer.samplers.markov_chains import mcmc as mcmc
 from .infer.samplers import kernels as kernels, resampling as resampling
 from .infer.samplers.pyro_mcmc import SequenceKernel as SequenceKernel
 from .infer.samplers.sequential import smc as smc
+from .infer.samplers.settings import SMCSettings as SMCSettings
 from .infer.samplers.conditional import conditional_smc as conditional_smc
 from .infer import twists as twists
 from .infer.prediction import predictive as predictive

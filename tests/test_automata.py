@@ -277,7 +277,7 @@ def test_drawn_is_scored_and_cached_is_uncached(kind):
     law = masked(TEXTS)
     x = law.sample((20,))
     assert bool(automaton.holds(x).all())
-    torch.testing.assert_close(law.drawn_log_probs(x), law.token_log_probs(x), atol=1e-10, rtol=0)
+    torch.testing.assert_close(law.sampled_log_probs(x), law.token_log_probs(x), atol=1e-10, rtol=0)
     alone = torch.stack([masked([text]).log_prob(x[:, b : b + 1])[:, 0] for b, text in enumerate(TEXTS)], 1)
     torch.testing.assert_close(law.log_prob(x), alone, atol=1e-10, rtol=0)
     start = torch.ones(x.shape[:-1], dtype=torch.int64).clamp_max(lm.vocabulary.lengths(x) - 1)

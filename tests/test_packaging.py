@@ -145,6 +145,38 @@ def test_programs_import_the_prior_and_the_evidence_only(path):
     assert own_imports(path) <= {"lm", "likelihood"}
 
 
+def reads_traces(source: str) -> list[str]:
+    """Where a module imports Pyro's handlers, or asks one for a trace."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            names = ["get_trace"] if isinstance(node, ast.Attribute) and node.attr == "get_trace" else []
+        found += [
+            f"line {node.lineno}: {name}" for name in names if f"{name}.".startswith(("pyro.poutine.", "get_trace."))
+        ]
+    return found
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=relative)
+def test_pyros_traces_are_read_in_one_folder(path):
+    """A Pyro that changes what a trace holds changes one folder here. Experiments are programs of their own."""
+    if path.is_relative_to(ROOT / "ppl_lm" / "experiments"):
+        return
+    here = path.is_relative_to(ROOT / "ppl_lm" / "infer" / "traces")
+    found = reads_traces(path.read_text())
+    assert here or not found, f"{relative(path)} reads a trace ({found}); give ppl_lm/infer/traces a function that does"
+
+
+def test_a_module_that_reads_a_trace_is_seen():
+    for line in ("from pyro import poutine", "import pyro.poutine", "from pyro.poutine.messenger import Messenger"):
+        assert reads_traces(line)
+    assert reads_traces("handler.get_trace(prompts)") and not reads_traces("from pyro import param")
+
+
 def test_importing_the_package_is_cheap(tmp_path):
     code = "import sys, ppl_lm; print(*sorted({'arviz', 'matplotlib', 'torch', 'transformers'} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
