@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.criticism.averages import over_prompts
-from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.expectations import expectation
 from ppl_lm.infer.draws import Draws
 from ppl_lm.lm.prompts import Prompts
 
