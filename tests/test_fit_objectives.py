@@ -72,7 +72,10 @@ def test_stock_svi(name):
         assert bool((after[0] < 0.1 * before[0]).all() and (after[1] < 0.1 * before[1]).all()), (before, after)
 
 
-@pytest.mark.parametrize("texts", [[""], ["", "a", "b"]], ids=["one prompt", "three prompts"])
+@pytest.mark.parametrize(
+    "texts",
+    [pytest.param([""], id="one prompt", marks=pytest.mark.slow), pytest.param(["", "a", "b"], id="three prompts")],
+)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_fit(name, texts):
     target, guide = problem(reward=letters, beta=1.0)
