@@ -92,7 +92,7 @@ def test_fit(name, texts):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_hard_constraints_are_fitted_or_refused_by_name(name):
     target, guide = problem(constrained, constraint=has_a)
-    if not getattr(objective(name, 1.0), "mends", False):
+    if not objective(name, 1.0).allows_hard_constraints:
         with pytest.raises(ValueError, match=f"{name} cannot fit a hard constraint"):
             fit(target, guide, [""], objective=objective(name, 1.0), max_steps=3, num_particles=16)
         return

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.criticism.averages import over_prompts
-from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.expectations import expectation
 from ppl_lm.infer.draws import Draws
 from ppl_lm.lm.prompts import Prompts
 
@@ -50,9 +50,9 @@ def diversity(draws: Draws, name: str | None = None, seed: int = 0) -> dict[str,
         raise ValueError("log_guide is NaN for some draws; give draws as a sampler made them")
     draws = draws.map(lambda v: v.cpu())
     x = draws[name]  # (C, S, B, *inner, T)
-    made = [_figures(x[:, :, b], draws, b, seed) for b in range(x.shape[2])]
-    average = over_prompts(made, shared=("num_samples",), without=("prompt",))
-    return {**average, "prompts": made}
+    by_prompt = [_figures(x[:, :, b], draws, b, seed) for b in range(x.shape[2])]
+    average = over_prompts(by_prompt, shared=("num_samples",), without=("prompt",))
+    return {**average, "prompts": by_prompt}
 
 
 def distinct(rows: Sequence[Sequence[int]], n: int) -> float | None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ppl_lm.criticism.evidence import FEWEST, Evidence
+from ppl_lm.criticism.evidence import MIN_MEANS, Evidence
 from ppl_lm.plot.style import BOUNDS, GREY, axes, legend_below, number, plain, said
 
 if TYPE_CHECKING:
@@ -64,6 +64,6 @@ def _bounds(made: Evidence | Mapping[str, Any]) -> tuple[dict[str, tuple[float, 
         mean = {key: (float(v.mean()), float(se.square().sum().sqrt()) / len(se)) for key, (v, se) in pairs.items()}
         return mean, made.upper_exact, made.iwae_particles
     known = made.get("num_samples")
-    count = min(64, max(1, int(known) // FEWEST)) if known else None  # as log_evidence has it
+    count = min(64, max(1, int(known) // MIN_MEANS)) if known else None  # as log_evidence has it
     pairs = {key: (number(made.get(key)), number(made.get(f"{key}_se"))) for key in BOUNDS}
     return pairs, bool(made.get("upper_exact", True)), count

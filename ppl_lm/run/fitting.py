@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from ppl_lm.infer.binding import Bound
 from ppl_lm.infer.elbo import SequenceELBO
-from ppl_lm.infer.objectives.baselines import Baseline, LogZ, leave_one_out
+from ppl_lm.infer.objectives.baselines import Baseline, BaselineFunction, LogZ, LogZFunction, leave_one_out
 from ppl_lm.infer.objectives.divergences import reverse_kl
-from ppl_lm.infer.terms import Objective
-from ppl_lm.infer.traces.particles import Particles, run
+from ppl_lm.infer.objectives.protocol import Objective, ObjectiveFunction
+from ppl_lm.infer.traces.parameters import trainable_parameters
+from ppl_lm.infer.traces.particles import Particles
 from ppl_lm.infer.traces.sources import Source
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.network import DivergedError
@@ -58,9 +58,9 @@ def fit(
     guide: Bound,
     prompts: Any,
     *,
-    objective: Objective = reverse_kl,
-    baseline: Baseline = leave_one_out,
-    log_z: LogZ | None = None,
+    objective: Objective | ObjectiveFunction = reverse_kl,
+    baseline: Baseline | BaselineFunction = leave_one_out,
+    log_z: LogZ | LogZFunction | None = None,
     source: Source | None = None,
     max_ratio: float = math.inf,
     clip_ratio: float | None = None,
@@ -108,16 +108,16 @@ def fit(
         torch.manual_seed(seed)
     ratios: Any = {"source": source, "max_ratio": max_ratio, "clip_ratio": clip_ratio}
     elbo = SequenceELBO(num_particles, max_plate_nesting, micro_batch, objective, baseline, log_z, **ratios)
-    weights = _weights(elbo, model, guide, batch[:1])
-    gain = Gain(model, guide, batch, objective, max_plate_nesting)
+    weights = _weights(model, guide, batch[:1], max_plate_nesting)
+    gain = Gain(model, guide, batch, elbo.objective, max_plate_nesting)
     optimiser = torch.optim.Adam(weights, betas=(0.9, 0.99))
     schedule = Rate(learning_rate, warmup)
     best = _Best(weights)
     metrics: list[dict[str, float]] = []
-    tokens = 0
+    tokens, updates = 0, 1 if source is None else source.updates
     outcome = "finished"
     try:
-        for step, rows in enumerate(_again(shuffled(len(batch), batch_size, seed or 0), getattr(source, "updates", 1))):
+        for step, rows in enumerate(_again(shuffled(len(batch), batch_size, seed or 0), updates)):
             done = _progress(step, time.monotonic() - began, max_steps, time_limit)
             if step > 0 and done >= 1:
                 break
@@ -246,13 +246,9 @@ def _keep_best(gain: Gain, best: _Best, metrics: Any, outcome: str, began: float
     )
 
 
-def _weights(elbo: SequenceELBO, model: Bound, guide: Bound, batch: Prompts) -> list[Tensor]:
-    """Every trainable parameter: of the networks, and what the programs themselves make with `pyro.param`."""
-    with poutine.trace(param_only=True) as capture, torch.no_grad():
-        run(model, guide, (batch,), {}, 1, elbo.max_plate_nesting)  # not through the objective, which may remember it
-    sites: Any = capture.trace.nodes.values()
-    found = [site["value"].unconstrained() for site in sites if site["type"] == "param"]
-    weights = list({id(p): p for p in found if p.requires_grad}.values())
+def _weights(model: Bound, guide: Bound, batch: Prompts, max_plate_nesting: int) -> list[Tensor]:
+    """Every trainable parameter, found without the objective, which may remember what it sees."""
+    weights = trainable_parameters(model, guide, batch, max_plate_nesting)
     if not weights:
         raise ValueError(
             "the guide has nothing to train; choose another, or draw from it as it is with importance(), on the command "
@@ -274,7 +270,7 @@ def _metrics(particles: Particles, gain: Gain, rows: Tensor) -> dict[str, float]
     }
     if "reward" in particles.records:
         reward = particles.records["reward"]
-        row["reward"] = _mean(reward.reshape(log_w.shape), share) if particles.drawn else float(reward.mean())
+        row["reward"] = _mean(reward.reshape(log_w.shape), share) if particles.proposal_log_q else float(reward.mean())
     return row
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro import poutine
 
 from ppl_lm.criticism.chains import r_hat
 from ppl_lm.infer.draws import Draws
@@ -16,7 +15,8 @@ from ppl_lm.infer.samplers.markov_chains import mcmc
 from ppl_lm.infer.samplers.quasi_rejection_sampling import quality, quasi_rejection
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
-from ppl_lm.infer.traces.sites import sample_sites
+from ppl_lm.infer.samplers.settings import SMCSettings
+from ppl_lm.infer.traces.observations import rules_out_texts
 from ppl_lm.infer.traces.text_site import text_law
 from ppl_lm.infer.twists.functions import prefix_likelihood, tempered
 from ppl_lm.lm import meter
@@ -81,21 +81,16 @@ def _smc(model: Any, guide: Any, prompts: Prompts, num_samples: int) -> tuple[Dr
     """texts that grow together: sequential Monte Carlo"""
     runs = max(RUNS, math.ceil(num_samples / PARTICLES))
     twist = None
-    if guide is None and not evidence_is_hard(model, prompts) and not evidence_asks_a_network(model, prompts):
+    if guide is None and not rules_out_texts(model, prompts[:1]) and not evidence_asks_a_network(model, prompts):
         twist = tempered(prefix_likelihood(model), text_law(model, prompts).event_shape[0])
-    draws = smc(model, guide, prompts, num_samples=PARTICLES, num_runs=runs, twist=twist, threshold=THRESHOLD)
+    settings = SMCSettings(twist=twist, threshold=THRESHOLD)
+    draws = smc(model, guide, prompts, num_samples=PARTICLES, num_runs=runs, settings=settings)
     how = f"{runs} runs of {PARTICLES} texts"
     if twist is not None:
         how += " that grew together, resampled by the evidence of what is written, tempered"
     else:  # of half a text a yes or no says nothing, and a fitted guide knows more of what is to come than its reward
         how += ", none resampled as it grew: only whole texts are weighed here, as by importance"
     return draws, f"{how}; the log weight (nats) makes them the posterior's"
-
-
-def evidence_is_hard(model: Any, prompts: Prompts) -> bool:
-    """Whether an observed site says that it rules texts out (`infer={"hard": True}`)."""
-    sites = sample_sites(poutine.trace(model).get_trace(prompts[:1])).values()
-    return any(site["infer"].get("hard") for site in sites)
 
 
 def evidence_asks_a_network(model: Any, prompts: Prompts) -> bool:
