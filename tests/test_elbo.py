@@ -426,14 +426,18 @@ def test_learnable_language_model_in_the_model():
     torch.testing.assert_close(lm.model.table.grad, expected, atol=1e-12, rtol=0)
 
 
-def test_tabular_guide_converges_under_stock_svi():
-    """Vocabulary 5, length 6: stock SVI with a Pyro optimiser brings the exact KL from 0.09 to below 1e-3."""
-    lm = table_lm(5, 6, concentration=1.0, seed=9)
+@pytest.mark.parametrize(
+    ("length", "particles", "rate", "steps"),
+    [(4, 512, 0.3, 200), pytest.param(6, 4096, 0.12, 750, marks=pytest.mark.slow)],
+)
+def test_tabular_guide_converges_under_stock_svi(length, particles, rate, steps):
+    """Vocabulary 5: stock SVI with a Pyro optimiser brings the exact KL from more than 0.05 to a hundredth of it at most."""
+    lm = table_lm(5, length, concentration=1.0, seed=9)
     target = bind(tilted, lm, reward=letters, beta=2.0)
     guide = bind(tabular, lm.copy())
-    svi = SVI(target, guide, pyro.optim.Adagrad({"lr": 0.12}), loss=SequenceELBO(num_particles=4096))
-    rows = oracle.outcomes(5, 6, END)
-    x = oracle.as_tensor(rows, 6, END)
+    svi = SVI(target, guide, pyro.optim.Adagrad({"lr": rate}), loss=SequenceELBO(num_particles=particles))
+    rows = oracle.outcomes(5, length, END)
+    x = oracle.as_tensor(rows, length, END)
     reward = torch.tensor(letters(lm.vocabulary.decode(x)), dtype=torch.float64) / 2.0
     prompts = lm.prompts([""])
 
@@ -443,10 +447,10 @@ def test_tabular_guide_converges_under_stock_svi():
             return float(oracle.kl(guide.lm([""]).log_prob(x.unsqueeze(1))[:, 0], joint - joint.logsumexp(0)))
 
     before = exact_kl()
-    for _ in range(750):
+    for _ in range(steps):
         svi.step(prompts)
     after = exact_kl()
-    assert before > 0.05 and after < 1e-3, (before, after)
+    assert before > 0.05 and after < min(1e-3, before / 100), (before, after)
 
 
 # ----- refusals -----

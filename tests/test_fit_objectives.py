@@ -59,10 +59,11 @@ def test_stock_svi(name):
     beta = 0.5 if name in NO_POSTERIOR else 1.0
     target, guide = problem(reward=letters, beta=beta)
     texts, before = ["", "a"], kls(target, guide, ["", "a"])
-    rate = 0.005 if name in ("chi2", "reverse_chi2", "subtb") else 0.02
+    rate = 0.01 if name in ("chi2", "reverse_chi2", "subtb") else 0.04
+    rate, steps = (0.02, 400) if name == "iwae" else (rate, 200)  # whose gradient is the noisiest
     elbo = SequenceELBO(FEW.get(name, 64), objective=objective(name, beta))
     svi = pyro.infer.SVI(target, guide, pyro.optim.Adam({"lr": rate, "betas": (0.9, 0.99)}), loss=elbo)
-    for _ in range(400):
+    for _ in range(steps):
         svi.step(texts * (64 // FEW.get(name, 64)))
     after = kls(target, guide, texts)
     if name in NO_POSTERIOR:
@@ -71,7 +72,10 @@ def test_stock_svi(name):
         assert bool((after[0] < 0.1 * before[0]).all() and (after[1] < 0.1 * before[1]).all()), (before, after)
 
 
-@pytest.mark.parametrize("texts", [[""], ["", "a", "b"]], ids=["one prompt", "three prompts"])
+@pytest.mark.parametrize(
+    "texts",
+    [pytest.param([""], id="one prompt", marks=pytest.mark.slow), pytest.param(["", "a", "b"], id="three prompts")],
+)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_fit(name, texts):
     target, guide = problem(reward=letters, beta=1.0)

@@ -187,7 +187,7 @@ def test_mutants_are_rejected(mutant):
 def test_a_fit_comes_close_and_helps_smc(loss):
     twist = table_like(LM, max_prompt=2)
     before = closeness(twist)
-    fit_twist(MODEL, twist, TEXTS, loss=loss, steps=600, num_samples=64, learning_rate=0.05)
+    fit_twist(MODEL, twist, TEXTS, loss=loss, steps=300, num_samples=64, learning_rate=0.1)
     after = closeness(twist)
     assert bool((after < 0.1 * before).all()), (before, after)
     spread = {
@@ -225,7 +225,7 @@ def test_hard_evidence_is_learned_too(loss):
     model = bind(constrained, LM, constraint=lambda completions: [text.count("a") == 1 for text in completions])
     twist = table_like(LM, max_prompt=2)
     before = closeness(twist, model)
-    fit_twist(model, twist, TEXTS, loss=loss, steps=400, num_samples=64, learning_rate=0.1)
+    fit_twist(model, twist, TEXTS, loss=loss, steps=150, num_samples=64, learning_rate=0.2)
     assert bool((closeness(twist, model) < 0.2 * before).all())
 
 
