@@ -59,10 +59,11 @@ def test_stock_svi(name):
     beta = 0.5 if name in NO_POSTERIOR else 1.0
     target, guide = problem(reward=letters, beta=beta)
     texts, before = ["", "a"], kls(target, guide, ["", "a"])
-    rate = 0.005 if name in ("chi2", "reverse_chi2", "subtb") else 0.02
+    rate = 0.01 if name in ("chi2", "reverse_chi2", "subtb") else 0.04
+    rate, steps = (0.02, 400) if name == "iwae" else (rate, 200)  # whose gradient is the noisiest
     elbo = SequenceELBO(FEW.get(name, 64), objective=objective(name, beta))
     svi = pyro.infer.SVI(target, guide, pyro.optim.Adam({"lr": rate, "betas": (0.9, 0.99)}), loss=elbo)
-    for _ in range(400):
+    for _ in range(steps):
         svi.step(texts * (64 // FEW.get(name, 64)))
     after = kls(target, guide, texts)
     if name in NO_POSTERIOR:
@@ -71,7 +72,10 @@ def test_stock_svi(name):
         assert bool((after[0] < 0.1 * before[0]).all() and (after[1] < 0.1 * before[1]).all()), (before, after)
 
 
-@pytest.mark.parametrize("texts", [[""], ["", "a", "b"]], ids=["one prompt", "three prompts"])
+@pytest.mark.parametrize(
+    "texts",
+    [pytest.param([""], id="one prompt", marks=pytest.mark.slow), pytest.param(["", "a", "b"], id="three prompts")],
+)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_fit(name, texts):
     target, guide = problem(reward=letters, beta=1.0)
@@ -80,7 +84,7 @@ def test_fit(name, texts):
     loss = SequenceELBO(particles, objective=objective(name, 1.0))
     fitted = fit(target, guide, texts * (64 // particles), loss, max_steps=200, learning_rate=0.02, seed=0)
     after = kls(target, guide, texts)
-    watched = int(getattr(objective(name, 1.0), "covers", False))  # KL(p ‖ q) instead of KL(q ‖ p)
+    watched = int(objective(name, 1.0).mass_covering)  # KL(p ‖ q) instead of KL(q ‖ p)
     truth = float((before[watched] - after[watched]).mean())
     assert abs(fitted.gain - truth) < 4 * fitted.gain_se + 1e-9, "gain is the fall of the KL that is watched"
     assert name in NO_POSTERIOR or truth > 0.5 * float(before[0].mean())
@@ -89,7 +93,7 @@ def test_fit(name, texts):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_hard_constraints_are_fitted_or_refused_by_name(name):
     target, guide = problem(constrained, constraint=has_a)
-    if not getattr(objective(name, 1.0), "mends", False):
+    if not objective(name, 1.0).allows_hard_constraints:
         with pytest.raises(ValueError, match=f"{name} cannot fit a hard constraint"):
             fit(target, guide, [""], SequenceELBO(16, objective=objective(name, 1.0)), max_steps=3)
         return

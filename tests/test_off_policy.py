@@ -262,7 +262,7 @@ def test_parameters_of_the_model_are_refused_beside_a_reparameterised_site():
             pyro.sample("x", lm(prompts))
             pyro.sample("z", dist.Normal(loc, 1.0))
 
-    with pytest.raises(ValueError, match="only reverse_kl learns them"):
+    with pytest.raises(ValueError, match="only reverse_kl without a source learns them"):
         SequenceELBO(4, objective=forward_kl).loss_and_grads(bind(model, LM), bind(guide, LM.copy()), [""])
 
 

@@ -35,7 +35,8 @@ ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCRIPT = "<script>document.title='run'</script><img src=http://127.0.0.1:9/x onerror=\"document.title='run'\">"
 OVERRIDE = "\u202eecalpmi\u202c"
-QUICK = ["--max-steps", "3", "--particles", "8", "--num-samples", "256", "--max-new-tokens", "12"]
+QUICK = ["--max-steps", "3", "--particles", "8", "--num-samples", "128", "--max-new-tokens", "8"]
+pytestmark = pytest.mark.xdist_group("pages")  # which read the same runs
 
 
 def call(*args):
@@ -71,7 +72,7 @@ def plain(tmp_path_factory):
     (folder / "held.txt").write_text("The soup was\n")
     call("diagnose", run, "--prompts", folder / "held.txt", "--num-samples", 200)
     call("sample", run, "--num-samples", 128)
-    call("sample", "tilted", "--sampler", "smc", "--max-new-tokens", 12, "--num-samples", 128, "--output-dir", draws)
+    call("sample", "tilted", "--sampler", "smc", "--max-new-tokens", 8, "--num-samples", 128, "--output-dir", draws)
     return run, draws
 
 
@@ -119,7 +120,7 @@ def test_the_page_of_a_fit_has_every_part(plain):
         *(verdict.sentence, verdict.remedy, pm(average.kl_q_p, average.kl_q_p_se), pm(average.ess, average.ess_se)),
         *("p(x | prompt, O=1) ∝ prior(x | prompt) · exp(reward(prompt, x) / beta)", "def tilted(", "def vader("),
         *(
-            "ppl-lm fit tilted --max-new-tokens 12 --max-steps 3",
+            "ppl-lm fit tilted --max-new-tokens 8 --max-steps 3",
             run.config.versions["torch"],
             run.hashes["prior_sha256"],
             "Seed 0",

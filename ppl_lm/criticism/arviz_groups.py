@@ -36,7 +36,8 @@ def to_arviz(
       latent sites together, nats: what `az.psens` scales.
     - `guide`: the raw draws with their tokens, numbers, log-probabilities and weights, nats. `az.psislw` takes `log_weight`.
     - `proposals`: log-probabilities of all that a sampler proposed, which discards some, and by which its evidence is known.
-    - `sample_stats`: how each draw came about, such as the acceptance rates of Markov chains.
+    - `sample_stats`: how each draw came about, such as the acceptance rates of Markov chains; how each run of SMC did, by
+      (chain, prompt, token).
     - `prior`: where it is given, the prior's draws: numbers and log-probabilities; their tokens and texts are in
       `prior_completions`, how each came about in `sample_stats_prior`. `posterior_predictive`: where it is given, below.
     - `observed_data`: what the model observed. `constant_data`: `prompt_text`, and what is given.
@@ -88,6 +89,13 @@ def _datasets(
         role = {"latent": int(name in draws.latents), "shared": int(value.shape[2] < batch)}
         return (*_named(name, _each(value, batch))[:2], role)
 
+    def stat(name: str, value: Tensor) -> Variable:
+        """What all draws of a run share, (C, 1, B, T), is by chain, prompt and token."""
+        if value.shape[1] == draws.log_guide.shape[1] or value.dim() != 4:
+            return raw(name, value)
+        _, numbers, role = raw(name, value)
+        return ("chain", "prompt", "token"), numbers[:, 0], role
+
     completions: Variables = {}
     for name in draws.texts:
         tokens = completions[f"{name}_tokens"] = posterior(f"{name}_tokens", draws[name])
@@ -98,7 +106,7 @@ def _datasets(
         "log_likelihood": {k: posterior(k, v) for k, v in draws.log_likelihoods.items()},
         "log_prior": {"latent": posterior("latent", draws.log_prior)},
         "guide": {k: raw(k, v) for k, v in _raw(draws).items()},
-        "sample_stats": {k: raw(k, v) for k, v in draws.stats.items()},
+        "sample_stats": {k: stat(k, v) for k, v in draws.stats.items()},
         "observed_data": {k: _data(k, v.cpu().numpy(), batch) for k, v in draws.observed.items()},
         "constant_data": {
             "prompt_text": (("prompt",), np.array(prompt_texts(draws.prompts)), {}),

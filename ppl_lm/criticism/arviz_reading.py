@@ -45,7 +45,9 @@ def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
         for name, value in source.data_vars.items():
             known = value.dtype.kind in "fiub" and "shared" in value.attrs
             if known and (latent is None or latent == bool(value.attrs["latent"])):
-                values[str(name)] = torch.as_tensor(value.values)[:, :, : 1 if value.attrs["shared"] else None]
+                numbers = torch.as_tensor(value.values)
+                numbers = numbers if "draw" in value.dims else numbers.unsqueeze(1)  # what the draws of a run share
+                values[str(name)] = numbers[:, :, : 1 if value.attrs["shared"] else None]
         return values
 
     x = {name.removesuffix("_tokens"): v for name, v in read(tokens).items() if name.endswith("_tokens")}

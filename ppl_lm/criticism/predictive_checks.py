@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.criticism.effective_size import effective
-from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.expectations import expectation
 from ppl_lm.criticism.statistics import Statistic, evaluate, values
 from ppl_lm.criticism.weights import pareto_smooth
 from ppl_lm.infer.draws import Draws

@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ppl_lm.criticism.effective_size import effective
-from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.expectations import expectation
 from ppl_lm.infer.draws import Draws
 from ppl_lm.lm.token_pieces import text_of
 

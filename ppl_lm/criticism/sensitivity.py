@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.expectations import expectation
 from ppl_lm.criticism.predictive_checks import shares
 from ppl_lm.criticism.statistics import Statistic, numbers, recorded
 from ppl_lm.criticism.weights import khat_threshold, kong_ess, pareto_smooth, psis_khat, smooth

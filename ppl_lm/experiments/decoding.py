@@ -24,6 +24,7 @@ from ppl_lm.infer.samplers.markov_chains import mcmc
 from ppl_lm.infer.samplers.quasi_rejection_sampling import quality, quasi_rejection
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.traces.text_site import text_law
 from ppl_lm.infer.twists.functions import prefix_likelihood, tempered
 from ppl_lm.likelihood import rewards
@@ -124,7 +125,7 @@ def _smc(num_runs: int) -> Callable[..., Made]:
 
     def made(target: Any, _: Any, prompts: Prompts) -> Made:
         twist = tempered(prefix_likelihood(target), text_law(target, prompts).event_shape[0])
-        return smc(target, None, prompts, num_samples=256, num_runs=num_runs, twist=twist), ""
+        return smc(target, None, prompts, num_samples=256, num_runs=num_runs, settings=SMCSettings(twist=twist)), ""
 
     return made
 

@@ -12,6 +12,7 @@ from ppl_lm.infer.binding import bind
 from ppl_lm.infer.objectives.divergences import forward_kl, reverse_kl
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.twists.fitting import fit_twist
 from ppl_lm.infer.twists.functions import exact_twist
 from ppl_lm.infer.twists.losses import ctl, fudge, log_variance, sixo, soft_rl
@@ -100,5 +101,5 @@ def run(seed: int) -> Result:
 
 
 def _log_z(target: Any, twist: Any, **settings: Any) -> torch.Tensor:
-    made = smc(target, None, [""], num_samples=FEW, num_runs=RUNS, twist=twist, **settings)
+    made = smc(target, None, [""], num_samples=FEW, num_runs=RUNS, settings=SMCSettings(twist=twist, **settings))
     return made.by_run().log_weight[0, :, 0]

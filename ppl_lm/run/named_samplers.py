@@ -15,7 +15,8 @@ from ppl_lm.infer.samplers.markov_chains import mcmc
 from ppl_lm.infer.samplers.quasi_rejection_sampling import quality, quasi_rejection
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
-from ppl_lm.infer.traces.observations import evidence_is_hard
+from ppl_lm.infer.samplers.settings import SMCSettings
+from ppl_lm.infer.traces.observations import rules_out_texts
 from ppl_lm.infer.traces.text_site import text_law
 from ppl_lm.infer.twists.functions import prefix_likelihood, tempered
 from ppl_lm.lm import meter
@@ -79,9 +80,10 @@ def _smc(model: Any, guide: Any, prompts: Prompts, num_samples: int) -> tuple[Dr
     """texts that grow together: sequential Monte Carlo"""
     runs = max(RUNS, math.ceil(num_samples / PARTICLES))
     twist = None
-    if guide is None and not evidence_is_hard(model, prompts[:1]) and not evidence_asks_a_network(model, prompts):
+    if guide is None and not rules_out_texts(model, prompts[:1]) and not evidence_asks_a_network(model, prompts):
         twist = tempered(prefix_likelihood(model), text_law(model, prompts).event_shape[0])
-    draws = smc(model, guide, prompts, num_samples=PARTICLES, num_runs=runs, twist=twist, threshold=THRESHOLD)
+    settings = SMCSettings(twist=twist, threshold=THRESHOLD)
+    draws = smc(model, guide, prompts, num_samples=PARTICLES, num_runs=runs, settings=settings)
     how = f"{runs} runs of {PARTICLES} texts"
     if twist is not None:
         how += " that grew together, resampled by the evidence of what is written, tempered"

@@ -11,7 +11,7 @@ from ppl_lm.criticism.averages import over_prompts
 from ppl_lm.criticism.chains import columns, jackknife, worst
 from ppl_lm.criticism.diagnoses.draws_verdicts import CODES_OF_DRAWS, judge_draws
 from ppl_lm.criticism.effective_size import effective
-from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.expectations import expectation
 from ppl_lm.criticism.statistics import Statistic, numbers, recorded
 from ppl_lm.criticism.weights import (
     ess_se,

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.objectives.catalogue import hard_constraint
+from ppl_lm.infer.objectives.protocol import Objective
 from ppl_lm.infer.samplers.importance_sampling import importance
-from ppl_lm.infer.terms import Objective
 from ppl_lm.lm.prompts import Prompts
 
 MOST_DRAWS = 8192  # draws of the prior in search of a possible text, for a prompt that lacks one
@@ -28,14 +28,14 @@ class Gain:
     def __init__(self, model: Any, guide: Any, batch: Prompts, objective: Objective, max_plate_nesting: int):
         self.model, self.guide, self.batch = model, guide, batch
         self.settings = {"num_samples": max(64, 1024 // len(batch)), "max_plate_nesting": max_plate_nesting}
-        self.mends = getattr(objective, "mends", False)
+        self.allows_hard = objective.allows_hard_constraints
         log_w = self._of_prior().log_weight.flatten(0, 1)  # (S, B)
         if log_w.shape[1] != len(batch):
             raise ValueError("fit needs every site in the prompt plate; use SequenceELBO with pyro.infer.SVI")
         hard = not bool((log_w > -torch.inf).all())
-        if hard and not self.mends:
+        if hard and not self.allows_hard:
             raise hard_constraint(objective)
-        self.covers = getattr(objective, "covers", False) or hard
+        self.covers = objective.mass_covering or hard
         self.before, self.se = log_w.mean(0), _se((log_w - log_w.mean(0)).mean(1))
         if hard:
             self._require_possible(log_w)
@@ -73,7 +73,7 @@ class Gain:
         if not self.covers:
             log_w = importance(self.model, self.guide, self.batch, **self.settings).log_weight.flatten(0, 1)
             value = (log_w - self.before).mean(1)
-            if bool(value.isfinite().all()) or not self.mends:
+            if bool(value.isfinite().all()) or not self.allows_hard:
                 return float(value.mean()), math.hypot(_se(value), self.se)
             self.covers = True  # an impossible text has shown itself only now: every ELBO is -inf
         draws = self._of_prior()

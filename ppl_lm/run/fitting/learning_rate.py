@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppl_lm.infer.traces.particles import Particles
-from ppl_lm.infer.traces.sites import Site, is_sequence
+from ppl_lm.infer.traces.sites import TextSite
 from ppl_lm.lm.token_sequence import TokenSequence
 
 PROBE = 2e-5  # learning rate of the steps that are measured
@@ -49,7 +49,7 @@ class Rate:
         if self.peak is not None or step < 2:
             yield
             return
-        fresh = [_draw(site) for site in particles.guide_sites.values() if is_sequence(site)]
+        fresh = [_draw(text) for text in particles.texts().values()]
         before = [_next_tokens(*texts) for texts in fresh]
         yield
         moved = sum(_kl(old, _next_tokens(*texts)) for texts, old in zip(fresh, before, strict=True))
@@ -64,11 +64,11 @@ def peak(c: float) -> float:
 
 
 @torch.no_grad()
-def _draw(site: Site) -> tuple[TokenSequence, Tensor]:
+def _draw(text: TextSite) -> tuple[TokenSequence, Tensor]:
     """Texts of the guide, (N, T), and their distribution. New ones: a step moves the distribution after rare tokens in the
     very texts that it is made of by orders of magnitude more."""
-    fn, shape = site["fn"], site["value"].shape[:-1]
-    fits = fn.lm.rows_per_pass(fn.prompts.ids.shape[-1], site["value"].shape[-1]) // 6  # see the copies in `_kl`
+    fn, shape = text.law, text.value.shape[:-1]
+    fits = fn.lm.rows_per_pass(fn.prompts.ids.shape[-1], text.value.shape[-1]) // 6  # see the copies in `_kl`
     size = max(1, min(TEXTS, shape.numel(), fits))
     few = fn.expand(torch.broadcast_shapes(shape, fn.batch_shape)).slice(torch.arange(size, device=fn.lm.device))
     return few, few.sample()

@@ -107,7 +107,7 @@ def fit(
     metrics: list[StepMetrics] = []
     tokens = 0
     outcome = "finished"
-    updates = getattr(elbo.source, "updates", 1)
+    updates = 1 if elbo.source is None else elbo.source.updates
     try:
         for step, rows in enumerate(_repeated(shuffled(len(batch), batch_size, seed or 0), updates)):
             done = _progress(step, time.monotonic() - began, max_steps, time_limit)

@@ -46,7 +46,9 @@ def guide_metrics(particles: Particles, gain: Gain, rows: Tensor) -> GuideMetric
     }
     if "reward" in particles.records:
         reward = particles.records["reward"]
-        metrics["reward"] = _mean(reward.reshape(log_w.shape), share) if particles.drawn else float(reward.mean())
+        metrics["reward"] = (
+            _mean(reward.reshape(log_w.shape), share) if particles.proposal_log_q else float(reward.mean())
+        )
     return metrics
 
 
