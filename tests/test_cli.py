@@ -70,7 +70,7 @@ def test_diagnosis_has_the_promised_keys(run):
     for record in (made, *made["prompts"]):
         for key in ("elbo", "iwae", "upper", "log_z", "kl_q_p", "kl_p_q", "kl_prior_p", "reward"):
             assert isinstance(record[key], float) and isinstance(record[f"{key}_se"], float)
-        for key in ("upper_exact", "ess", "khat", "lm_tokens", "reward_calls", "verdict"):
+        for key in ("iwae_upper_exact", "ess", "khat", "lm_tokens", "reward_calls", "verdict"):
             assert key in record
     assert made["reward_calls"] == 2 * made["num_samples"]  # once for the guide's draws, once for the prior's
 
@@ -359,7 +359,7 @@ def test_programs_and_rewards_from_files(tmp_path):
     assert result.exit_code == 0, result.output
     made = json.loads((out / "diagnosis.json").read_text())
     assert made["verdict"] in CODES
-    assert made["upper_exact"] is False  # this model declares no bound, so no exact draws
+    assert made["iwae_upper_exact"] is False  # this model declares no bound, so no exact draws
 
 
 def test_a_run_is_read_from_anywhere(tmp_path, monkeypatch):

@@ -122,8 +122,8 @@ def test_training_says_what_it_does_not_show(problem):
     told = rendered(plot.training(metrics(3), {"elbo": None, "elbo_se": None, "log_z": 1.0, "log_z_se": 0.1}))
     assert "ELBO is not finite" in told and "EUBO is not finite" in told
     made = {"elbo": 0.99, "elbo_se": 0.01, "log_z": 1.0, "log_z_se": 0.01, "upper": 1.01, "upper_se": math.nan}
-    tight = plot.training(metrics(300), made | {"upper_exact": False, "kl_q_p": 0.01, "kl_p_q": 0.01})
-    assert rendered(tight) == "" and "approximate" in tight.get_legend().get_texts()[-1].get_text()
+    tight = plot.training(metrics(300), made | {"kl_q_p": 0.01, "kl_p_q": 0.01})
+    assert rendered(tight) == "" and "approximate" not in tight.get_legend().get_texts()[-1].get_text()
     renderer = FigureCanvasAgg(tight.figure).get_renderer()
     low, high = (text.get_window_extent(renderer) for text in tight.texts)
     assert low.y1 < high.y0, "labels of a tight bracket stand apart"

@@ -319,7 +319,7 @@ def test_what_a_rule_does(rule, w, monkeypatch):
 STEPS = {
     "nothing resampled": dict(threshold=0.0, twist=TWISTS["likelihood"]),
     "always": dict(threshold=2.0, twist=TWISTS["likelihood"], resample=multinomial),
-    "half": dict(twist=TWISTS["network"], threshold=0.8),
+    "half": dict(twist=TWISTS["likelihood"], threshold=0.7),
     "expanded": dict(twist=TWISTS["likelihood"], expand=2, resample=without_replacement),
     "no twist": dict(),
 }

@@ -148,8 +148,7 @@ def _plots(board: Board) -> list[dict[str, str]]:
 
 
 def _bracket(average: GuideFigures) -> str:
-    upper = "≤" if average.upper_exact else "≲"
-    return f"{average.elbo:.2f} ≤ {average.log_z:.2f} {upper} {average.upper:.2f}"
+    return f"{average.elbo:.2f} ≤ {average.log_z:.2f} ≤ {average.upper:.2f}"
 
 
 def _cost(run: FittedRun) -> str:

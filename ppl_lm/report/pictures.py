@@ -38,7 +38,7 @@ def plots(run: FittedRun) -> list[dict[str, str]]:
             "KL(guide ‖ posterior), the gap above KL(posterior ‖ guide).",
         ),
         picture(
-            lambda: plot.evidence({"prior": _evidence(run.prior), "guide": average.as_json()}),
+            lambda: plot.evidence({"prior": _evidence(run.prior, average), "guide": average.as_json()}),
             f"The evidence bracket of the prior and of the guide: {bracket}.",
             "The evidence from both sides, by the prior as it was and by the guide. The narrower, the closer.",
         ),
@@ -82,16 +82,19 @@ def points(average: GuideFigures) -> dict[str, tuple[float, float, float, float]
     return {"guide": guide, "posterior": posterior}
 
 
-def _evidence(prior: Draws) -> Any:
-    """The bracket with the prior for a guide; of several prompts each with its exact draws, averaged."""
+def _evidence(prior: Draws, average: GuideFigures) -> dict[str, Any]:
+    """The bracket with the prior for a guide; of several prompts averaged. Its bounds by several weights take each prompt's
+    exact draws; the others are the distances that the figures tell."""
     parts = []
     for b in range(prior.log_guide.shape[-1]):
         one = prior.of_prompt(b)
         exact = exact_among(one)
         evidence = log_evidence(one, None if exact is None else replace(exact, log_guide=exact.log_prior))
         bounds = {name: float(getattr(evidence, name)) for key in BOUNDS for name in (key, f"{key}_se")}
-        parts.append(bounds | {"upper_exact": evidence.upper_exact, "num_samples": prior.num_samples})
-    return over_prompts(parts, shared=("num_samples",))
+        parts.append(bounds | {"iwae_upper_exact": evidence.upper_exact, "num_samples": prior.num_samples})
+    bracket = {"log_z": average.log_z, "log_z_se": average.log_z_se, "elbo": average.log_z - average.kl_prior_p}
+    bracket |= {"upper": average.log_z + average.kl_p_prior, "upper_se": average.kl_p_prior_se}
+    return over_prompts(parts, shared=("num_samples",)) | bracket
 
 
 def places(run: FittedRun) -> list[dict[str, Any]]:

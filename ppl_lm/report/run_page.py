@@ -135,9 +135,9 @@ def _guide_tables(average: GuideFigures) -> list[tuple[str, list[dict[str, str]]
         "Reward": rows(figures, words.REWARDS),
         "Weights and draws": rows(figures, words.WEIGHTS),
     }
-    if not average.upper_exact:
+    if not average.iwae_upper_exact:
         for row in tables["Evidence"]:
-            if row["name"] in ("EUBO", "reverse IWAE"):
+            if row["name"] == "reverse IWAE":
                 row["meaning"] += "; here only approximate, from the guide's own draws"
     return [(title, lines) for title, lines in tables.items() if lines]
 

@@ -45,11 +45,10 @@ def measured(measurement: Measurement) -> list[Table | Text]:
 def figures(average: GuideFigures, title: str) -> Table:
     """One prompt's figures, or the average."""
     table, f = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)), average
-    approximate = "" if f.upper_exact else "  (approximate: from the guide's own draws)"
     bounds = (
         f"ELBO {_pm(f.elbo, f.elbo_se)}  ≤  log Z {_pm(f.log_z, f.log_z_se)}  ≤  EUBO {_pm(f.upper, f.upper_se)} nats"
     )
-    table.add_row("evidence bracket", bounds + approximate)
+    table.add_row("evidence bracket", bounds)
     prior = _pm(f.kl_prior_p, f.kl_prior_p_se)
     table.add_row("KL(guide ‖ posterior)", f"{_pm(f.kl_q_p, f.kl_q_p_se)} nats; the prior's: {prior}")
     prior = _pm(f.kl_p_prior, f.kl_p_prior_se)

@@ -19,7 +19,11 @@ BRACKET = {
     "iwae": ("IWAE", "nats", "the same from the mean of up to 64 weights: a tighter one"),
     "log_z": ("log Z", "nats", "the log evidence: of the prior times the likelihood"),
     "iwae_upper": ("reverse IWAE", "nats", "upper bound from the mean of weights, a posterior draw's among them"),
-    "upper": ("EUBO", "nats", "upper bound of log Z from posterior draws"),
+    "upper": (
+        "EUBO",
+        "nats",
+        "upper bound of log Z: E[log w] of the posterior, by the draws of the prior and of the guide together",
+    ),
     "elbo_gain": ("ELBO(guide) − ELBO(prior)", "nats", "how much closer the guide is than the prior was"),
 }
 REWARDS = {

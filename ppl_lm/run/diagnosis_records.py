@@ -26,7 +26,7 @@ class GuideFigures:
     iwae_upper_se: float
     upper: float
     upper_se: float
-    upper_exact: bool
+    iwae_upper_exact: bool
     log_z: float
     log_z_se: float
     kl_q_p: float

@@ -133,7 +133,7 @@ def _figures(
     for name in ("elbo", "iwae", "iwae_upper"):
         put(name, (getattr(evidence, name), getattr(evidence, f"{name}_se")))
     put("upper", pool.eubo())
-    figures["upper_exact"] = evidence.upper_exact
+    figures["iwae_upper_exact"] = evidence.upper_exact
     put("log_z", pool.evidence())
     put("kl_q_p", pool.kl_guide())
     put("kl_p_q", pool.kl_posterior())
