@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
 
 from ppl_lm.criticism.evidence import FEWEST, Evidence
 from ppl_lm.plot.style import BOUNDS, GREY, axes, legend_below, number, plain, said
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
-
-def evidence(evidence: Mapping[str, Evidence | Mapping[str, Any]], ax: "Axes | None" = None) -> "Axes":
+def evidence(evidence: Mapping[str, Evidence | Mapping[str, Any]], ax: Axes | None = None) -> Axes:
     """The bracket of log Z by method, one row each: ELBO, IWAE, log Z, reverse IWAE and EUBO, each ± one standard error, nats,
     mean over prompts. Hollow upper bounds are approximate.
 

@@ -2,25 +2,22 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.axes import Axes
 
 from ppl_lm.criticism.evidence import FEWEST
 from ppl_lm.criticism.reward_frontier import reward_kl_frontier, rewards
 from ppl_lm.infer.draws import Draws
 from ppl_lm.plot.style import CYCLE, GREY, SMALL, axes, number, plain, said
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 
 def frontier(
     prior: Draws,
     points: Mapping[str, tuple[float, float, float, float]] | None = None,
-    ax: "Axes | None" = None,
+    ax: Axes | None = None,
     betas: Sequence[float] | None = None,
-) -> "Axes":
+) -> Axes:
     """The most reward that any law can have at a KL from the prior: E[reward] against KL(p_β ‖ prior) of p_β ∝ p0 exp(r/β),
     mean over prompts, with two standard errors, see `reward_kl_frontier`.
 

@@ -1,17 +1,15 @@
 """Ranks of simulation-based calibration, as an ECDF with its band."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from ppl_lm.criticism.calibration import Calibration
 from ppl_lm.plot.style import CYCLE, GREY, axes, legend_below, plain, said
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
-
-def calibration(calibration: Calibration, ax: "Axes | None" = None, name: str | None = None) -> "Axes":
+def calibration(calibration: Calibration, ax: Axes | None = None, name: str | None = None) -> Axes:
     """ECDF of the ranks less that of uniform ones; draws of the posterior's law stay in the band, at every rank at once, with
     95% probability for each number.
 

@@ -4,11 +4,9 @@ import math
 import textwrap
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
+from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY = [
     "#0072B2",
@@ -30,7 +28,7 @@ BOUNDS = {  # of the evidence, from below: what it is called, its marker and col
 }
 
 
-def axes(ax: "Axes | None", width: float = 6.0, height: float = 4.0) -> "Axes":
+def axes(ax: Axes | None, width: float = 6.0, height: float = 4.0) -> Axes:
     """The Axes as given, or those of a new figure of so many inches."""
     if ax is not None:
         return ax
@@ -39,14 +37,14 @@ def axes(ax: "Axes | None", width: float = 6.0, height: float = 4.0) -> "Axes":
     return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
-def said(ax: "Axes", notes: Sequence[str]) -> "Axes":
+def said(ax: Axes, notes: Sequence[str]) -> Axes:
     """Notes on what is seen, and on what is not, above the plot."""
     if notes:
         ax.set_title("\n".join(textwrap.fill(note, 78) for note in notes), fontsize=9, loc="left")
     return ax
 
 
-def legend_below(ax: "Axes", handles: Sequence[Any], labels: Sequence[str], ncols: int = 2) -> None:
+def legend_below(ax: Axes, handles: Sequence[Any], labels: Sequence[str], ncols: int = 2) -> None:
     """A legend under the axis' label, where it hides nothing."""
     from matplotlib.transforms import ScaledTranslation
 

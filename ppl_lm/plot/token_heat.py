@@ -4,14 +4,12 @@ what cannot be seen is spelt out."""
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
 
 from ppl_lm.plot.style import axes, said
 from ppl_lm.plot.untrusted import visible
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 
 POINTS = 9.0  # size of the text
 ADVANCE = 0.645  # width of a character in its size: DejaVu Sans Mono's 0.602, rounded up to whole pixels
@@ -19,9 +17,7 @@ LINE = 1.9  # height of a line, likewise
 UNKNOWN = (0.85, 0.85, 0.85, 1.0)
 
 
-def heat(
-    tokens: Sequence[str], values: Iterable[float], ax: "Axes | None" = None, scale: float | None = None
-) -> "Axes":
+def heat(tokens: Sequence[str], values: Iterable[float], ax: Axes | None = None, scale: float | None = None) -> Axes:
     """Tokens as wrapped text, each on the colour of its value in nats: blue where it is above 0, red below. A value that is not
     finite has the colour's end, NaN is grey. On given Axes, what does not fit is counted in the title.
 
@@ -86,7 +82,7 @@ def heat(
     return ax
 
 
-def _room(ax: "Axes") -> tuple[float, float]:
+def _room(ax: Axes) -> tuple[float, float]:
     """Characters that fit beside and below each other, by the layout as it is now."""
     figure: Any = ax.figure
     figure.draw_without_rendering()

@@ -2,19 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
 
 from ppl_lm.plot.style import BLUE, BOUNDS, GREY, SKY, SMALL, axes, legend_below, number, said
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 
 def training(
-    metrics: Sequence[Mapping[str, Any]], diagnosis: Mapping[str, Any] | None = None, ax: "Axes | None" = None
-) -> "Axes":
+    metrics: Sequence[Mapping[str, Any]], diagnosis: Mapping[str, Any] | None = None, ax: Axes | None = None
+) -> Axes:
     """ELBO per prompt by step with its standard error and a running mean, nats; at its end the kept guide's evidence bracket,
     ELBO ≤ log Z ≤ EUBO, whose gaps are KL(q ‖ p) and KL(p ‖ q).
 
@@ -43,7 +42,7 @@ def training(
     return said(ax, notes)
 
 
-def _bracket(ax: "Axes", diagnosis: Mapping[str, Any], last: float) -> list[str]:
+def _bracket(ax: Axes, diagnosis: Mapping[str, Any], last: float) -> list[str]:
     """Returns what could not be drawn."""
     x = last + 0.06 * max(last, 1.0)
     made = {key: (number(diagnosis.get(key)), number(diagnosis.get(f"{key}_se"))) for key in ("elbo", "log_z", "upper")}
@@ -87,7 +86,7 @@ def _bracket(ax: "Axes", diagnosis: Mapping[str, Any], last: float) -> list[str]
     return notes
 
 
-def _running_mean(values: "np.ndarray[Any, Any]", half: int) -> "np.ndarray[Any, Any]":
+def _running_mean(values: Float[np.ndarray, "N"], half: int) -> Float[np.ndarray, "N"]:
     """Each with as many neighbours on either side, `half` at most: no lag, and no bias of a straight line at the ends."""
     n = np.arange(len(values))
     reach = np.minimum(half, np.minimum(n, len(values) - 1 - n))

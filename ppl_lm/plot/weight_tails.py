@@ -1,22 +1,19 @@
 """The tail of importance weights: whether their mean can be trusted, as a plot."""
 
 import math
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from ppl_lm.criticism.weights import ess, khat_threshold, psis_khat
 from ppl_lm.infer.draws import Draws
 from ppl_lm.plot.style import ORANGE, RED, SKY, axes, legend_below, said
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
-
-def weight_tail(draws: Draws | Float[Tensor, "S"], ax: "Axes | None" = None) -> "Axes":
+def weight_tail(draws: Draws | Float[Tensor, "S"], ax: Axes | None = None) -> Axes:
     """Share of draws whose importance weight is at least so many times the mean one, on two log axes: a power law is a line.
     With the generalised Pareto of shape k-hat (ArviZ) that fits the largest, and where 95% of its draws would lie.
 
@@ -67,7 +64,7 @@ def weight_tail(draws: Draws | Float[Tensor, "S"], ax: "Axes | None" = None) -> 
     return said(ax, [f"k-hat {round(khat, 2) + 0.0:.2f}, fine below {khat_threshold(count):.2f}; {worth}"])
 
 
-def pareto_scale(excess: "np.ndarray[Any, Any]", shape: float) -> float:
+def pareto_scale(excess: Float[np.ndarray, "N"], shape: float) -> float:
     """The likeliest scale σ of a generalised Pareto of that shape k: Σ (k + 1) x / (σ + k x) = n, by bisection."""
     low = max(1e-12, -shape) * float(excess.max())
     high = low + 4 * (1 + abs(shape)) * float(excess.max())
@@ -78,6 +75,6 @@ def pareto_scale(excess: "np.ndarray[Any, Any]", shape: float) -> float:
     return high
 
 
-def _pareto(scale: float, shape: float, log_p: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+def _pareto(scale: float, shape: float, log_p: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
     """Where the survival function is p."""
     return scale * (np.expm1(-shape * log_p) / shape if abs(shape) > 1e-9 else -log_p)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pyro.poutine import Trace
@@ -36,6 +36,7 @@ class Drawn:
         return found
 
 
+@runtime_checkable
 class Source(Protocol):
     """What draws a step's texts."""
 
