@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float64, Int
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
 from ppl_lm.lm import meter
+from ppl_lm.lm.prompts import Prompts
 
 
 class RewardError(ValueError):
@@ -95,7 +96,7 @@ class Reward:
             return track_provenance(self.score(prompts, x), provenance)
         return self.function(*args, **kwargs)
 
-    def score(self, prompts: Any, x: Int[Tensor, "*S T"]) -> Float[Tensor, "..."]:
+    def score(self, prompts: Prompts, x: Int[Tensor, "*#S T"]) -> Float64[Tensor, "*#S"]:
         """The reward of each completion, float64, detached, on x's device.
 
         :param prompts: `Prompts` of batch shape (B,) or (K, B).
