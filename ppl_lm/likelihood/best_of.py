@@ -54,7 +54,7 @@ class BestOfN(Reward):
         self.inner = Reward(reward, timeout=timeout)
         self.prior, self.n, self.num_references, self.seed = prior, n, num_references, seed
         self.name, self.r_max = f"best_of_{n}({self.inner.name})", math.log(n)  # at the very top F = 1
-        self.references: dict[tuple[Any, ...], Float64[Tensor, N]] = {}
+        self.references: dict[tuple[Any, ...], Tensor] = {}
 
     def score(self, prompts: Prompts, x: Int[Tensor, "*#S T"]) -> Float64[Tensor, "*#S"]:
         rewards = self.inner.score(prompts, x)
