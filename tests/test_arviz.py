@@ -77,7 +77,7 @@ def test_groups_and_dimensions(problem):
     assert {"reward", "length", "log_prior"} <= set(data.posterior.data_vars)
     assert data.completions["x_text"].dtype.kind == "U" and data.guide["x_tokens"].shape == (1, 40, 2, 4)
     assert {"log_prior", "log_likelihood", "log_guide", "log_weight"} <= set(data.guide.data_vars)
-    assert data.posterior.attrs["unique_fraction"] == 1.0 and data.posterior.attrs["exact"] == 1
+    assert data.posterior.attrs["unique_fraction"] == 1.0 and data.posterior.attrs["kind"] == "exact"
     az.summary(data)
     az.ess(data)
 
@@ -178,9 +178,11 @@ def test_draws_come_back_from_a_file_as_they_were(problem, tmp_path, life):
         assert again.text() == draws.text() and again.records.keys() == draws.records.keys()
     assert again.from_prior and torch.equal(again.stats["log_q"], made.prior.stats["log_q"])
     for one, other in zip(made.exact, [exact_among(again.of_prompt(b)) for b in range(2)], strict=True):
-        assert other.exact and torch.equal(one["x"], other["x"]) and torch.equal(one.log_guide, other.log_guide)
+        assert (
+            other.kind == "exact" and torch.equal(one["x"], other["x"]) and torch.equal(one.log_guide, other.log_guide)
+        )
     kept = from_arviz(to_arviz(rejection(target, None, ["", "a"], num_samples=30)), prompts)
-    assert kept.exact and kept.num_samples == 30 and kept.cost.lm_tokens > 0
+    assert kept.kind == "exact" and kept.num_samples == 30 and kept.cost.lm_tokens > 0
     bound = torch.tensor(1.0)
     kinds = [rejection(target, None, ["", "a"], num_samples=30)]
     kinds.append(quasi_rejection(target, guide, ["", "a"], num_samples=30, log_bound=bound))

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ppl_lm.cli.app import app
 from ppl_lm.cli.fitting import told
-from ppl_lm.criticism.diagnoses.draws_verdicts import DRAWN
+from ppl_lm.criticism.diagnoses.draws_verdicts import CODES_OF_DRAWS
 from ppl_lm.criticism.diagnoses.verdicts import CODES
 from ppl_lm.run.fitting import Fit
 from ppl_lm.run.folder import claim, read_settings
@@ -135,7 +135,7 @@ def test_sample_writes_what_its_draws_are_worth(tmp_path):
     assert out.name.startswith("tilted-suffix_mh-")
     assert {p.name for p in out.iterdir()} == {"config.json", "diagnosis.json", "draws.nc"}
     made = json.loads((out / "diagnosis.json").read_text())
-    assert made["sampler"] == "suffix_mh" and made["kind"] == "markov" and made["verdict"] in DRAWN
+    assert made["sampler"] == "suffix_mh" and made["kind"] == "chains" and made["verdict"] in CODES_OF_DRAWS
     assert (made["r_hat"] < 1.05) == (made["verdict"] in ("good", "unreliable"))
     data = az.from_netcdf(str(out / "draws.nc"))
     assert data.posterior["reward"].shape == (32, 100, 1) and made["num_samples"] == 3200

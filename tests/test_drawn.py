@@ -25,10 +25,11 @@ import pytest
 import torch
 
 from ppl_lm.criticism.arviz_groups import to_arviz
+from ppl_lm.criticism.chains import jackknife, r_hat
 from ppl_lm.criticism.diagnoses.draws_diagnosis import FIGURES, diagnose_draws
-from ppl_lm.criticism.diagnoses.draws_verdicts import DRAWN
-from ppl_lm.criticism.effective_size import jackknife, r_hat
-from ppl_lm.criticism.weights import ess, ess_se, khat_se, max_weight, psis_khat
+from ppl_lm.criticism.diagnoses.draws_verdicts import CODES_OF_DRAWS
+from ppl_lm.criticism.effective_size import ess
+from ppl_lm.criticism.weights import ess_se, khat_se, max_weight, psis_khat
 from ppl_lm.guides import finetuned
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.enumeration import enumerate_posterior
@@ -89,8 +90,8 @@ KINDS = {
     rejection_: ("exact", "exact"),
     quasi_: ("weighted", "good"),
     best_: ("weighted", "good"),
-    suffix_: ("markov", "good"),
-    independence_: ("markov", "good"),
+    suffix_: ("chains", "good"),
+    independence_: ("chains", "good"),
 }
 
 
@@ -126,11 +127,11 @@ def test_figures_are_the_posteriors_within_their_errors(problem, sampler, tmp_pa
             assert abs(figures["kl_q_p"] - kl) < 4 * figures["kl_q_p_se"] < 0.2
         share = figures["lm_tokens"] / figures["ess"]
         assert figures["lm_tokens_per_effective_draw"] == pytest.approx(share, rel=1e-2)
-    assert (made["log_z"] is None) == draws.markov and (made["r_hat"] is None) != draws.markov
+    assert (made["log_z"] is None) == (draws.kind == "chains") and (made["r_hat"] is None) != (draws.kind == "chains")
     assert made["lm_tokens"] == draws.cost.lm_tokens > 0 and made["reward_calls"] == draws.cost.reward_calls > 0
     if made["kind"] == "weighted":
         assert made["ess"] == pytest.approx(float(ess(draws).mean()), abs=1e-10)
-    elif draws.markov:
+    elif draws.kind == "chains":
         assert made["acceptance_rate"] == pytest.approx(float(draws.stats["acceptance_rate"].mean()))
         posterior = to_arviz(draws).posterior.assign(bs=(("chain", "draw", "prompt"), numbers_of(draws)))
         for key, method in (("ess", "bulk"), ("ess_bulk", "bulk"), ("ess_tail", "tail")):
@@ -163,11 +164,9 @@ def test_every_key_is_a_figures_or_a_numbers(problem, sampler):
     one, two = made["prompts"]
     means = [key for name in ("reward", "length", "log_prior", "bs") for key in (name, f"{name}_se")]
     assert {*made} == {*FIGURES, *means} - {"prompt"} and {*one} == {*FIGURES, *means} - {"prompts"}
-    have = {"weighted": OF_WEIGHTS, "exact": ("ess_se",), "markov": OF_CHAINS, "interacting": ("max_weight",)}[
-        made["kind"]
-    ]
+    have = {"weighted": OF_WEIGHTS, "exact": ("ess_se",), "chains": OF_CHAINS, "runs": ("max_weight",)}[made["kind"]]
     for figures in (made, one, two):
-        if made["kind"] != "interacting":  # whose weights depend on each other
+        if made["kind"] != "runs":  # whose weights depend on each other
             assert (figures["khat_se"] is None) == (figures["khat"] is None)  # of a tied tail
         for key in {*OF_WEIGHTS, *OF_CHAINS} - {"khat", "khat_se"}:
             assert (figures[key] is not None) == (key in have), key
@@ -324,4 +323,4 @@ def test_a_joint_weight_is_of_all_prompts():
 
 
 def test_every_verdict_is_ordered():
-    assert len(set(DRAWN)) == len(DRAWN) and DRAWN[0] == "exact"
+    assert len(set(CODES_OF_DRAWS)) == len(CODES_OF_DRAWS) and CODES_OF_DRAWS[0] == "exact"

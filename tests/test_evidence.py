@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from ppl_lm.criticism.diagnoses.diagnosis import diagnose
+from ppl_lm.criticism.effective_size import ess
 from ppl_lm.criticism.evidence import log_evidence
-from ppl_lm.criticism.weights import ess, khat_threshold, psis_khat
+from ppl_lm.criticism.weights import khat_threshold, psis_khat
 from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.enumeration import enumerate_posterior
-from ppl_lm.infer.samplers.importance_sampling import importance, score
+from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import accept, rejection, select
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
@@ -42,7 +43,7 @@ def test_bracket_agrees_with_enumeration(problem):
     that a swapped direction, a lost β or the prior's log q would be seen."""
     target, guide, start, truth = problem
     draws = importance(target, guide, [""], num_samples=8000)
-    kept = score(guide, rejection(target, start, [""], num_samples=4000))
+    kept = rejection(target, start, [""], num_samples=4000).under(guide)
     made = log_evidence(draws, kept)
     want = {
         "elbo": truth.elbo,
@@ -101,7 +102,7 @@ def test_exact_draws_and_their_proposals_are_not_independent(tilt):
     for i in range(200):
         part = from_prior.map(lambda v, i=i: v[:, i * 1000 : (i + 1) * 1000])
         keep = accept(part, 2.0)
-        made = log_evidence(draws, score(guide, select(part, keep, int(keep.sum()))))
+        made = log_evidence(draws, select(part, keep, int(keep.sum())).under(guide))
         found.append((float(made.kl_p_q), float(made.kl_p_q_se)))
         independent.append(float((made.upper_se**2 + made.log_z_se**2).sqrt()))
     values, errors = torch.tensor(found).T
@@ -157,6 +158,10 @@ def test_diagnosis_of_many_prompts(problem):
         assert gap < 4 * figures["kl_q_p_se"] and figures["verdict"] in ("good", "poor", "worse_than_prior")
         for key in ("elbo", "iwae", "upper", "log_z", "kl_q_p", "kl_p_q", "kl_prior_p", "reward"):
             assert math.isfinite(figures[key]) and figures[f"{key}_se"] >= 0
+        assert figures["kl_q_p"] == pytest.approx(figures["log_z"] - figures["elbo"], abs=1e-9)
+        assert figures["kl_p_q"] == pytest.approx(figures["upper"] - figures["log_z"], abs=1e-9)  # under one name one estimate
+        assert abs(figures["kl_p_q"] - float(truth.kl_p_q.detach())) < 4 * figures["kl_p_q_se"] < 0.2
+        assert abs(figures["upper"] - float((truth.log_z + truth.kl_p_q).detach())) < 4 * figures["upper_se"]
     mean = sum(f["elbo"] for f in record["prompts"]) / 2
     assert record["elbo"] == pytest.approx(mean)
     assert record["elbo_se"] == pytest.approx(math.hypot(*(f["elbo_se"] for f in record["prompts"])) / 2)
@@ -212,7 +217,7 @@ def test_bounds_by_several_draws_and_the_law_of_resampling(n):
     assert float((log_p.exp() * (log_p - soft.log())).sum()) <= upper - log_z + 1e-12
     torch.manual_seed(0)
     draws = importance(target, guide, [""], num_samples=6000)
-    kept = score(guide, rejection(target, bind(prior, lm), [""], num_samples=2000))
+    kept = rejection(target, bind(prior, lm), [""], num_samples=2000).under(guide)
     for exactly in (kept, None):
         made = log_evidence(draws, exactly, iwae_particles=n)
         assert abs(float(made.iwae) - lower) < 4 * float(made.iwae_se) < 0.1

@@ -134,7 +134,7 @@ def test_masses_are_the_enumerated_ones(problem, sampler, b):
         assert off.max() < BOUND and off.square().mean() < 3
     assert scores(tree, "prior", truth, log_posterior, b).max() > BOUND, "the mutant: the prior's masses"
     if sampler is by_importance:
-        unweighted = prefix_tree(prior, None, replace(drawn, exact=True), prompt=b)
+        unweighted = prefix_tree(prior, None, replace(drawn, kind="exact"), prompt=b)
         assert scores(unweighted, "posterior", truth, log_posterior, b).max() > BOUND, "the mutant: no weights"
 
 
@@ -449,7 +449,7 @@ def test_what_may_be_noise_has_no_colour(problem):
     pyro.set_rng_seed(6)
     target, _ = problem
     prior = importance(target, None, [""], num_samples=400)
-    again = replace(importance(target, None, [""], num_samples=400), exact=True)
+    again = replace(importance(target, None, [""], num_samples=400), kind="exact")
     moved = rejection(target, None, [""], num_samples=400)
     still, changed = curves(prefix_tree(prior, None, again)), curves(prefix_tree(prior, None, moved))
     (neutral,) = {colour for colour in still if still.count(colour) > len(still) / 2}

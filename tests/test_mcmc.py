@@ -214,7 +214,7 @@ def test_chains_are_worth_what_their_transition_matrix_says(monkeypatch, kernel)
         problem["target"], problem["guide"], problem["texts"],
         num_samples=length, warmup=100, num_chains=chains, kernel=kernel,
     )  # fmt: skip
-    assert draws.log_weight.shape == (chains, length, len(problem["texts"])) and draws.markov
+    assert draws.log_weight.shape == (chains, length, len(problem["texts"])) and draws.kind == "chains"
     for b in range(len(problem["texts"])):
         truth = float(pi[:, b] @ reward)
         lagged, times = reward - truth, float(pi[:, b] @ (reward - truth) ** 2)

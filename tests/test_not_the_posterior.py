@@ -125,7 +125,7 @@ def test_quasi_rejection_reports_its_own_distance(problem):
     draws = quasi_rejection(problem.target, problem.guide, problem.texts, num_samples=20_000, log_bound=bound)
     capped = torch.minimum(problem.log_joint, bound + problem.log_q)
     law = capped.log_softmax(0)
-    assert not draws.exact and draws.log_weight.shape == (1, 20_000, len(problem.texts))
+    assert draws.kind == "weighted" and draws.log_weight.shape == (1, 20_000, len(problem.texts))
     check_distance(problem, draws, law)
     assert draws.cost.reward_calls == draws.proposals.num_samples * len(problem.texts)
 
@@ -221,7 +221,7 @@ def test_best_of_n_reports_its_own_distance(problem, soft):
     torch.manual_seed(0)
     draws = best_of_n(problem.target, problem.guide, problem.texts, num_samples=4000, n=3, soft=soft)
     law = (soft_law(problem, 3) if soft else bon_law(problem, 3)).log()
-    assert not draws.exact and draws.cost.reward_calls == 12_000 * len(problem.texts)
+    assert draws.kind == "weighted" and draws.cost.reward_calls == 12_000 * len(problem.texts)
     check_distance(problem, draws, law)
 
 

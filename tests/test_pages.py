@@ -21,7 +21,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ppl_lm.cli.app import app
-from ppl_lm.criticism.diagnoses.draws_verdicts import DRAWN
+from ppl_lm.criticism.diagnoses.draws_verdicts import CODES_OF_DRAWS
 from ppl_lm.criticism.diagnoses.verdicts import CODES
 from ppl_lm.report.leaderboard_page import boards, leaderboard, rows
 from ppl_lm.report.page import lines, pm, shown
@@ -251,7 +251,7 @@ def test_the_draws_of_every_sampler_have_a_page_and_a_rank(tmp_path):
         assert len(texts) == 16 and len(set(texts)) > 4, "of all chains, not of the first alone"
         assert "+0.000 nats" not in report(run)
     (board,) = boards([read(run) for run in runs])
-    order = [DRAWN.index(run.diagnosis["verdict"]) for run in board.draws]
+    order = [CODES_OF_DRAWS.index(run.diagnosis["verdict"]) for run in board.draws]
     assert board.draws[0].name == "rejection" and order == sorted(order)
     assert "contains:[/b]" in call("compare", *runs, "--output", tmp_path / "board.html")
 
@@ -319,7 +319,7 @@ def test_bars_of_distances_that_are_nothing():
 
 
 def test_small_parts():
-    assert set(LABELS) == set(CODES) and set(OF_DRAWS) == set(DRAWN)
+    assert set(LABELS) == set(CODES) and set(OF_DRAWS) == set(CODES_OF_DRAWS)
     assert pm(float("inf")) == "∞" and pm(float("-inf"), 0.1) == "−∞" and pm(-1.5, 0.25) == "−1.50 ± 0.25"
     assert pm(12_345.678, 120.0) == "12,346 ± 120" and pm(7, None) == "7" and pm(0.25, float("inf")) == "0.250"
     assert (

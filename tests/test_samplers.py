@@ -17,7 +17,7 @@ from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError
 from ppl_lm.infer.enumeration import enumerate_posterior
-from ppl_lm.infer.samplers.importance_sampling import importance, score
+from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import accept, rejection, select
 from ppl_lm.infer.traces.observations import likelihood_bound
 from ppl_lm.likelihood.optimality import Optimality
@@ -123,7 +123,7 @@ def test_rejection_draws_follow_the_posterior():
     truth = enumerate_posterior(target, None, [""])
     n = 4000
     kept = rejection(target, start, [""], num_samples=n)
-    assert kept.exact and kept["x"].shape == (1, n, 1, 4) and kept.proposals.num_samples > n
+    assert kept.kind == "exact" and kept["x"].shape == (1, n, 1, 4) and kept.proposals.num_samples > n
 
     def p_value(x):
         index = {tuple(row): i for i, row in enumerate(truth.latents["x"][:, 0].tolist())}
@@ -146,11 +146,11 @@ def test_score_is_the_guides_log_probability():
     other = bind(finetuned, table_lm(V, 4, concentration=3.0, seed=4).copy())
     target = bind(tilted, lm, reward=capped, beta=0.5)
     kept = rejection(target, bind(prior, lm), ["", ""], num_samples=30)
-    scored = score(other, kept)
+    scored = kept.under(other)
     with torch.no_grad():
         expected = other.lm(["", ""]).log_prob(kept["x"][0])
     torch.testing.assert_close(scored.log_guide[0], expected, atol=1e-12, rtol=0)
-    assert scored.exact and torch.equal(scored["x"], kept["x"])
+    assert scored.kind == "exact" and torch.equal(scored["x"], kept["x"])
 
 
 def test_a_violated_bound_is_an_error_not_a_clamp():
@@ -311,7 +311,7 @@ def test_inner_plates_keep_prompts_third():
         answers(prompts, lm, lambda _, x: torch.zeros(x.shape[:-1]))
 
     for part in (draws, draws.map(lambda v: v[:, :1])):
-        again = score(guide, part, max_plate_nesting=2)
+        again = part.under(guide, max_plate_nesting=2)
         torch.testing.assert_close(again.log_guide, part.log_prior, atol=1e-6, rtol=0)
     posterior = to_arviz(draws).posterior
     assert posterior["where"].dims[:3] == ("chain", "draw", "prompt") and posterior["topic"].shape == (1, 7, 3)
@@ -474,6 +474,6 @@ def test_a_scaled_prior_is_weighted_by_what_drew_the_texts():
         )
         want = 0.3 * lm([""]).log_prob(draws["x"]) + reward - law([""]).log_prob(draws["x"])
         torch.testing.assert_close(draws.log_weight, want)
-        torch.testing.assert_close(score(proposal or bind(prior, lm), draws).log_guide, draws.log_guide)
+        torch.testing.assert_close(draws.under(proposal or bind(prior, lm)).log_guide, draws.log_guide)
     with pytest.raises(ValueError, match="a scale or mask makes another one"):
         rejection(target, None, [""], num_samples=5)

@@ -139,7 +139,7 @@ def test_errors_are_as_large_as_they_say():
 def test_errors_of_chains_take_autocorrelation_into_account():
     pool = mcmc(target(), None, [""], num_samples=200, warmup=30, num_chains=30 * 4, kernel=suffix)
     pieces = [pool.map(lambda v, i=i: v[i * 4 : (i + 1) * 4]) for i in range(30)]
-    found, naive = spread(pieces), spread(replace(piece, markov=False, exact=True) for piece in pieces)
+    found, naive = spread(pieces), spread(replace(piece, kind="exact") for piece in pieces)
     assert float((found - 1).abs().max()) < 0.5 and float(naive.max()) > 1.5, (found, naive)
 
 

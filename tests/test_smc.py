@@ -127,7 +127,7 @@ def conditional_expectations(monkeypatch, world=SMALL, guide=None, resample=syst
                 log_prior=flat,
                 log_likelihood=flat,
                 log_guide=flat,
-                exact=True,
+                kind="exact",
             )
             with monkeypatch.context() as patch:
                 patch.setattr(GROW, "choose", w.choose)
@@ -137,7 +137,8 @@ def conditional_expectations(monkeypatch, world=SMALL, guide=None, resample=syst
                 made = conditional_smc(
                     world.model, guide, planted, num_samples=count, resample=w.rule(resample), **settings
                 )
-            assert made.planted and bool((made["x"] == x).all(-1).any(1).all())  # it is still there
+            assert made.kind == "conditional_runs" and bool((made["x"] == x).all(-1).any(1).all())  # it is still there
+            torch.testing.assert_close(made.weights * len(made.weights), made.log_weight.softmax(1), atol=1e-12, rtol=0)
             return world.by_text(made.log_weight, made["x"])
 
         for b, each in enumerate(walk.explore(program, len(TEXTS))):
@@ -335,11 +336,11 @@ def test_bounds_meet_around_log_z():
     assert not alone.upper_exact
 
 
-def test_what_interacting_draws_are_worth():
+def test_what_runs_are_worth():
     """Means, log Z and the count of effective draws: against the spread over many repetitions, within 4 errors or 20%."""
     many = [smc(MODEL, None, TEXTS, num_samples=16, num_runs=30, twist=TWISTS["likelihood"]) for _ in range(60)]
     found = [diagnose_draws(draws)["prompts"][1] for draws in many]
-    assert {f["kind"] for f in found} == {"interacting"} and {f["khat"] for f in found} == {None}
+    assert {f["kind"] for f in found} == {"runs"} and {f["khat"] for f in found} == {None}
     means = torch.tensor([f["reward"] for f in found])
     truth = float((JOINT.softmax(0)[:, 1] * REWARD).sum())
     assert abs(float(means.mean()) - truth) < 4 * float(means.std()) / 60**0.5 + 1e-3  # self-normalised: bias 1/n
@@ -359,7 +360,7 @@ def test_particle_gibbs_reaches_the_posterior():
     means = chains["reward"].mean(1)  # (N, B): independent chains
     truth = (JOINT.softmax(0) * REWARD[:, None]).sum(0)
     assert bool(((means.mean(0) - truth).abs() < 4 * means.std(0) / 300**0.5).all())
-    assert float(chains.stats["acceptance_rate"].min()) == 1.0 and chains.markov and not chains.interacting
+    assert float(chains.stats["acceptance_rate"].min()) == 1.0 and chains.kind == "chains"
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from ppl_lm.criticism.evidence import log_evidence
-from ppl_lm.criticism.weights import mean, weighted_mean
+from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.weights import mean
 from ppl_lm.guides import prior as prior_guide
 from ppl_lm.infer.binding import bind
-from ppl_lm.infer.samplers.importance_sampling import importance, score
+from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import accept, select
 from ppl_lm.infer.traces.observations import likelihood_bound
 from ppl_lm.likelihood import rewards
@@ -69,11 +70,11 @@ def figures(prior):
     assert bound == 10.0
     mask = accept(draws, bound)
     rate = float(mask.double().mean())
-    kept = score(start, select(draws, mask, int(mask.sum())))
-    made = log_evidence(draws, kept)
+    kept = select(draws, mask, int(mask.sum())).under(start)
+    made, posterior = log_evidence(draws, kept), expectation(draws, draws["reward"])
     found = {
         "reward under the prior": mean(draws["reward"].flatten(0, 1)),
-        "reward under the posterior": weighted_mean(draws["reward"].flatten(0, 1), draws),
+        "reward under the posterior": (posterior.mean, posterior.se),
         "log Z": (made.log_z, made.log_z_se),
         "KL(prior ‖ posterior)": (made.kl_q_p, made.kl_q_p_se),
         "KL(posterior ‖ prior)": (made.kl_p_q, made.kl_p_q_se),

@@ -2,7 +2,7 @@
 
 | what | property | tolerance |
 |---|---|---|
-| `weighted_mean` | its expectation over all pairs of draws, N = 2 | 1e-10 |
+| `expectation` | its expectation over all pairs of draws, N = 2 | 1e-10 |
 | | its bias halves when N doubles | slope -1 ± 0.1 |
 | | two standard errors cover the truth in 95% of 2,000 repetitions, of draws and of runs | ± 2% |
 | `smoothed` | log Ẑ stays | 1e-10 |
@@ -24,7 +24,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppl_lm.criticism.weights import ess, ess_se, khat_se, max_weight, pareto_smooth, psis_khat, weighted_mean
+from ppl_lm.criticism.effective_size import ess
+from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.weights import ess_se, khat_se, max_weight, pareto_smooth, psis_khat
 from ppl_lm.experiments.local_masking import resampled
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.samplers.importance_sampling import importance
@@ -64,7 +66,7 @@ def test_the_expectation_of_a_weighted_mean(draws):
     for pair in itertools.product(range(4), repeat=2):
         index = torch.tensor(pair)
         made = weighted(draws, w[index].log()[:, None])
-        expected += q[index].prod() * weighted_mean(f[index, None], made)[0][0]
+        expected += q[index].prod() * expectation(made, f[index].reshape(1, -1, 1)).mean[0]
     torch.testing.assert_close((resampled(q.log(), w.log(), 2).exp() * f).sum(), expected, atol=1e-10, rtol=0)
     truth = (q * w * f).sum() / (q * w).sum()
     bias = torch.stack([(resampled(q.log(), w.log(), n).exp() * f).sum() - truth for n in (200, 400)])
@@ -82,12 +84,14 @@ def test_the_error_of_a_weighted_mean_covers(draws, runs):
     log_w = 0.3 * x.flatten(0, 1)
     raw = weighted(draws, log_w.expand(-1, 2000))
     made = raw.map(lambda v: v.reshape(shape)) if runs else raw
-    made, values = replace(made, interacting=bool(runs)), 2.0 + x.flatten(0, 1)
-    centre, se = weighted_mean(values, made)
+    made, values = replace(made, kind="runs" if runs else "weighted"), (2.0 + x).reshape(made.log_weight.shape)
+    estimate = expectation(made, values)
+    centre, se = estimate.mean, estimate.se
     share = lambda error: float(((centre - 2.3).abs() < 1.96 * error).double().mean())  # noqa: E731
     assert abs(share(se) - 0.95) < 0.02
     w = made.log_weight.flatten(0, 1).softmax(0)
-    wrong = (w * values).square().sum(0).sqrt() if not runs else weighted_mean(values, raw)[1]
+    alike = expectation(replace(made, kind="weighted"), values).se  # as if the texts of a run were independent
+    wrong = alike if runs else (w * values.flatten(0, 1)).square().sum(0).sqrt()
     assert abs(share(wrong) - 0.95) > 0.02
 
 
@@ -96,7 +100,7 @@ def test_posterior_means_vary_less(draws):
     for seed in range(200):
         x, log_w = heavy(count, seed=seed)
         raw = weighted(draws, log_w[:, None])
-        found.append([float(weighted_mean(x[:, None], made)[0]) for made in (raw, pareto_smooth(raw))])
+        found.append([float(expectation(made, x.reshape(1, -1, 1)).mean) for made in (raw, pareto_smooth(raw))])
     raw, smooth = torch.tensor(found).T
     assert float(smooth.std()) < 0.7 * float(raw.std())
     assert abs(float(smooth.mean()) - truth) < float(raw.std()) + 4 * float(smooth.std()) / 200**0.5
@@ -126,8 +130,8 @@ def test_weights_stay_where_khat_does_not_apply(draws):
     for log_w in (constant, few, bounded, nothing):
         assert psis_khat(log_w[:, 0]) is None
         assert torch.equal(pareto_smooth(weighted(draws, log_w)).log_weight[0], log_w)
-    for kind in ("exact", "markov"):
-        same = replace(weighted(draws, heavy(500)[1][:, None]), **{kind: True})
+    for kind in ("exact", "chains", "runs", "conditional_runs"):
+        same = replace(weighted(draws, heavy(500)[1][:, None]), kind=kind)
         assert pareto_smooth(same) is same
 
 

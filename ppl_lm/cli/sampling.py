@@ -107,7 +107,7 @@ def _show(draws: Draws, num_samples: int, out: Console | None) -> None:
     """`num_samples` draws of each prompt."""
     draws = some(draws, num_samples)
     columns = {name: value[0] for name, value in draws.records.items()}  # (S, B)
-    if not (draws.exact or draws.markov):
+    if draws.kind not in ("exact", "chains"):
         columns["log_weight"] = draws.log_weight[0].expand(-1, len(draws.prompts))
     if out is not None:
         out.print("  ".join([*columns, "prompt │ completion"]), markup=False, style="bold")

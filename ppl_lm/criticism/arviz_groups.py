@@ -1,5 +1,6 @@
 """`to_arviz`: draws as what ArviZ reads, in either of its two lives."""
 
+import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -8,15 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_lm.criticism.effective_size import worth
-from ppl_lm.infer.draws import Draws
+from ppl_lm.criticism.effective_size import ess
+from ppl_lm.infer.draws import EQUAL, Draws
 from ppl_lm.lm.prompts import Prompts
 
 Variable = tuple[tuple[str, ...], np.ndarray, dict[str, int]]  # dimensions, values, attributes
 Variables = dict[str, Variable]
 DRAWN = ("chain", "draw", "prompt")
 LOG_PROBABILITIES = ("log_prior", "log_likelihood", "log_guide")
-KINDS = ("exact", "markov", "interacting", "planted")
 
 
 def to_arviz(
@@ -76,7 +76,7 @@ def _datasets(
     chains, count, batch = *draws.log_guide.shape[:2], len(draws.prompts)
     n = num_samples or draws.num_samples
     picks = draws.reweighted(n).cpu().expand(-1, batch)  # (S, B)
-    shape = (chains, count) if (draws.exact or draws.markov) and n == draws.num_samples else (1, n)
+    shape = (chains, count) if draws.kind in EQUAL and n == draws.num_samples else (1, n)
     column = torch.arange(batch)
 
     def posterior(name: str, value: Tensor) -> Variable:
@@ -183,14 +183,14 @@ def _attributes(draws: Draws, picks: Tensor) -> dict[str, Any]:
         "inference_library": "ppl_lm",
         "inference_library_version": version("ppl_lm"),
         **versions,
-        **{kind: int(getattr(draws, kind)) for kind in KINDS},
+        "kind": draws.kind,
         "num_samples": len(picks),
         "unique_fraction": float(np.mean([len(set(column.tolist())) / len(picks) for column in picks.T])),
         **_cost(draws),
     }
-    ess = [] if draws.markov else [worth(draws.of_prompt(b)) for b in range(draws.log_guide.shape[-1])]
-    known = [value for value in ess if value is not None]
-    if known:  # ArviZ finds what chains are worth: az.ess
+    amounts = [] if draws.kind == "chains" else ess(draws).tolist()  # ArviZ finds what chains are worth: az.ess
+    known = [amount for amount in amounts if not math.isnan(amount)]
+    if known:
         made["weighted_ess"] = float(np.mean(known))
     return made
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_lm.criticism.arviz_groups import KINDS, LOG_PROBABILITIES, length_name, prompt_texts
+from ppl_lm.criticism.arviz_groups import LOG_PROBABILITIES, length_name, prompt_texts
 from ppl_lm.infer.draws import Draws
 from ppl_lm.lm.meter import Cost
 from ppl_lm.lm.prompts import Prompts
@@ -60,6 +60,9 @@ def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
     made = Draws(prompts, {**latents, **x}, records, **log_p, cost=cost, stats=stats, texts=tuple(x))
     if group == "prior":
         return made
-    kinds: Any = {kind: bool(raw.attrs[kind]) for kind in KINDS}
+    if "kind" not in raw.attrs:
+        raise ValueError(
+            "these draws were written by an earlier version of ppl_lm, which did not tell their kind: draw again"
+        )
     all_of: Any = read(data["proposals"]) if "proposals" in groups else None
-    return replace(made, proposals=None if all_of is None else Draws(prompts, {}, {}, **all_of), **kinds)
+    return replace(made, proposals=None if all_of is None else Draws(prompts, {}, {}, **all_of), kind=raw.attrs["kind"])

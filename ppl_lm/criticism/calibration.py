@@ -70,7 +70,7 @@ def sbc(
     :param draws: at least R · num_draws of what is tested, as they come: weights are not used.
     :param statistics: more numbers of the draws, (C, S, B); -inf is one.
     :raises ValueError: if there are too few draws, fewer than 20 replications, a number is NaN, or `exact` is not exact."""
-    if not exact.exact:
+    if exact.kind != "exact":
         raise ValueError("exact= must hold exact posterior draws (rejection)")
     count, generator = exact.num_samples, torch.Generator().manual_seed(seed)
     if count < 20 or num_draws < 1:

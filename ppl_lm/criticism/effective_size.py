@@ -1,83 +1,47 @@
-"""How many independent posterior draws any draws are worth."""
+"""`ess`: how many independent posterior draws any draws are worth."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
-import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from ppl_lm.criticism.chains import columns, worst
+from ppl_lm.criticism.expectation import expectation
 from ppl_lm.criticism.statistics import numbers
-from ppl_lm.criticism.weights import ess, weighted_mean
+from ppl_lm.criticism.weights import kong_ess
 from ppl_lm.infer.draws import Draws
 
-GROUPS = 16  # of chains, of which the jackknife leaves out one after the other
+
+def ess(draws: Draws | Float[Tensor, "S *B"]) -> Float[Tensor, "*B"]:
+    """How many independent posterior draws these are worth, for each prompt: of weighted draws Kong's (Σw)²/Σw² (1992), 0 where
+    all weights are zero; of exact draws all; of chains ArviZ's bulk effective sample size, and of runs that grew together how
+    many independent draws would give means with such errors, the fewest of any number (the model's records, lengths, log p of
+    the prior). NaN where it cannot be told: of one run, or where no number ever changes.
+
+    :param draws: of any kind, or log weights of independent draws, nats."""
+    if isinstance(draws, Tensor):
+        return kong_ess(draws)
+    amounts = [effective(draws.of_prompt(b)) for b in range(draws.log_guide.shape[-1])]
+    return torch.tensor([math.nan if amount is None else amount for amount in amounts], dtype=torch.float64)
 
 
-def r_hat(draws: Draws) -> float:
-    """The largest split R-hat of the numbers that chains are summarised by: rewards, lengths, log p of the prior. NaN where
-    none of them ever changes."""
-    found = worst(columns(draws), "rhat")
-    return math.nan if found is None else found
-
-
-def worth(draws: Draws) -> float | None:
-    """How many independent posterior draws those of one prompt amount to: of weighted draws Kong's effective sample size; of
-    chains ArviZ's, and of interacting draws what the errors of their means say, the fewest of any number. None where that
-    cannot be told."""
-    if draws.exact:
+def effective(draws: Draws) -> float | None:
+    """`ess` of one prompt, or of all where only their joint weight exists; None where it cannot be told."""
+    if draws.kind == "exact":
         return float(draws.num_samples)
-    if draws.interacting:
-        return _by_errors(draws)
-    if not draws.markov:
-        return float(ess(draws))
-    return worst(columns(draws), "ess")
+    if draws.kind == "weighted":
+        return float(kong_ess(draws.log_weight.flatten(0, 1)))
+    if draws.kind == "chains":
+        return worst(columns(draws), "ess")
+    return _by_errors(draws)
 
 
 def _by_errors(draws: Draws) -> float | None:
-    """How many independent draws would have such standard errors of the means, the fewest of any number. None of one run."""
-    if len(draws.log_guide) < 2:
-        return None
-    worth = []
+    amounts = []
     for value in numbers(draws).values():
-        flat = value.flatten(0, 1)
-        centre, se = weighted_mean(flat, draws)
-        variance, _ = weighted_mean((flat - centre).square(), draws)
-        if float(se) > 0:
-            worth.append(float(variance / se.square()))
-    return min(worth, default=None)
-
-
-def columns(draws: Draws) -> list[np.ndarray]:
-    """Each number of each prompt, (C, S)."""
-    return [v[..., b].cpu().numpy() for v in numbers(draws).values() for b in range(v.shape[-1])]
-
-
-def worst(columns: list[np.ndarray], statistic: str, method: str | None = None) -> float | None:
-    """The largest R-hat, or the fewest effective draws, of any number; None where none has one."""
-    found = [v for v in of_chains(columns, statistic, method) if not math.isnan(v)]
-    return (max if statistic == "rhat" else min)(found, default=None)
-
-
-def jackknife(columns: list[np.ndarray], statistic: str, method: str) -> float | None:
-    """Standard error of `worst` by its values without one group of chains after the other (Efron & Stein 1981)."""
-    chains = len(columns[0])
-    if chains < 4:
-        return None
-    left = []
-    for group in np.array_split(np.arange(chains), min(chains, GROUPS)):
-        found = worst([np.delete(column, group, 0) for column in columns], statistic, method)
-        if found is None or not math.isfinite(found):
-            return None
-        # Effective draws add up over chains: what is left out is scaled back.
-        left.append(found * (chains / (chains - len(group)) if statistic == "ess" else 1.0))
-    return float(np.std(left)) * math.sqrt(len(left) - 1)
-
-
-def of_chains(columns: list[np.ndarray], statistic: str, method: str | None = None) -> list[float]:
-    """ArviZ's statistic of each number, (C, S), that changes at all."""
-    import arviz as az
-
-    function: Callable[..., Any] = getattr(az, statistic)
-    how = {} if method is None else {"method": method}
-    with np.errstate(invalid="ignore", divide="ignore"):  # chains that each stay where they are
-        return [float(function(column, **how)) for column in columns if column.max() > column.min()]
+        estimate = expectation(draws, value)
+        variance = expectation(draws, (value - estimate.mean).square()).mean
+        if 0 < float(estimate.se) < math.inf:
+            amounts.append(float(variance / estimate.se.square()))
+    return min(amounts, default=None)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ppl_lm.criticism.weights import log_mean, mean
-from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.draws import EQUAL, TOGETHER, Draws
 
 FEWEST = 30  # independent means of weights, below which their standard error cannot be trusted
 
@@ -60,18 +60,18 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
     """Bounds of log Z from a guide's draws, and from exact posterior draws where there are some.
 
     :param draws: the guide's (`importance`).
-    :param exact: exact posterior draws whose `log_guide` is that of the same guide: `score(guide, rejection(...))`. With
+    :param exact: exact posterior draws whose `log_guide` is that of the same guide: `rejection(...).under(guide)`. With
         `smc`'s draws, `conditional_smc`'s: each run counts as one draw, its weight being the run's Ẑ, so that the KLs are those
         of all that a run chooses at random, and above those of a text picked from it.
     :raises ValueError: if `exact` holds draws that are not exact, or `draws` holds exact ones or Markov chains.
     """
-    if draws.exact or draws.markov:
+    if draws.kind in EQUAL:
         raise ValueError("draws= must be the guide's own draws; pass exact posterior draws as exact=")
-    if draws.interacting or (exact is not None and exact.interacting):
-        if exact is not None and not (draws.interacting and exact.interacting):
+    if draws.kind in TOGETHER or (exact is not None and exact.kind in TOGETHER):
+        if draws.kind != "runs" or (exact is not None and exact.kind != "conditional_runs"):
             raise ValueError("smc's draws go with conditional_smc's of the same settings, and with no others")
         draws, exact = draws.by_run(), None if exact is None else exact.by_run()
-    if exact is not None and not exact.exact:
+    if exact is not None and exact.kind != "exact":
         raise ValueError("exact= must hold exact posterior draws (rejection); these are weighted ones")
     log_w = draws.log_weight.flatten(0, 1)  # (S, B)
     n = len(log_w)

@@ -14,7 +14,7 @@ REPEATS = 20_000  # of the normal errors of log Z, by which intervals are found
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedModel:
     """One model of several, best first.
 
     :param log_z: log evidence of all prompts together, nats, the likelihoods' bounds taken off, with standard error `se`.
@@ -49,7 +49,7 @@ def compare_models(
     *,
     same_likelihood: bool = False,
     seed: int = 0,
-) -> list[Compared]:
+) -> list[ComparedModel]:
     """Models by their evidence: p(model | evidence) ∝ Z under equal prior odds (Kass & Raftery 1995).
 
     `log_z` of draws and of `Evidence` refers to the factor exp(r/β), which is no probability: add a constant to the reward,
@@ -91,7 +91,7 @@ def compare_models(
     best = int(log_z.argmax())
     for i in log_z.argsort(descending=True, stable=True).tolist():
         rows.append(
-            Compared(
+            ComparedModel(
                 name=names[i],
                 log_z=float(log_z[i]),
                 se=float(se[i]),
@@ -142,10 +142,10 @@ def _evidence(name: str, model: Draws | Evidence, bound: float) -> tuple[torch.T
     if isinstance(model, Evidence):
         log_z, se, reliable, places = model.log_z, model.log_z_se, None, 1
     else:
-        source = model.by_run() if model.interacting else model.proposals if model.exact else model
-        if model.markov or source is None:
+        source = {"runs": model.by_run, "exact": lambda: model.proposals}.get(model.kind, lambda: model)()
+        if model.kind == "chains" or source is None:
             raise ValueError(f"model {name!r}: Markov chains, or exact draws without their proposals, have no evidence")
-        if model.planted:
+        if model.kind == "conditional_runs":
             raise ValueError(f"model {name!r}: conditional_smc's runs bound log Z from above; give smc's")
         log_w = source.log_weight.flatten(0, 1)  # (S, B)
         if bool(log_w.isnan().any()):

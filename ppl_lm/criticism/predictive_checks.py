@@ -9,10 +9,11 @@ from jaxtyping import Float, Int
 from scipy.special import kolmogorov
 from torch import Tensor
 
-from ppl_lm.criticism.effective_size import worth
+from ppl_lm.criticism.effective_size import effective
+from ppl_lm.criticism.expectation import expectation
 from ppl_lm.criticism.statistics import Statistic, evaluate, values
-from ppl_lm.criticism.weights import mean, pareto_smooth, weighted_mean
-from ppl_lm.infer.draws import Draws, NoSupportError
+from ppl_lm.criticism.weights import pareto_smooth
+from ppl_lm.infer.draws import Draws
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def predictive_check(
     or with `prior` a prior-predictive one (Box 1980). Observed texts should not be those that the posterior was fitted to:
     then p-values are too large.
 
-    Exact draws and Markov chains count as they come, all others by their Pareto-smoothed weights. That the draws are few is
-    part of both p-values: the mean's null is that of N values of the draws' law, moved by a normal of the standard error; the
-    PIT's is Kolmogorov's for n = N·ess / (N + ess) (Stephens 1970).
+    Exact draws and Markov chains count as they come, all others by their weights, a guide's Pareto-smoothed. That the draws
+    are few is part of both p-values: the mean's null is that of N values of the draws' law, moved by a normal of the standard
+    error; the PIT's is Kolmogorov's for n = N·ess / (N + ess) (Stephens 1970).
 
     :param draws: of one prompt: `draws.of_prompt(b)`.
     :param observed: texts, or token ids of the draws' vocabulary.
@@ -87,7 +88,7 @@ def predictive_check(
         raise ValueError(f"resamples={resamples}; give at least 1")
     draws = draws.map(lambda v: v.cpu())
     if prior:
-        if draws.exact or draws.markov or draws.interacting:
+        if draws.kind != "weighted":
             raise ValueError(
                 "prior=True needs a guide's own draws (importance), whose weights can do without the evidence"
             )
@@ -113,7 +114,7 @@ def against(
     """Of one statistic's numbers: of the draws, with their normalised weights `share`, and of the observed texts."""
     generator = torch.Generator().manual_seed(seed)
     flat, count = value.flatten(), len(observed)
-    centre, se = posterior_mean(value, draws)
+    centre, se = expectation(draws, value).item()
     order = flat.argsort()
     sorted_, mass = flat[order], torch.cat([share.new_zeros(1), share[order].cumsum(0)])
     mass = (mass / mass[-1]).clamp_max(1.0)
@@ -130,7 +131,7 @@ def against(
     tail = (min(above, beneath) + ties / 2 + 0.5) / (resamples + 1)
 
     noisy = below + (upto - below) * torch.rand(count, generator=generator, dtype=torch.float64)
-    amount = worth(draws)
+    amount = effective(draws)
     return PredictiveCheck(
         name=name,
         observed=observed,
@@ -146,32 +147,12 @@ def against(
 
 
 def shares(draws: Draws) -> Float[Tensor, "S"]:
-    """Normalised weights of one prompt's draws; equal ones of exact draws and Markov chains.
+    """Normalised weights of one prompt's draws, whatever their kind.
 
     :raises NoSupportError: if all are zero. :raises ValueError: if one is NaN or infinite."""
-    log_w = draws.log_weight.flatten()
-    if draws.exact or draws.markov:
-        return torch.full((len(log_w),), 1 / len(log_w), dtype=torch.float64)
-    if bool((log_w.isnan() | (log_w == torch.inf)).any()):
+    if bool((draws.log_weight.isnan() | (draws.log_weight == torch.inf)).any()):
         raise ValueError("a weight is NaN or infinite; give draws as a sampler made them")
-    if bool((log_w == -torch.inf).all()):
-        raise NoSupportError("all weights are zero: no draw of the guide is possible under the posterior")
-    return log_w.softmax(0)
-
-
-def posterior_mean(value: Float[Tensor, "C S 1"], draws: Draws) -> tuple[float, float]:
-    """Of a number under the draws' law, and its Monte Carlo standard error, by the weights as they are; inf where it cannot be
-    told."""
-    flat = value.flatten(0, 1)
-    if not draws.markov:
-        centre, se = mean(flat) if draws.exact else weighted_mean(flat, draws)
-        one_run = draws.interacting and len(value) < 2
-        return float(centre), math.inf if one_run else float(se)
-    import arviz as az
-
-    moves = float(flat.max() - flat.min()) > 0
-    error = float(az.mcse(value[..., 0].numpy())) if moves else 0.0
-    return float(flat.mean()), math.inf if math.isnan(error) else error
+    return draws.weights.flatten()
 
 
 def uniform(pit: Float[Tensor, "N"], count: float) -> float:

@@ -1,15 +1,13 @@
 """A language model's texts as a tree of token prefixes: where prior, guide and posterior have their mass."""
 
-from math import isqrt
-
 import networkx
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ppl_lm.criticism.effective_size import worth
-from ppl_lm.criticism.weights import mean, weighted_mean
-from ppl_lm.infer.draws import Draws, NoSupportError
+from ppl_lm.criticism.effective_size import effective
+from ppl_lm.criticism.expectation import expectation
+from ppl_lm.infer.draws import Draws
 from ppl_lm.lm.token_pieces import text_of
 
 LAWS = ("prior", "guide", "posterior")
@@ -57,10 +55,10 @@ def prefix_tree(
         _require(name, draws, prior, prompt)
     vocabulary = prior.prompts.vocabulary
     rows = {name: _rows(draws, prompt) for name, draws in given.items()}  # law -> (S, T)
-    weights = {name: _weights(name, draws, prompt) for name, draws in given.items()}  # law -> (S,)
+    weights = {name: _weights(name, draws, prompt) for name, draws in given.items()}  # law -> (C, S, 1)
     masses: dict[Prefix, dict[str, float]] = {}
     for name in given:
-        for ids, w in zip(vocabulary.completion_ids(rows[name]), weights[name].tolist(), strict=True):
+        for ids, w in zip(vocabulary.completion_ids(rows[name]), weights[name].flatten().tolist(), strict=True):
             for n in range(len(ids) + 1):
                 mass = masses.setdefault(tuple(ids[:n]), {})
                 mass[name] = mass.get(name, 0.0) + w
@@ -91,8 +89,9 @@ def prefix_tree(
     for name, draws in given.items():
         passes = {p: _passes(rows[name], p) for p in kept}
         elsewhere = [passes[p] & ~_any([passes[c] for c in graph.successors(p)], passes[p]) for p in kept]
-        both = torch.stack([*passes.values(), *elsewhere], -1).double()  # (S, 2N)
-        shares, errors = _share(both, name, draws, prompt)
+        both = torch.stack([*passes.values(), *elsewhere], -1).unflatten(0, draws.log_guide.shape[:2])  # (C, S, 2N)
+        masses_of = expectation(_own(draws, prompt), both.unsqueeze(2), weights[name])
+        shares, errors = masses_of.mean[0], masses_of.se[0]
         for n, p in enumerate(kept):
             node = graph.nodes[p]
             node[name], node[f"{name}_se"] = float(shares[n]), float(errors[n])
@@ -101,7 +100,7 @@ def prefix_tree(
 
 
 def _require(name: str, draws: Draws, prior: Draws, prompt: int) -> None:
-    plain = not (draws.exact or draws.markov or draws.interacting)
+    plain = draws.kind == "weighted"
     if name != "posterior" and not (plain and (name == "guide" or draws.from_prior)):
         law = "the model's prior: importance(model, None, prompts)" if name == "prior" else "the guide: importance(...)"
         raise ValueError(f"{name}= needs draws as they come from {law}; these follow another law")
@@ -130,30 +129,14 @@ def _own(draws: Draws, prompt: int) -> Draws:
     return draws.of_prompt(prompt).map(lambda v: v.cpu())
 
 
-def _weights(name: str, draws: Draws, prompt: int) -> Float[Tensor, "S"]:
-    """Normalised."""
-    if name != "posterior" or draws.exact or draws.markov:
-        return torch.full((draws.num_samples,), 1 / draws.num_samples, dtype=torch.float64)
-    log_w = _own(draws, prompt).log_weight.flatten()
-    if bool((log_w == -torch.inf).all()):
-        raise NoSupportError("all weights are zero: none of these draws is possible under the posterior")
-    return log_w.softmax(0)
+def _weights(name: str, draws: Draws, prompt: int) -> Float[Tensor, "C S 1"]:
+    """Normalised: the posterior's, and equal ones of the prior's and the guide's draws, which count as they come."""
+    own = _own(draws, prompt)
+    return own.weights if name == "posterior" else torch.full_like(own.log_weight, 1 / own.num_samples)
 
 
 def _worth(name: str, draws: Draws, prompt: int) -> float:
-    return (worth(_own(draws, prompt)) or 1.0) if name == "posterior" else float(draws.num_samples)
-
-
-def _share(passes: Float[Tensor, "S N"], name: str, draws: Draws, prompt: int) -> tuple[Tensor, Tensor]:
-    """Masses with their standard errors; a chain's by batch means, √S batches of √S draws (Flegal & Jones 2010)."""
-    if name == "posterior" and not (draws.exact or draws.markov):
-        return weighted_mean(passes, _own(draws, prompt))
-    if not draws.markov:
-        return mean(passes)
-    chains = passes.unflatten(0, draws.log_guide.shape[:2])  # (C, S, N)
-    size = isqrt(chains.shape[1])
-    batches = chains[:, : chains.shape[1] // size * size].unflatten(1, (-1, size)).mean(2).flatten(0, 1)
-    return passes.mean(0), mean(batches)[1]
+    return (effective(_own(draws, prompt)) or 1.0) if name == "posterior" else float(draws.num_samples)
 
 
 def _merged(masses: dict[Prefix, dict[str, float]], lost: float) -> dict[Prefix, Prefix | None]:

@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppl_lm.criticism.predictive_checks import posterior_mean, shares
+from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.predictive_checks import shares
 from ppl_lm.criticism.statistics import Statistic, numbers, recorded
-from ppl_lm.criticism.weights import ess, khat_threshold, pareto_smooth, psis_khat
-from ppl_lm.infer.draws import Draws
+from ppl_lm.criticism.weights import khat_threshold, kong_ess, pareto_smooth, psis_khat, smooth
+from ppl_lm.infer.draws import EQUAL, TOGETHER, Draws, NoSupportError
 
 COMPONENTS = ("likelihood", "prior")
 DELTA = 0.01  # of the finite difference, as ArviZ has it
@@ -117,22 +118,32 @@ def power_scale(
     if wrong:
         raise ValueError(f"{wrong} are NaN or infinite in possible draws; their means do not exist")
     scaled = [_scaled(draws, component, alpha, values) for component in COMPONENTS for alpha in alphas]
-    steps = {c: [shares(pareto_smooth(power(draws, c, a))) for a in (1 / (1 + DELTA), 1 + DELTA)] for c in COMPONENTS}
+    steps = {
+        c: [weights(draws, power(draws, c, a)).flatten() for a in (1 / (1 + DELTA), 1 + DELTA)] for c in COMPONENTS
+    }
     return Sensitivity(
-        means={key: posterior_mean(value, base) for key, value in values.items()},
+        means={key: expectation(base, value).item() for key, value in values.items()},
         scaled=scaled,
         sensitivity={c: {key: _slope(v.flatten(), share, steps[c]) for key, v in values.items()} for c in COMPONENTS},
     )
 
 
-def power(draws: Draws, component: str, alpha: float) -> Draws:
-    """The same draws, weighted for the posterior with one component at the power alpha."""
+def power(draws: Draws, component: str, alpha: float) -> Float[Tensor, "C S 1"]:
+    """Log weights for the posterior with one component at the power alpha, nats.
+
+    :raises NoSupportError: if all are zero."""
     log_f = draws.log_likelihood if component == "likelihood" else draws.log_prior
-    log_w = torch.zeros_like(draws.log_weight) if draws.exact or draws.markov else draws.log_weight
+    log_w = torch.zeros_like(draws.log_weight) if draws.kind in EQUAL else draws.log_weight
     possible = (log_w > -torch.inf) & (log_f > -torch.inf)
-    log_w = torch.where(possible, log_w + (alpha - 1) * log_f, -torch.inf)
-    nothing = torch.zeros_like(log_w)
-    return replace(draws, log_prior=nothing, log_likelihood=log_w, log_guide=nothing, exact=False, markov=False)
+    if not bool(possible.any()):
+        raise NoSupportError("all weights are zero: no draw of the guide is possible under the posterior")
+    return torch.where(possible, log_w + (alpha - 1) * log_f, -torch.inf)
+
+
+def weights(draws: Draws, log_w: Float[Tensor, "C S 1"]) -> Float[Tensor, "C S 1"]:
+    """Normalised, Pareto-smoothed but for draws that came about together."""
+    flat = log_w.flatten(0, 1)
+    return (flat if draws.kind in TOGETHER else smooth(flat)).softmax(0).reshape(log_w.shape)
 
 
 def cjs(x: Float[Tensor, "N"], p: Float[Tensor, "N"], q: Float[Tensor, "N"]) -> float | None:
@@ -160,24 +171,11 @@ def _slope(x: Float[Tensor, "S"], share: Float[Tensor, "S"], steps: list[Tensor]
 
 
 def _scaled(draws: Draws, component: str, alpha: float, values: dict[str, Tensor]) -> Scaled:
-    raw = power(draws, component, alpha)
-    log_w = raw.log_weight.flatten()
-    shares(raw)  # refuses what has no weights
-    amount, khat = float(ess(log_w)), psis_khat(log_w)
-    trusted = amount >= FEWEST and (khat is None or khat < khat_threshold(len(log_w)))
+    log_w = power(draws, component, alpha)
+    amount, khat = float(kong_ess(log_w.flatten())), psis_khat(log_w.flatten())
+    trusted = amount >= FEWEST and (khat is None or khat < khat_threshold(draws.num_samples))
     means = None
     if trusted:
-        made = pareto_smooth(raw)
-        means = {key: _mean(value, made, draws.markov) for key, value in values.items()}
+        scaled = weights(draws, log_w)
+        means = {key: expectation(draws, value, scaled).item() for key, value in values.items()}
     return Scaled(component, alpha, khat, amount, means)
-
-
-def _mean(value: Float[Tensor, "C S 1"], made: Draws, markov: bool) -> tuple[float, float]:
-    """By weights; of a chain with the error of the influence function along it."""
-    if not markov:
-        return posterior_mean(value, made)
-    share = shares(made).reshape(value.shape)
-    value = torch.where(share > 0, value, 0.0)
-    centre = float((share * value).sum())
-    influence = share * (value - centre) * value.numel()
-    return centre, posterior_mean(influence, replace(made, markov=True))[1]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.criticism.averages import over_prompts
-from ppl_lm.criticism.weights import mean, weighted_mean
+from ppl_lm.criticism.expectation import expectation
 from ppl_lm.infer.draws import Draws
 from ppl_lm.lm.prompts import Prompts
 
@@ -37,7 +36,7 @@ def diversity(draws: Draws, name: str | None = None, seed: int = 0) -> dict[str,
 
     None where it does not apply: `distinct_n` if no text has n tokens; `self_bleu` without sacrebleu (the extra `metrics`), or
     of fewer than two texts; `self_bleu` and `not_roundtrip` of a vocabulary without a tokenizer; `entropy` of draws that do
-    not have the guide's law (exact, Markov, interacting) or no weights of their own for each prompt; standard errors of one
+    not have the guide's law (exact ones, chains, runs) or no weights of their own for each prompt; standard errors of one
     draw or run.
 
     :param name: of the site that is text; None: `x`, or the first.
@@ -107,41 +106,30 @@ def _figures(x: Int[Tensor, "C S ..."], draws: Draws, b: int, seed: int) -> dict
     flat = x.reshape(-1, x.shape[-1])  # (N, T)
     ended = vocabulary.is_end(flat).any(-1)
     rows = [row[:-1] if end else row for row, end in zip(vocabulary.completion_ids(flat), ended.tolist(), strict=True)]
-    made: dict[str, Any] = {"prompt": draws.prompts.texts[b], "num_samples": draws.num_samples}
-    made |= {f"distinct_{n}": distinct(rows, n) for n in ORDERS}
+    figures: dict[str, Any] = {"prompt": draws.prompts.texts[b], "num_samples": draws.num_samples}
+    figures |= {f"distinct_{n}": distinct(rows, n) for n in ORDERS}
     has_text = vocabulary.tokenizer is not None
-    made["self_bleu"] = self_bleu(vocabulary.decode(flat), seed) if has_text else None
+    figures["self_bleu"] = self_bleu(vocabulary.decode(flat), seed) if has_text else None
     whole = x.flatten(0, 1).flatten(1)  # (S, tokens)
-    made["unique"] = len(whole.unique(dim=0)) / len(whole)
+    figures["unique"] = len(whole.unique(dim=0)) / len(whole)
 
     def share(of_rows: Tensor) -> Tensor:  # (N,) -> (C, S, 1)
         return of_rows.double().reshape(*x.shape[:2], -1).mean(-1, keepdim=True)
 
-    made["truncated"], made["truncated_se"] = _mean(share(~ended), draws)
+    figures["truncated"], figures["truncated_se"] = _mean(share(~ended), draws)
     lost = None
     if has_text:
         known = {ids: not survives(ids, draws.prompts, b) for ids in set(map(tuple, rows))}
         lost = share(torch.tensor([known[tuple(row)] for row in rows]))
-    made["not_roundtrip"], made["not_roundtrip_se"] = (None, None) if lost is None else _mean(lost, draws)
-    own = draws.is_local and not (draws.exact or draws.markov or draws.interacting)
-    made["entropy"], made["entropy_se"] = _mean(-draws.log_guide[..., b : b + 1], draws) if own else (None, None)
-    return made
+    figures["not_roundtrip"], figures["not_roundtrip_se"] = (None, None) if lost is None else _mean(lost, draws)
+    own = draws.is_local and draws.kind == "weighted"  # only then is log q their law
+    entropy = _mean(-draws.log_guide[..., b : b + 1], draws) if own else (None, None)
+    figures["entropy"], figures["entropy_se"] = entropy
+    return figures
 
 
 def _mean(value: Float[Tensor, "C S 1"], draws: Draws) -> tuple[float, float | None]:
-    """Of draws as they come, with the standard error that their kind has; None where there is none."""
-    flat = value.flatten(0, 1)
-    if len(flat) < 2 or (draws.interacting and len(value) < 2):
-        return float(flat.mean()), None
-    if draws.markov:
-        import arviz as az
-
-        error = float(az.mcse(value[..., 0].numpy())) if float(flat.max() - flat.min()) > 0 else 0.0
-        return float(flat.mean()), None if math.isnan(error) else error
-    if draws.interacting:
-        nothing = torch.zeros(value.shape, dtype=torch.float64)
-        even = replace(draws, log_prior=nothing, log_likelihood=nothing, log_guide=nothing)
-        centre, se = weighted_mean(flat, even)
-    else:
-        centre, se = mean(flat)
-    return float(centre), float(se)
+    """Of draws as they come; no error where there is none."""
+    equal = torch.full(value.shape, 1 / value[..., 0].numel(), dtype=torch.float64)
+    mean, se = expectation(draws, value, equal).item()
+    return mean, se if math.isfinite(se) else None

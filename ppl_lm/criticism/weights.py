@@ -13,13 +13,8 @@ from torch import Tensor
 from ppl_lm.infer.draws import Draws
 
 
-def ess(log_w: Float[Tensor, "S *B"] | Draws) -> Float[Tensor, "*B"]:
-    """Effective sample size (Σw)²/Σw² in draws (Kong 1992); 0 where all weights are zero. Of `Draws`: each prompt's,
-    all where they are exact; too many of those that came about together, of which `drawn` takes the errors of their means."""
-    if isinstance(log_w, Draws):
-        if log_w.exact:
-            return log_w.log_weight.new_full(log_w.log_weight.shape[2:], log_w.num_samples)
-        log_w = log_w.log_weight.flatten(0, 1)
+def kong_ess(log_w: Float[Tensor, "S *B"]) -> Float[Tensor, "*B"]:
+    """Effective sample size (Σw)²/Σw² in draws, of independent draws (Kong 1992); 0 where all weights are zero."""
     value = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
     return torch.where((log_w == -torch.inf).all(0), 0.0, value)
 
@@ -94,22 +89,6 @@ def mean(values: Float[Tensor, "S *B"]) -> tuple[Tensor, Tensor]:
     return values.mean(0), se.nan_to_num(math.inf)  # a mean of -inf is known to be nothing
 
 
-def weighted_mean(values: Float[Tensor, "S B"], draws: Draws) -> tuple[Tensor, Tensor]:
-    """Posterior mean of a statistic of the draws with its standard error: self-normalised importance sampling (delta
-    method), or a plain mean where the draws are exact."""
-    if draws.exact:
-        return mean(values)
-    w = draws.log_weight.flatten(0, 1).softmax(0)
-    values = torch.where(w > 0, values, 0.0)  # of an impossible text it may be -inf
-    centre = (w * values).sum(0)
-    influence = w * (values - centre)
-    if draws.interacting:  # only the runs are independent
-        influence = influence.unflatten(0, draws.log_guide.shape[:2]).sum(1)
-        runs = len(influence)
-        influence = influence * (runs / max(1, runs - 1)) ** 0.5
-    return centre, influence.square().sum(0).sqrt()
-
-
 def pareto_smooth(draws: Draws) -> Draws:
     """The same draws with Pareto-smoothed weights, for means of less variance and a little more bias: the largest weights
     are replaced by the order statistics of the generalised Pareto that fits them (Vehtari et al. 2024), and all are
@@ -118,21 +97,25 @@ def pareto_smooth(draws: Draws) -> Draws:
     `log_guide` is what changes, so that `log_weight` is smoothed: it is the density of no program any more. Weights stay as
     they are where k̂ does not apply (see `psis_khat`), in exact draws, in Markov chains and in draws that came about together;
     zeros stay zeros."""
-    if draws.exact or draws.markov or draws.interacting:
+    if draws.kind != "weighted":
         return draws
-    log_w = draws.log_weight
-    columns = [_smoothed(column) for column in log_w.flatten(0, 1).unbind(-1)]
-    change = log_w - torch.stack(columns, -1).reshape(log_w.shape)
-    return replace(draws, log_guide=torch.where(log_w > -torch.inf, draws.log_guide + change, draws.log_guide))
+    change = draws.log_weight - smooth(draws.log_weight.flatten(0, 1)).reshape(draws.log_weight.shape)
+    possible = draws.log_weight > -torch.inf
+    return replace(draws, log_guide=torch.where(possible, draws.log_guide + change, draws.log_guide))
 
 
-def _smoothed(log_w: Float[Tensor, "S"]) -> Tensor:
+def smooth(log_w: Float[Tensor, "S B"]) -> Float[Tensor, "S B"]:
+    """Pareto-smoothed log weights of each column, nats; see `pareto_smooth`."""
+    return torch.stack([_smooth(column) for column in log_w.unbind(-1)], -1)
+
+
+def _smooth(log_w: Float[Tensor, "S"]) -> Float[Tensor, "S"]:
     fit = _pareto(log_w)
     if fit is None:
         return log_w
-    made = log_w.clone()
-    made[log_w > -torch.inf] = fit[2].to(log_w) + log_w.logsumexp(0)
-    return made
+    smoothed = log_w.clone()
+    smoothed[log_w > -torch.inf] = fit[2].to(log_w) + log_w.logsumexp(0)
+    return smoothed
 
 
 def _pareto(log_w: Float[Tensor, "S"]) -> tuple[float, int, Tensor] | None:

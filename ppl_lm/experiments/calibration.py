@@ -12,7 +12,7 @@ from ppl_lm.experiments.lab import Result, panels
 from ppl_lm.guides import prior as of_prior
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import Draws
-from ppl_lm.infer.samplers.importance_sampling import importance, score
+from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.likelihood import rewards
 from ppl_lm.lm.experts import product
@@ -60,7 +60,7 @@ def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
         "the posterior": (pool, lambda d: d.log_prior + d.log_likelihood),
         f"its temperature {FAULT} times": (
             hot,
-            lambda d: score(bind(of_prior, tempered), d).log_guide + d.log_likelihood,
+            lambda d: d.under(bind(of_prior, tempered)).log_guide + d.log_likelihood,
         ),
         "a mode dropped": (pool, lambda d: (d.log_prior + d.log_likelihood).masked_fill(dropped(d) > 0, -torch.inf)),
         f"its likelihood {FAULT} times": (pool, lambda d: d.log_prior + FAULT * d.log_likelihood),

@@ -114,7 +114,7 @@ def _quasi(target: Any, guide: Any, prompts: Prompts) -> Made:
     made = quasi_rejection(target, guide, prompts, num_samples=4000, log_bound=bound)
     assert made.proposals is not None
     tv = float(quality(made.proposals, bound).total_variation.max())
-    return replace(made, exact=True), "" if tv < 0.005 else f"TV {tv:.2g}"
+    return replace(made, kind="exact"), "" if tv < 0.005 else f"TV {tv:.2g}"
 
 
 def _smc(num_runs: int) -> Callable[..., Made]:

@@ -133,14 +133,14 @@ def _affordable(draw: Callable[[int], Draws]) -> int:
 
 def _unweighted(draws: Draws) -> Draws:
     """As they come, which is how such texts are used: as if each were worth the same."""
-    return replace(draws, markov=True)
+    return replace(draws, kind="chains")
 
 
 def _law(draws: Draws, x: Tensor) -> Tensor:
     """The share of each of the N texts among the draws."""
     texts = draws.latents["x"][:, :, 0].flatten(0, 1)  # (S, T)
     which = (texts.unsqueeze(1) == x).all(-1).long().argmax(-1)
-    equal = draws.exact or draws.markov
+    equal = draws.kind in ("exact", "chains")
     share = (
         torch.full((len(texts),), 1 / len(texts), dtype=torch.float64)
         if equal

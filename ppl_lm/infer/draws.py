@@ -3,17 +3,22 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from ppl_lm.infer.traces.layout import prompts_first
+from ppl_lm.infer.traces.layout import log_density_at, prompts_first
 from ppl_lm.infer.traces.particles import Particles
 from ppl_lm.infer.traces.sites import Site, is_sequence
+from ppl_lm.lm import meter
 from ppl_lm.lm.meter import Cost
 from ppl_lm.lm.prompts import Prompts
 
+Kind = Literal["weighted", "exact", "chains", "runs", "conditional_runs"]
+EQUAL = ("exact", "chains")  # kinds whose draws are equally weighted
+TOGETHER = ("runs", "conditional_runs")  # kinds whose draws of a chain depend on each other by resampling
 TOLERANCE = 1e-3  # nats, for the noise of float32 log-probabilities
 
 
@@ -29,13 +34,15 @@ class Draws:
         outside the prompt plate, so that only the prompts' joint weight exists. Likewise:
     :param log_likelihood: of all observed sites, for exp(r/β): a bounded `Optimality`'s shift is taken out again.
     :param log_guide: log q(z | prompt), the density that drew them, whatever scale or mask stands on the guide's sites.
-    :param exact: whether these are equally weighted draws from the posterior itself. Otherwise they are the guide's,
-        and `log_weight` makes them the posterior's.
-    :param markov: whether these are Markov chains: equally weighted and correlated, and the posterior's in the limit.
-    :param interacting: whether the draws of a chain came about together, by resampling, so that they depend on each other:
-        the mean weight of each chain, and that alone, is an independent unbiased estimate of Z.
-    :param planted: whether each of these chains grew around an exact posterior draw (conditional SMC): then it is 1/Z that
-        the mean weights' inverses are unbiased for.
+    :param kind: how they stand for the posterior, and which of them are independent of each other:
+
+        - `weighted`: a guide's draws, all independent; `log_weight` makes them the posterior's.
+        - `exact`: independent draws from the posterior itself.
+        - `chains`: Markov chains, equally weighted and correlated, and the posterior's in the limit.
+        - `runs`: weighted draws of which those of a chain came about together, by resampling: only the chains are
+          independent, and the mean weight of each is an unbiased estimate of Z.
+        - `conditional_runs`: likewise, each around an exact posterior draw (conditional SMC): then it is 1/Z that the inverse
+          of the mean weight is unbiased for.
     :param observed: what the model observed, by site: `optimal` is 1 for each prompt. `log_likelihoods` holds each site's share
         of `log_likelihood`.
     :param stats: how each draw came about, (C, S, B), such as `acceptance_rate`.
@@ -49,10 +56,7 @@ class Draws:
     log_likelihood: Float[Tensor, "C S B"]
     log_guide: Float[Tensor, "C S B"]
     cost: Cost = field(default_factory=Cost)
-    exact: bool = False
-    markov: bool = False
-    interacting: bool = False
-    planted: bool = False
+    kind: Kind = "weighted"
     observed: dict[str, Tensor] = field(default_factory=dict)
     log_likelihoods: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
@@ -66,6 +70,23 @@ class Draws:
     def log_weight(self) -> Float[Tensor, "C S B"]:
         """log of p(z, evidence) / q(z), nats; -inf means impossible under the posterior."""
         return self.log_prior + self.log_likelihood - self.log_guide
+
+    @property
+    def weights(self) -> Float[Tensor, "C S B"]:
+        """What each draw counts in a posterior mean, normalised over all draws of each prompt, whatever their kind: equal
+        weights of exact draws and chains, w / Σ w of weighted draws and of runs, and of conditional runs each run's own, since
+        each has a posterior draw of its own.
+
+        :raises NoSupportError: if all weights of a prompt are zero."""
+        if self.kind in EQUAL:
+            return torch.full_like(self.log_weight, 1 / self.num_samples)
+        log_w = self.log_weight
+        lost = (log_w == -torch.inf).all(1)  # (C, B)
+        if bool((lost.any(0) if self.kind == "conditional_runs" else lost.all(0)).any()):
+            raise NoSupportError("all weights are zero: no draw of the guide is possible under the posterior")
+        if self.kind == "conditional_runs":
+            return log_w.softmax(1) / len(log_w)
+        return log_w.flatten(0, 1).softmax(0).reshape(log_w.shape)
 
     @property
     def from_prior(self) -> bool:
@@ -88,26 +109,38 @@ class Draws:
         x = self.latents[name].flatten(0, 1).transpose(0, 1)  # (B, C·S, *inner, T)
         return [self.prompts.decode(rows.flatten(0, -2)) for rows in x]
 
-    def reweighted(self, num_samples: int | None = None) -> Float[Tensor, "S B"]:
+    def reweighted(self, num_samples: int | None = None) -> Int[Tensor, "S B"]:
         """Indices (into the C·S flattened draws) of equally weighted posterior draws, by systematic resampling with
         the normalised weights, in random order; every index once where the draws are exact or Markov chains. The same at
         every call: torch's random state is neither used nor changed."""
         n = num_samples or self.num_samples
-        if self.exact or self.markov:
+        if self.kind in EQUAL:
             if n > self.num_samples:
                 raise ValueError(f"num_samples={n}, but there are {self.num_samples} draws, equally weighted")
             return torch.arange(self.num_samples).unsqueeze(-1).expand(-1, self.log_guide.shape[-1])[:n]
-        log_w = self.log_weight.flatten(0, 1)  # (S, B)
-        if bool((log_w == -torch.inf).all(0).any()):
-            raise NoSupportError("all weights are zero: no draw of the guide is possible under the posterior")
-        mass = log_w.softmax(0).cumsum(0)
+        mass = self.weights.flatten(0, 1).cumsum(0)  # (S, B)
         generator = torch.Generator().manual_seed(0)
         grid = (torch.arange(n, device=mass.device) + torch.rand((), dtype=torch.float64, generator=generator)) / n
         picks = torch.searchsorted((mass / mass[-1]).T.contiguous(), grid.expand(mass.shape[1], n).contiguous())
         return picks.clamp_max(len(mass) - 1)[:, torch.randperm(n, generator=generator)].T
 
+    def flat_latents(self) -> dict[str, Tensor]:
+        """The latent sites' values with all draws in one row, (C·S, B, *inner, *event)."""
+        return {name: value.flatten(0, 1) for name, value in self.latents.items()}
+
+    @torch.no_grad()
+    def under(self, guide: Callable[..., Any], max_plate_nesting: int = 1) -> "Draws":
+        """The same draws with `log_guide` under another guide: how probable it finds them, nats. For `log_evidence`, and for
+        posterior draws that are to be measured against a guide; the kind stays, since it is not the guide that drew them.
+
+        :raises ValueError: if the guide has other latent sites."""
+        with meter.measure() as cost:
+            columns = self.log_guide.shape[-1]
+            log_q = log_density_at(guide, self.flat_latents(), self.prompts, max_plate_nesting, columns)
+        return replace(self, log_guide=log_q.reshape(self.log_guide.shape), cost=self.cost + cost)
+
     def by_run(self) -> "Draws":
-        """Each chain of interacting draws as one draw of the extended space of all that it chose at random, whose weight is
+        """Each run of draws that came about together as one draw of the extended space of all that it chose at random, whose weight is
         the chain's estimate of Z (Andrieu et al. 2010); exact where a posterior draw was planted. No latents."""
         log_z = self.log_weight.logsumexp(1) - math.log(self.log_weight.shape[1])  # (C, B)
         nothing = torch.zeros_like(log_z).unsqueeze(0)
@@ -121,9 +154,7 @@ class Draws:
             log_prior=nothing,
             log_likelihood=log_z.unsqueeze(0),
             log_guide=nothing,
-            exact=self.planted,
-            interacting=False,
-            planted=False,
+            kind="exact" if self.kind == "conditional_runs" else "weighted",
             proposals=None,
         )
 

@@ -2,6 +2,4 @@ from . import rewards as rewards
 from .automata import Automaton as Automaton
 from .best_of import BestOfN as BestOfN
 from .optimality import Optimality as Optimality
-from .reward import Reward as Reward
-from .reward import RewardError as RewardError
-from .reward import RewardTimeout as RewardTimeout
+from .reward import Reward as Reward, RewardError as RewardError, RewardTimeout as RewardTimeout

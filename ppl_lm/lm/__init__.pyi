@@ -2,11 +2,8 @@ from . import meter as meter
 from .decoder import Decoder as Decoder
 from .experts import product as product
 from .language_model import LanguageModel as LanguageModel
-from .network import DivergedError as DivergedError
-from .network import Network as Network
-from .prompts import Prompts as Prompts
-from .prompts import batches as batches
-from .table import table_like as table_like
-from .table import table_lm as table_lm
+from .network import DivergedError as DivergedError, Network as Network
+from .prompts import Prompts as Prompts, batches as batches
+from .table import table_like as table_like, table_lm as table_lm
 from .token_sequence import TokenSequence as TokenSequence
 from .vocabulary import Vocabulary as Vocabulary

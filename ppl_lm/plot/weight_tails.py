@@ -8,7 +8,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ppl_lm.criticism.weights import ess, khat_threshold, psis_khat
+from ppl_lm.criticism.weights import khat_threshold, kong_ess, psis_khat
 from ppl_lm.infer.draws import Draws
 from ppl_lm.plot.style import ORANGE, RED, SKY, axes, legend_below, said
 
@@ -23,7 +23,7 @@ def weight_tail(draws: Draws | Float[Tensor, "S"], ax: Axes | None = None) -> Ax
 
     ax = axes(ax)
     if isinstance(draws, Draws):
-        if draws.exact or draws.markov:
+        if draws.kind in ("exact", "chains"):
             raise ValueError("exact draws and Markov chains are equally weighted: they have no tail of weights")
         draws = draws.log_weight.flatten(0, 1).squeeze(-1)
     if draws.dim() != 1:
@@ -40,7 +40,7 @@ def weight_tail(draws: Draws | Float[Tensor, "S"], ax: Axes | None = None) -> Ax
     share = np.arange(1, len(w) + 1) / count
     label = f"{len(w)} of {count} draws" + (" (the others weigh nothing)" if len(w) < count else "")
     ax.plot(w, share, ".", color=SKY, markersize=4, label=label)
-    khat, worth = psis_khat(log_w), f"ESS {float(ess(log_w)):.0f} of {count}"
+    khat, worth = psis_khat(log_w), f"ESS {float(kong_ess(log_w)):.0f} of {count}"
     if khat is None:
         why = f"{len(w)} weights are too few" if len(w) < 25 else "the largest weights are tied (bounded weights)"
         legend_below(ax, *ax.get_legend_handles_labels())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppl_lm import plot
-from ppl_lm.criticism.diagnoses.draws_verdicts import DRAWN
+from ppl_lm.criticism.diagnoses.draws_verdicts import CODES_OF_DRAWS
 from ppl_lm.plot.style import number
 from ppl_lm.report.page import picture, pm, render
 from ppl_lm.report.pictures import frontier, is_tilted, points
@@ -50,7 +50,7 @@ def boards(runs: Sequence[Run]) -> list[Board]:
 
 def _worth(run: Run) -> tuple[int, float]:
     each = run.diagnosis["lm_tokens_per_effective_draw"]
-    return DRAWN.index(run.diagnosis["verdict"]), each or math.inf
+    return CODES_OF_DRAWS.index(run.diagnosis["verdict"]), each or math.inf
 
 
 def leaderboard(runs: Sequence[Run]) -> str:

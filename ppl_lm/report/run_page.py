@@ -139,10 +139,10 @@ def _texts(draws: Draws) -> list[dict[str, Any]]:
         log_w = few.log_weight[0, :, min(b, few.log_weight.shape[-1] - 1)].tolist()
         kept = [
             {"tokens": [text], "gains": None, "reward": r}
-            | ({} if draws.exact or draws.markov else {"log_weight": w if math.isfinite(w) else None})
+            | ({} if draws.kind in ("exact", "chains") else {"log_weight": w if math.isfinite(w) else None})
             for text, r, w in zip(texts, values, log_w, strict=True)
         ]
-        made.append({"prompt": draws.prompts.texts[b], "exact": draws.exact, "draws": kept})
+        made.append({"prompt": draws.prompts.texts[b], "exact": draws.kind == "exact", "draws": kept})
     return made
 
 

@@ -1,2 +1,1 @@
-from .fitting import Fit as Fit
-from .fitting import fit as fit
+from .fitting import Fit as Fit, fit as fit

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.objectives.catalogue import hard_constraint
-from ppl_lm.infer.samplers.importance_sampling import importance, score
+from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.terms import Objective
 from ppl_lm.lm.prompts import Prompts
 
@@ -77,7 +77,7 @@ class Gain:
                 return float(value.mean()), math.hypot(_se(value), self.se)
             self.covers = True  # an impossible text has shown itself only now: every ELBO is -inf
         draws = self._of_prior()
-        scored = score(self.guide, draws, self.settings["max_plate_nesting"])
+        scored = draws.under(self.guide, self.settings["max_plate_nesting"])
         log_w, moved = draws.log_weight.flatten(0, 1), (scored.log_guide - draws.log_prior).flatten(0, 1)
         known = (log_w > -torch.inf).any(0)  # prompts of which these draws hold a possible text
         if not bool(known.any()):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pyro import poutine
 
-from ppl_lm.criticism.effective_size import r_hat
+from ppl_lm.criticism.chains import r_hat
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
 from ppl_lm.infer.samplers.importance_sampling import importance

@@ -11,9 +11,9 @@ from ppl_lm.criticism.averages import over_prompts
 from ppl_lm.criticism.diagnoses.pool import Pool
 from ppl_lm.criticism.diagnoses.verdicts import Verdict, judge, of_prompts
 from ppl_lm.criticism.evidence import Evidence, log_evidence
-from ppl_lm.criticism.weights import ess, ess_se, khat_se, max_weight, mean, psis_khat
+from ppl_lm.criticism.weights import ess_se, khat_se, kong_ess, max_weight, mean, psis_khat
 from ppl_lm.infer.draws import Draws, NoSupportError
-from ppl_lm.infer.samplers.importance_sampling import importance, score
+from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import accept, select
 from ppl_lm.infer.traces.observations import likelihood_bound
 
@@ -56,7 +56,7 @@ def exact_among(prior: Draws) -> Draws | None:
 
 
 def _scored(prior: Draws) -> Draws:
-    """The same draws with `log_guide` under the guide, as `score(guide, prior)` has them."""
+    """The same draws with `log_guide` under the guide, as `prior.under(guide)` has them."""
     return replace(prior, log_guide=prior.stats["log_q"])
 
 
@@ -84,7 +84,7 @@ def diagnose(
             f"prompt {worst}: none of {num_samples} draws of the prior and of the guide is possible under the posterior, so "
             "nothing is known of it; draw more (--num-samples), or loosen the constraint"
         )
-    under_guide = score(guide, from_prior, max_plate_nesting)
+    under_guide = from_prior.under(guide, max_plate_nesting)
     stats = {"log_q": under_guide.log_guide}
     if keep is not None:
         stats["accepted"] = keep.reshape(from_prior.log_weight.shape).double()
@@ -130,8 +130,9 @@ def _figures(
     def put(name: str, estimate: tuple[Any, Any]) -> None:
         made[name], made[f"{name}_se"] = map(float, estimate)
 
-    for name in ("elbo", "iwae", "iwae_upper", "upper"):
+    for name in ("elbo", "iwae", "iwae_upper"):
         put(name, (getattr(evidence, name), getattr(evidence, f"{name}_se")))
+    put("upper", pool.eubo())
     made["upper_exact"] = evidence.upper_exact
     put("log_z", pool.evidence())
     put("kl_q_p", pool.kl_guide())
@@ -159,7 +160,7 @@ def _figures(
         rewards = torch.stack([d["reward"].flatten().double() for d in (prior, guide)])
         put("reward_posterior", pool.posterior(rewards))
     log_w = guide.log_weight.flatten()
-    put("ess", (ess(log_w), ess_se(log_w)))
+    put("ess", (kong_ess(log_w), ess_se(log_w)))
     made["khat"], made["khat_se"] = psis_khat(log_w), khat_se(log_w)
     made["max_weight"] = float(max_weight(log_w))
     made["num_samples"] = guide.num_samples

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from ppl_lm.criticism.averages import over_prompts
-from ppl_lm.criticism.diagnoses.draws_verdicts import DRAWN, judge_drawn
-from ppl_lm.criticism.effective_size import columns, jackknife, of_chains, worst, worth
+from ppl_lm.criticism.chains import columns, jackknife, worst
+from ppl_lm.criticism.diagnoses.draws_verdicts import CODES_OF_DRAWS, judge_draws
+from ppl_lm.criticism.effective_size import effective
+from ppl_lm.criticism.expectation import expectation
 from ppl_lm.criticism.statistics import Statistic, numbers, recorded
 from ppl_lm.criticism.weights import (
     ess_se,
     khat_se,
     log_mean,
     max_weight,
-    mean,
     pareto_smooth,
     psis_khat,
-    weighted_mean,
 )
 from ppl_lm.infer.draws import Draws
 
@@ -38,11 +38,11 @@ def diagnose_draws(draws: Draws, statistics: Mapping[str, Statistic] | None = No
 
     Of all draws:
 
-    - `kind`: `exact`, `markov`, `interacting` (SMC: `chains` are its runs, and only they are independent) or `weighted`.
+    - `kind`: `exact`, `chains`, `runs` (SMC's: `chains` counts them, and only they are independent) or `weighted`.
     - `num_samples`, of all `chains`; `possible`: the share of them that the posterior allows; `unique`: that are different
       texts; the mean `acceptance_rate` of Markov chains.
     - `ess`, `ess_se`: how many independent posterior draws they are worth. Kong's of weights; all, without error, of exact
-      draws; `ess_bulk` of chains; of interacting draws what the errors of their means amount to, the smallest of their
+      draws; `ess_bulk` of chains; of runs what the errors of their means amount to, the smallest of their
       numbers', without `ess_se`.
     - `reward`, `length` (tokens), `log_prior` (nats), whatever else the model recorded (as NAME_recorded where that is the name
       of a figure), and the `statistics`: posterior means, by Pareto-smoothed weights where there are any, each with `_se`.
@@ -51,7 +51,7 @@ def diagnose_draws(draws: Draws, statistics: Mapping[str, Statistic] | None = No
       the worst.
 
     Of weighted draws: `log_z` and `kl_q_p` = KL(their own law ‖ posterior), nats, with `_se`; `khat` with `khat_se`;
-    `max_weight`, the largest weight's share of their sum. Of interacting ones `log_z`, as `kl_q_p` the bound
+    `max_weight`, the largest weight's share of their sum. Of runs `log_z`, as `kl_q_p` the bound
     log Z - E log Ẑ of a text picked from a run by its weight, and `khat` and `max_weight` of the weights of all runs together:
     where nothing was resampled they are those of importance sampling. Of exact ones with their proposals `log_z`.
 
@@ -71,7 +71,7 @@ def diagnose_draws(draws: Draws, statistics: Mapping[str, Statistic] | None = No
     draws = recorded(draws, statistics)
     batch = draws.log_guide.shape[-1]
     made = [_figures(draws.of_prompt(b), 1 / batch) for b in range(batch)]
-    worst = max(made, key=lambda figures: DRAWN.index(figures["verdict"]))
+    worst = max(made, key=lambda figures: CODES_OF_DRAWS.index(figures["verdict"]))
     average = over_prompts(made, largest=WORST, shared=("num_samples", "chains"), without=("prompt",))
     average |= {"lm_tokens": draws.cost.lm_tokens, "reward_calls": draws.cost.reward_calls}
     total = sum(figures["ess"] or 0.0 for figures in made)
@@ -85,16 +85,16 @@ def diagnose_draws(draws: Draws, statistics: Mapping[str, Statistic] | None = No
 
 def _figures(draws: Draws, share: float) -> dict[str, Any]:
     """Of one prompt, or of all where only their joint weight exists."""
-    kind = "exact" if draws.exact else "markov" if draws.markov else "interacting" if draws.interacting else "weighted"
+    kind = draws.kind
     made: dict[str, Any] = dict.fromkeys(key for key in FIGURES if key != "prompts")
     made |= {"prompt": draws.prompts.texts[0], "kind": kind, "num_samples": draws.num_samples}
     log_w = draws.log_weight.flatten(0, 1)  # (S, 1)
     possible = made["possible"] = float((log_w > -torch.inf).double().mean())
-    made |= {"chains": len(draws.log_guide), "ess": worth(draws), "ess_se": 0.0 if draws.exact else None}
-    behind = {"weighted": draws, "interacting": draws.by_run(), "exact": draws.proposals}.get(kind)
+    made |= {"chains": len(draws.log_guide), "ess": effective(draws), "ess_se": 0.0 if kind == "exact" else None}
+    behind = {"weighted": draws, "runs": draws.by_run(), "exact": draws.proposals}.get(kind)
     if behind is not None and possible and behind.num_samples > 1:
         made["log_z"], made["log_z_se"] = map(float, log_mean(behind.log_weight.flatten(0, 1)))
-    if kind in ("weighted", "interacting") and behind is not None and made["log_z"] is not None:
+    if kind in ("weighted", "runs") and behind is not None and made["log_z"] is not None:
         one = behind.log_weight.flatten(0, 1)  # of independent draws, or runs
         se = ((one - made["log_z"]).exp() - one).std(0) / len(one) ** 0.5  # one influence function: same draws
         made["kl_q_p"] = made["log_z"] - float(one.mean())
@@ -103,12 +103,12 @@ def _figures(draws: Draws, share: float) -> dict[str, Any]:
             made["log_z"], made["log_z_se"] = map(float, log_mean(draws.proposals.log_weight.flatten(0, 1)))
             made["kl_q_p"] = made["log_z"] - float(one.mean())
             made["kl_q_p_se"] = math.hypot(float(one.std(0)) / len(one) ** 0.5, made["log_z_se"])
-    if kind in ("weighted", "interacting") and possible:
+    if kind in ("weighted", "runs") and possible:
         made["khat"], made["max_weight"] = psis_khat(log_w[:, 0]), float(max_weight(log_w))
     if kind == "weighted" and possible:
         made["khat_se"] = khat_se(log_w[:, 0])
         made["ess_se"] = float(ess_se(log_w)) if len(log_w) > 1 else None
-    if kind == "markov":
+    if kind == "chains":
         each = columns(draws)
         for key, found in (("r_hat", ("rhat", "rank")), ("ess_bulk", ("ess", "bulk")), ("ess_tail", ("ess", "tail"))):
             made[key], made[f"{key}_se"] = worst(each, *found), jackknife(each, *found)
@@ -124,17 +124,11 @@ def _figures(draws: Draws, share: float) -> dict[str, Any]:
     made["lm_tokens"], made["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
     made["lm_tokens_per_effective_draw"] = cost.lm_tokens * share / made["ess"] if made["ess"] else None
     known = ("kind", "num_samples", "chains", "possible", "ess", "khat", "r_hat", "kl_q_p")
-    verdict = judge_drawn(**{k: made[k] for k in known})
+    verdict = judge_draws(**{k: made[k] for k in known})
     return made | {"verdict": verdict.code, "sentence": verdict.sentence}
 
 
 def _mean(value: Tensor, draws: Draws) -> tuple[float, float | None]:
     """Of a number, (C, S, 1), under the posterior, and its Monte Carlo standard error; None where there is none."""
-    flat = value.flatten(0, 1)
-    if len(flat) < 2:
-        return float(flat), None
-    if draws.markov:
-        (error,) = of_chains([value[..., 0].cpu().numpy()], "mcse") or [0.0]  # of what never changes
-        return float(flat.mean()), None if math.isnan(error) else error
-    centre, se = mean(flat) if draws.exact else weighted_mean(flat, pareto_smooth(draws))
-    return float(centre), float(se)
+    mean, se = expectation(pareto_smooth(draws), value).item()
+    return mean, se if math.isfinite(se) else None

@@ -7,12 +7,19 @@ from ppl_lm.criticism.weights import khat_threshold
 
 CONVERGED = 1.05  # R-hat below which chains are taken to agree
 FEWEST = 100  # draws by which weights or chains can be judged at all
-RUNS = 8  # independent runs by which interacting draws can be judged
+RUNS = 8  # independent runs by which draws that came about together can be judged
 WORTH = 30  # independent draws that a standard error needs
-DRAWN = ("exact", "good", "unknown", "unreliable", "not_converged", "impossible")  # codes of `judge_drawn`, best first
+CODES_OF_DRAWS = (
+    "exact",
+    "good",
+    "unknown",
+    "unreliable",
+    "not_converged",
+    "impossible",
+)  # codes of `judge_draws`, best first
 
 
-def judge_drawn(
+def judge_draws(
     *,
     kind: str,
     num_samples: int,
@@ -25,9 +32,9 @@ def judge_drawn(
 ) -> Verdict:
     """The verdict on the draws of one sampler and prompt: whether means over them are the posterior's.
 
-    :param kind: `exact`, `markov`, `interacting` or `weighted`.
+    :param kind: of `Draws`.
     :param possible: share of the draws that the posterior allows.
-    :param chains: of interacting draws the independent runs, by which alone their errors are known."""
+    :param chains: of runs how many there are, which alone are independent, by which alone their errors are known."""
     if kind == "exact":
         return Verdict("exact", f"{num_samples} exact, independent posterior draws: use them as they are.")
     if not possible:
@@ -37,7 +44,7 @@ def judge_drawn(
             "constraint, or give a closer guide.",
         )
     worth = "" if ess is None else f"worth {ess:.0f} independent ones"
-    if kind == "markov":
+    if kind == "chains":
         if r_hat is None:
             why = "too few draws a chain, or none of their numbers ever changes"
             return Verdict("unknown", f"Whether the chains agree cannot be told: {why}.")
@@ -55,13 +62,13 @@ def judge_drawn(
     far = "" if kl_q_p is None else f" Without weights their law is about {max(kl_q_p, 0):.2f} nats from the posterior."
     if possible < 1:
         far = f" Without weights {1 - possible:.0%} of them are impossible under the posterior."
-    if kind == "interacting" and kl_q_p is not None:
+    if kind in ("runs", "conditional_runs") and kl_q_p is not None:
         far = f" A text picked from a run by its weight is within {max(kl_q_p, 0):.2f} nats of the posterior."
         if kl_q_p == math.inf:
             far = " In some runs no text at all was possible."
-    if kind == "interacting" and chains < RUNS:
+    if kind in ("runs", "conditional_runs") and chains < RUNS:
         return Verdict("unknown", f"What {chains} runs are worth cannot be told from so few; make {RUNS} or more.")
-    if kind == "interacting" and ess is None:
+    if kind in ("runs", "conditional_runs") and ess is None:
         return Verdict("unknown", f"None of their numbers ever changes: what {chains} runs are worth cannot be told.")
     if num_samples < FEWEST:
         return Verdict("unknown", f"{num_samples} draws are too few to judge their weights by; draw {FEWEST} or more.")

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppl_lm.criticism.weights import ess, khat_threshold, psis_khat
+from ppl_lm.criticism.weights import khat_threshold, kong_ess, psis_khat
 from ppl_lm.infer.draws import Draws, concatenate
 
 FAR = math.log(100.0)  # nats by which the posterior must exceed the guide where the guide is said to miss it
@@ -39,7 +39,7 @@ class Pool:
 
     @staticmethod
     def of(prior: Draws, guide: Draws) -> "Pool":
-        """:param prior: draws of the prior with `log_guide` under the guide: `score(guide, importance(model, None, ...))`.
+        """:param prior: draws of the prior with `log_guide` under the guide: `importance(model, None, ...).under(guide)`.
         :param guide: as many of the guide. Both of one prompt."""
         both = (prior, guide)
         row = lambda name: torch.stack([getattr(d, name).flatten() for d in both])  # noqa: E731
@@ -81,10 +81,17 @@ class Pool:
         """KL(prior ‖ posterior), nats."""
         return self._kl_from(0, self.log_likelihood[0])
 
-    def kl_posterior(self) -> tuple[float, float]:
-        """KL(posterior ‖ guide) = E_p[log p(x, evidence) - log q] - log Z, nats."""
+    def eubo(self) -> tuple[float, float]:
+        """E_p[log p(x, evidence) - log q] = log Z + KL(posterior ‖ guide): an upper bound of log Z, nats."""
         centre, influence = self._posterior(self.log_joint - self.log_guide)
         if centre == torch.inf:  # the guide cannot draw some text that the posterior has
+            return math.inf, math.inf
+        return float(centre), _error(influence)
+
+    def kl_posterior(self) -> tuple[float, float]:
+        """KL(posterior ‖ guide) = EUBO - log Z, nats."""
+        centre, influence = self._posterior(self.log_joint - self.log_guide)
+        if centre == torch.inf:
             return math.inf, math.inf
         return float(centre - self.log_z), _error(influence - self.relative)
 
@@ -114,7 +121,7 @@ class Pool:
         if log_bound is not None:
             return float((log_w - log_bound).exp().sum())
         khat = psis_khat(log_w)
-        return float(ess(log_w)) if khat is None or khat < khat_threshold(len(log_w)) else 0.0
+        return float(kong_ess(log_w)) if khat is None or khat < khat_threshold(len(log_w)) else 0.0
 
     def _posterior(self, values: Tensor) -> tuple[Tensor, Tensor]:
         share = self.relative / self.relative.shape[1]

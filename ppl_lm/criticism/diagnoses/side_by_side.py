@@ -57,7 +57,7 @@ def laws(diagnosis: Diagnosis, b: int, count: int) -> dict[str, Draws | None]:
 def some(draws: Draws, count: int) -> Draws:
     """So many of each prompt, of all chains alike, as one chain: of Markov chains the newest, else the first."""
     last = draws.map(lambda v: v.transpose(0, 1).flatten(0, 1).unsqueeze(0))
-    return last.map(lambda v: v[:, -count:] if draws.markov else v[:, :count])
+    return last.map(lambda v: v[:, -count:] if draws.kind == "chains" else v[:, :count])
 
 
 def _together(parts: list[Draws | None], seed: int) -> dict[str, Any] | None:
@@ -73,7 +73,7 @@ def _resampled(draws: Draws, count: int) -> Draws | None:
         picks = draws.reweighted(count)[:, 0]
     except NoSupportError:
         return None
-    return replace(draws.map(lambda v: v.flatten(0, 1)[picks].unsqueeze(0)), exact=True)
+    return replace(draws.map(lambda v: v.flatten(0, 1)[picks].unsqueeze(0)), kind="exact")
 
 
 def _texts(draws: Draws, model: Any, guide: Any, weighted: bool, nesting: int) -> list[dict[str, Any]]:

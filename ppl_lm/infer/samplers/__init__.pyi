@@ -1,13 +1,10 @@
-from . import kernels as kernels
-from . import resampling as resampling
+from . import kernels as kernels, resampling as resampling
 from .best_of_n_sampling import best_of_n as best_of_n
 from .conditional import conditional_smc as conditional_smc
 from .importance_sampling import importance as importance
 from .markov_chains import mcmc as mcmc
 from .pyro_mcmc import SequenceKernel as SequenceKernel
-from .quasi_rejection_sampling import Quality as Quality
-from .quasi_rejection_sampling import quality as quality
-from .quasi_rejection_sampling import quasi_rejection as quasi_rejection
+from .quasi_rejection_sampling import Quality as Quality, quality as quality, quasi_rejection as quasi_rejection
 from .rejection_sampling import rejection as rejection
 from .sequential import smc as smc
 from .twist import Twist as Twist

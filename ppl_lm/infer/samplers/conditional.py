@@ -35,19 +35,36 @@ def conditional_smc(
     Around exact posterior draws E[1/Ẑ] = 1/Z, Ẑ being a run's mean weight: so E[log Ẑ] is an upper bound of log Z, as that of
     `smc` is a lower one (Zhao et al. 2024, prop. 5.1). `log_evidence(smc(...), conditional_smc(...))` gives both.
 
-    :param planted: draws of the model's posterior, (C, S, B), say `rejection`'s: C·S runs. If they are not exact, neither is
-        the bound; `planted` of the result tells.
+    :param planted: exact draws of the model's posterior, (C, S, B), say `rejection`'s: C·S runs.
     :param num_samples: texts in each run, the planted one among them; the rest as for `smc`.
-    :raises ValueError: if the planted draws hold another latent site than one text, or the proposal cannot draw one of them.
+    :raises ValueError: if the planted draws are not exact or hold another latent site than one text, or the proposal cannot
+        draw one of them.
     """
+    if planted.kind != "exact":
+        raise ValueError(
+            f"planted= must hold exact posterior draws (rejection), and these are {planted.kind}: around others a run's mean "
+            "weight is no bound; particle_gibbs() moves draws that are not exact"
+        )
     settings = Settings(twist, candidates, expand, resample, threshold)
+    return grow_around(planted, model, guide, settings, num_samples, max_plate_nesting)
+
+
+def grow_around(
+    planted: Draws,
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    settings: Settings,
+    num_samples: int,
+    nesting: int,
+) -> Draws:
+    """`conditional_smc` around any draws, also impossible ones, as a chain may begin at."""
     check(settings, guide, num_samples, 1)
     (name,) = only_text(planted)
     prompts = planted.prompts
     x = planted.latents[name].flatten(0, 1)  # (S, B, T)
     with meter.measure() as cost:
         prior, proposal = laws(model, guide, prompts)
-        size = max(1, ROWS // (num_samples * expand * len(prompts)))
+        size = max(1, ROWS // (num_samples * settings.expand * len(prompts)))
         parts = []
         possible = (planted.log_weight.flatten(0, 1) > -torch.inf).expand(len(x), len(prompts))
         for part, known in zip(x.split(size), possible.split(size), strict=True):
@@ -59,5 +76,5 @@ def conditional_smc(
             lost = grown.log_w.gather(0, grown.slot.unsqueeze(0))[0] == -torch.inf
             if bool((lost & known.flatten()).any()):
                 raise ValueError("the twist finds a text impossible that was planted as the posterior's")
-            parts.append(finish(model, prompts, grown, len(prompts), max_plate_nesting))
-    return replace(concatenate(parts, dim=0), cost=cost, planted=planted.exact)
+            parts.append(finish(model, prompts, grown, len(prompts), nesting))
+    return replace(concatenate(parts, dim=0), cost=cost, kind="conditional_runs")

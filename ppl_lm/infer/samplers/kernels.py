@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, only_text
-from ppl_lm.infer.samplers.conditional import conditional_smc
+from ppl_lm.infer.samplers.conditional import grow_around
 from ppl_lm.infer.samplers.importance_sampling import draw
+from ppl_lm.infer.samplers.population import Settings
 from ppl_lm.infer.traces.text_site import Resumed
 from ppl_lm.lm.decoder import invert
 
@@ -65,9 +66,7 @@ def particle_gibbs(num_particles: int = 16, **settings: Any) -> Kernel:
 
     def kernel(model: Callable[..., Any], guide: Any, prompts: Any, max_plate_nesting: int = 1) -> Propose:
         def propose(state: Draws) -> tuple[Draws, Tensor]:
-            made = conditional_smc(
-                model, guide, state, num_samples=num_particles, max_plate_nesting=max_plate_nesting, **settings
-            )  # (N, K, B)
+            made = grow_around(state, model, guide, Settings(**settings), num_particles, max_plate_nesting)  # (N, K, B)
             chains, _, batch = made.log_guide.shape
             log_w = made.log_weight.transpose(1, 2).flatten(0, 1)  # (N·B, K)
             lost = (log_w == -torch.inf).all(-1, keepdim=True)  # the chain has met no possible text: any will do
@@ -77,7 +76,7 @@ def particle_gibbs(num_particles: int = 16, **settings: Any) -> Kernel:
             chain = torch.arange(chains, device=pick.device).unsqueeze(-1)
             column = torch.arange(batch, device=pick.device)
             chosen = made.map(lambda v: v[chain, pick, column].unsqueeze(0))
-            chosen = replace(chosen, interacting=False, planted=False, stats={})
+            chosen = replace(chosen, kind="weighted", stats={})
             return chosen, state.log_weight[0] - chosen.log_weight[0]
 
         return propose

@@ -82,7 +82,7 @@ def mcmc(
             kept.append(state)
             rates.append(info.log_accept.exp())
     made = concatenate([s.map(lambda v: v.transpose(0, 1)) for s in kept])  # (N, S, B)
-    return replace(made, cost=cost, markov=True, stats={"acceptance_rate": torch.stack(rates, 1)})
+    return replace(made, cost=cost, kind="chains", stats={"acceptance_rate": torch.stack(rates, 1)})
 
 
 def require_support(state: Draws) -> None:

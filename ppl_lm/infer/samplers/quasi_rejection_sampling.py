@@ -101,7 +101,7 @@ def quasi_rejection(
     log_p_b = made.log_guide + torch.minimum(made.log_weight, bound.to(made.log_guide.device))
     log_p_b = log_p_b - quality(proposals, bound).log_z_b
     cost = proposals.cost if pilot is None else pilot.cost + proposals.cost
-    return replace(made, log_guide=log_p_b, exact=False, proposals=proposals, cost=cost)
+    return replace(made, log_guide=log_p_b, kind="weighted", proposals=proposals, cost=cost)
 
 
 def accept(draws: Draws, log_bound: Tensor) -> Tensor:

@@ -131,4 +131,4 @@ def select(draws: Draws, mask: Tensor, num_samples: int) -> Draws:
             return flat[index[:, 0]].unsqueeze(0)
         return flat[index, torch.arange(flat.shape[1], device=flat.device)].unsqueeze(0)
 
-    return replace(draws.map(pick), exact=True, proposals=replace(draws, latents={}))
+    return replace(draws.map(pick), kind="exact", proposals=replace(draws, latents={}))

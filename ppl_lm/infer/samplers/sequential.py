@@ -131,9 +131,7 @@ def finish(model: Any, prompts: Any, grown: Population, batch: int, nesting: int
     log_guide = torch.where(log_w == -torch.inf, torch.inf, log_joint - log_w).unsqueeze(
         0
     )  # such that log_w is the weight
-    made = replace(
-        made, log_guide=log_guide, interacting=True, stats={"log_weight_before_evidence": begun.unsqueeze(0)}
-    )
+    made = replace(made, log_guide=log_guide, kind="runs", stats={"log_weight_before_evidence": begun.unsqueeze(0)})
     return made.map(lambda v: v[0].unflatten(0, (count, runs)).transpose(0, 1))
 
 

@@ -1,13 +1,19 @@
-"""Between Pyro's layout of values, particles first and prompts last, and that of draws."""
+"""Between Pyro's layout of values, particles first and prompts last, and that of draws; and programs run at given values."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ppl_lm.infer.traces.sites import Site
+from ppl_lm.infer.traces.particles import as_particles, by_prompt
+from ppl_lm.infer.traces.sites import Site, log_density, sample_sites
+from ppl_lm.lm.prompts import Prompts
 
-ROWS = 2048  # texts drawn at a time
+ROWS = 2048  # texts that one run of a program takes
 
 
 def prompts_first(site: Site, nesting: int) -> Tensor:
@@ -35,3 +41,35 @@ class Given(Messenger):
         missing = self.nesting + 1 - (value.dim() - msg["fn"].event_dim)
         value = value.reshape(*value.shape[:2], *[1] * missing, *value.shape[2:]).movedim(1, self.nesting)
         msg["value"], msg["done"] = (value if len(value) > 1 else value[0]), True
+
+
+def sites_at(
+    program: Callable[..., Any], latents: dict[str, Tensor], prompts: Prompts, nesting: int
+) -> Iterator[tuple[int, dict[str, Site]]]:
+    """Runs a program at given values of its latent sites, (S, B, *inner, *event), `ROWS` texts at a time: yields how many of
+    the S rows each run takes, and its sites."""
+    total = len(next(iter(latents.values())))
+    size = max(1, ROWS // max(1, len(prompts)))
+    for start in range(0, total, size):
+        count = min(size, total - start)
+        with Given({name: value[start : start + size] for name, value in latents.items()}, nesting):
+            trace = poutine.trace(as_particles(program, count, nesting)).get_trace(prompts)
+        yield count, sample_sites(trace)
+
+
+def log_density_at(
+    guide: Callable[..., Any], latents: dict[str, Tensor], prompts: Prompts, nesting: int, columns: int
+) -> Float[Tensor, "S B"]:
+    """log q(z | prompt) of given values, nats, float64, unscaled and unmasked.
+
+    :param columns: B, or 1 where only the prompts' joint density exists.
+    :raises ValueError: if the guide has other latent sites."""
+    parts = []
+    for count, sites in sites_at(guide, latents, prompts, nesting):
+        latent = {name: site for name, site in sites.items() if not site["is_observed"]}
+        if latent.keys() != latents.keys():
+            raise ValueError(
+                f"the guide has the sites {sorted(latent)}, the draws {sorted(latents)}: it cannot score them"
+            )
+        parts.append(by_prompt([log_density(site) for site in latent.values()], count, columns))
+    return torch.cat(parts)

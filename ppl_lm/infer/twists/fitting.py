@@ -127,7 +127,7 @@ def _log_mean_phi(drawn: Draws) -> Tensor:
 
 def _some(draws: Draws, count: int) -> Draws:
     """`count` of them, drawn anew, as one chain."""
-    if not draws.exact:
+    if draws.kind != "exact":
         raise ValueError("positives= must hold exact posterior draws (rejection); leave it out to weight the rollouts")
     pick = torch.randint(draws.num_samples, (count,), device=draws.log_guide.device)
     return draws.map(lambda v: v.flatten(0, 1)[pick].unsqueeze(0))
