@@ -13,12 +13,13 @@ for name, module in {"fit": fit, "sample": sample, "diagnose": diagnose, "report
     app.command(name)(module.command)
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
     if asked:
         from importlib.metadata import version
 
         print(version("ppl_lm"))
         raise typer.Exit
+    return asked
 
 
 @app.callback()

@@ -14,7 +14,7 @@ from ppl_lm.plot.style import CYCLE, GREY, SMALL, axes, number, plain, said
 
 def frontier(
     prior: Draws,
-    points: Mapping[str, tuple[float, float, float, float]] | None = None,
+    points: Mapping[str, tuple[float | None, float | None, float | None, float | None]] | None = None,
     ax: Axes | None = None,
     betas: Sequence[float] | None = None,
 ) -> Axes:
@@ -22,7 +22,8 @@ def frontier(
     mean over prompts, with two standard errors, see `reward_kl_frontier`.
 
     :param prior: draws of the prior, `importance(model, None, ...)`, with the record `reward`.
-    :param points: name -> (KL from the prior, its SE, E[reward], its SE), nats and the reward's unit: how guides do.
+    :param points: name -> (KL from the prior, its SE, E[reward], its SE), nats and the reward's unit: how guides do;
+        None where it is not known.
     :param betas: temperatures to mark on the curve.
     :raises ValueError: if the draws are not the prior's or have no reward."""
     ax, notes = axes(ax), []

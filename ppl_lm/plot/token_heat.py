@@ -17,9 +17,11 @@ LINE = 1.9  # height of a line, likewise
 UNKNOWN = (0.85, 0.85, 0.85, 1.0)
 
 
-def heat(tokens: Sequence[str], values: Iterable[float], ax: Axes | None = None, scale: float | None = None) -> Axes:
+def heat(
+    tokens: Sequence[str], values: Iterable[float | None], ax: Axes | None = None, scale: float | None = None
+) -> Axes:
     """Tokens as wrapped text, each on the colour of its value in nats: blue where it is above 0, red below. A value that is not
-    finite has the colour's end, NaN is grey. On given Axes, what does not fit is counted in the title.
+    finite has the colour's end, NaN and None are grey. On given Axes, what does not fit is counted in the title.
 
     :param scale: nats at the colours' ends; None: the largest value there is."""
     from matplotlib import colormaps
@@ -113,7 +115,7 @@ def _columns(text: str) -> int:
     return max(1, len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text))
 
 
-def as_numbers(tokens: Sequence[str], values: Iterable[float]) -> list[float]:
+def as_numbers(tokens: Sequence[str], values: Iterable[float | None]) -> list[float]:
     numbers = [math.nan if v is None else float(v) for v in values]
     if len(numbers) != len(tokens):
         raise ValueError(
