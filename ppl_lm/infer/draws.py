@@ -140,8 +140,8 @@ class Draws:
         return replace(self, log_guide=log_q.reshape(self.log_guide.shape), cost=self.cost + cost)
 
     def by_run(self) -> "Draws":
-        """Each run of draws that came about together as one draw of the extended space of all that it chose at random, whose weight is
-        the chain's estimate of Z (Andrieu et al. 2010); exact where a posterior draw was planted. No latents."""
+        """Each run of draws that came about together as one draw of the extended space of all that it chose at random, whose
+        weight is the chain's estimate of Z (Andrieu et al. 2010); exact where a posterior draw was planted. No latents."""
         log_z = self.log_weight.logsumexp(1) - math.log(self.log_weight.shape[1])  # (C, B)
         nothing = torch.zeros_like(log_z).unsqueeze(0)
         return replace(

@@ -69,7 +69,7 @@ def log_sum_of_others(log_w: Tensor) -> Tensor:
 
 def known(log_z: Tensor) -> LogZ:
     """log Z that is known, (B,) or (); by enumeration, say."""
-    return lambda log_w, prompts: log_z
+    return lambda log_w, prompts: log_z.expand(log_w.shape[1])
 
 
 class MovingLogZ:
