@@ -159,7 +159,9 @@ def test_diagnosis_of_many_prompts(problem):
         for key in ("elbo", "iwae", "upper", "log_z", "kl_q_p", "kl_p_q", "kl_prior_p", "reward"):
             assert math.isfinite(figures[key]) and figures[f"{key}_se"] >= 0
         assert figures["kl_q_p"] == pytest.approx(figures["log_z"] - figures["elbo"], abs=1e-9)
-        assert figures["kl_p_q"] == pytest.approx(figures["upper"] - figures["log_z"], abs=1e-9)  # under one name one estimate
+        assert figures["kl_p_q"] == pytest.approx(
+            figures["upper"] - figures["log_z"], abs=1e-9
+        )  # under one name one estimate
         assert abs(figures["kl_p_q"] - float(truth.kl_p_q.detach())) < 4 * figures["kl_p_q_se"] < 0.2
         assert abs(figures["upper"] - float((truth.log_z + truth.kl_p_q).detach())) < 4 * figures["upper_se"]
     mean = sum(f["elbo"] for f in record["prompts"]) / 2

@@ -84,7 +84,7 @@ class BestOfN(Reward):
         return self.references[key]
 
 
-def log_ratio(below: Float64[Tensor, "N"], upto: Float64[Tensor, "N"], n: int) -> Float64[Tensor, "N"]:
+def log_ratio(below: Float64[Tensor, "*S"], upto: Float64[Tensor, "*S"], n: int) -> Float64[Tensor, "*S"]:
     """log [(upto^n - below^n) / (upto - below)] = (n - 1) log upto + log Σ_i (below/upto)^i, i from 0 to n - 1."""
     powers = (below / upto).unsqueeze(-1) ** torch.arange(n, dtype=torch.float64, device=below.device)
     return (n - 1) * upto.log() + powers.sum(-1).log()

@@ -1,5 +1,4 @@
-"""What drawings of `graphs` share: Axes whose data are points, so that texts fit, and text that is never markup. Texts are
-untrusted: shown without control characters."""
+"""What diagrams share: Axes without numbers whose data are points, so that texts fit, and text that is never markup."""
 
 from typing import Any
 

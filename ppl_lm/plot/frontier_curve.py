@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from ppl_lm.criticism.evidence import FEWEST
 from ppl_lm.criticism.reward_frontier import reward_kl_frontier, rewards
 from ppl_lm.infer.draws import Draws
-from ppl_lm.plot.style import CYCLE, GREY, SMALL, axes, number, plain, said
+from ppl_lm.plot.style import CYCLE, GREY, SMALL, axes, number, with_notes
+from ppl_lm.plot.untrusted import plain
 
 
 def frontier(
@@ -36,14 +37,14 @@ def frontier(
     elif spread == 0:
         notes.append("every draw of the prior has the same reward: there is nothing to trade")
     else:
-        made = reward_kl_frontier(prior, (spread * torch.logspace(2, -3, 300, dtype=torch.float64)).tolist())
-        kl, value, se, _ = made[:, made[3] >= FEWEST].cpu().numpy()
+        curve = reward_kl_frontier(prior, (spread * torch.logspace(2, -3, 300, dtype=torch.float64)).tolist())
+        kl, value, se, _ = curve[:, curve[3] >= FEWEST].cpu().numpy()
         ax.fill_between(kl, value - 2 * se, value + 2 * se, color=GREY, alpha=0.3, linewidth=0)
         ax.plot(kl, value, color="black", label=r"best at each KL: $p_β ∝ p_0\,\exp(r/β)$ ± 2 SE")
         for beta in betas or ():
-            x, y, _, worth = reward_kl_frontier(prior, [beta])[:, 0].tolist()
-            if worth < FEWEST:
-                notes.append(f"β = {beta:g} is out of reach of {len(reward)} draws (ESS {worth:.0f})")
+            x, y, _, ess = reward_kl_frontier(prior, [beta])[:, 0].tolist()
+            if ess < FEWEST:
+                notes.append(f"β = {beta:g} is out of reach of {len(reward)} draws (ESS {ess:.0f})")
                 continue
             ax.plot(x, y, "o", color="black", markerfacecolor="white", markersize=5)
             ax.annotate(f"β = {beta:g}", (x, y), (5, -5), textcoords="offset points", va="top", fontsize=SMALL)
@@ -61,4 +62,4 @@ def frontier(
     ax.set_ylabel("E[reward] [the reward's unit]")
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=SMALL, loc="lower right")
-    return said(ax, notes)
+    return with_notes(ax, notes)

@@ -59,5 +59,5 @@ def model(graph: networkx.DiGraph, ax: Axes | None = None) -> Axes:
     for parent, child, known in graph.edges(data="known"):
         (x, y), (to, below) = place[parent], place[child]
         bend = 0.35 if x == to and y - below > 1.5 * (high + 2 * margin) else 0.0
-        arrow(ax, (x, y), (to, below), bend, scale, patches[parent], patches[child], "-" if known else "--")
+        arrow(ax, (x, y), (to, below), bend, scale, patches[parent], patches[child], style="-" if known else "--")
     return ax

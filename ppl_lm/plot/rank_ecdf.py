@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ppl_lm.criticism.calibration import Calibration
-from ppl_lm.plot.style import CYCLE, GREY, axes, legend_below, plain, said
+from ppl_lm.plot.style import CYCLE, GREY, axes, legend_below, with_notes
+from ppl_lm.plot.untrusted import plain
 
 
 def calibration(calibration: Calibration, ax: Axes | None = None, name: str | None = None) -> Axes:
@@ -34,6 +35,6 @@ def calibration(calibration: Calibration, ax: Axes | None = None, name: str | No
     ax.locator_params(axis="x", integer=True)
     legend_below(ax, *ax.get_legend_handles_labels())
     count = len(next(iter(calibration.ranks.values())))
-    return said(
+    return with_notes(
         ax, [f"{count} replications would show a shift of {calibration.detectable:.2f} deviations 4 times of 5"]
     )

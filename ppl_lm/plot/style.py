@@ -1,8 +1,7 @@
-"""What all plots share: colours, Axes, notes and legends. Colours are Okabe and Ito's."""
+"""What pictures with axes of numbers share: colours (Okabe and Ito's), Axes, notes above them and legends below."""
 
 import math
 import textwrap
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +36,7 @@ def axes(ax: Axes | None, width: float = 6.0, height: float = 4.0) -> Axes:
     return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
-def said(ax: Axes, notes: Sequence[str]) -> Axes:
+def with_notes(ax: Axes, notes: Sequence[str]) -> Axes:
     """Notes on what is seen, and on what is not, above the plot."""
     if notes:
         ax.set_title("\n".join(textwrap.fill(note, 78) for note in notes), fontsize=9, loc="left")
@@ -52,12 +51,6 @@ def legend_below(ax: Axes, handles: Sequence[Any], labels: Sequence[str], ncols:
     lower = ax.transAxes + ScaledTranslation(0, -0.5, figure.dpi_scale_trans)  # inches
     place: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "bbox_transform": lower}
     ax.legend(handles, labels, ncols=ncols, fontsize=SMALL, columnspacing=1.2, handletextpad=0.4, **place)
-
-
-def plain(text: str) -> str:
-    """Text that matplotlib shows as it is: no mathtext, no control characters, no label that a legend hides."""
-    shown = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in text).replace("$", r"\$")
-    return f" {shown}" if shown.startswith("_") else shown
 
 
 def number(value: Any) -> float:

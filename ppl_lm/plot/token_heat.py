@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from ppl_lm.plot.style import axes, said
+from ppl_lm.plot.style import axes, with_notes
 from ppl_lm.plot.untrusted import visible
 
 POINTS = 9.0  # size of the text
@@ -42,12 +42,12 @@ def heat(
     for spine in ax.spines.values():
         spine.set_visible(False)
     if not shown:
-        return said(ax, ["no token is given"])
+        return with_notes(ax, ["no token is given"])
     infinite = sum(not math.isfinite(v) for v in numbers)
     unknown = [f"{infinite} of {len(shown)} values are not finite"] if infinite else []
     unseen: list[str] = []
     for _ in range(5):  # the figure grows, and the title takes room
-        said(ax, unseen + unknown)
+        with_notes(ax, unseen + unknown)
         width, room = _room(ax)
         cells, lines = _wrapped(shown, max(1, int(width)))
         missing = lines + 0.1 - room
