@@ -3,14 +3,23 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format bench experiments wheel clean
+.PHONY: demo test slow notebooks lint format bench experiments wheel clean
 
 demo: .venv/.stamp
 	.venv/bin/ppl-lm fit tilted --output-dir runs/demo --overwrite
 
-# Random order comes from pytest-randomly, warnings are errors by pyproject.toml; one thread for each of two workers.
+# Random order comes from pytest-randomly, warnings are errors by pyproject.toml; one thread for each of two workers. Tests that
+# share a run folder stay with one worker (`xdist_group`).
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup -rs
+
 test: .venv/.stamp-test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -rs
+	$(PYTEST) -m "not slow and not notebook"
+
+slow: .venv/.stamp-test
+	$(PYTEST) -m slow
+
+notebooks: .venv/.stamp-test
+	$(PYTEST) tests/test_tutorials.py
 
 lint: .venv/.stamp-test
 	.venv/bin/ruff check .
@@ -24,9 +33,12 @@ format: .venv/.stamp-test
 bench: .venv/.stamp-test
 	.venv/bin/python -m pytest -s -p no:randomly --jaxtyping-packages= -o python_files='bench_*.py' tests/benchmarks
 
-# The paper's claims, by enumeration: minutes. Fails if one does not hold.
+# The paper's claims, by enumeration: minutes, two at a time. Fails if one does not hold.
+SHORT = from ppl_lm.experiments.__main__ import SHORT; print(*SHORT, sep="\n")
+
 experiments: .venv/.stamp
-	.venv/bin/python -m ppl_lm.experiments
+	names=$$(.venv/bin/python -c '$(SHORT)') && echo "$$names" | OMP_NUM_THREADS=1 xargs -P 2 -I NAME sh -c \
+		'text=$$(.venv/bin/python -m ppl_lm.experiments NAME); status=$$?; printf "%s\n\n" "$$text"; exit $$status'
 
 wheel: .venv/.stamp-test
 	rm -rf build dist

@@ -20,7 +20,7 @@ from .infer.binding import bind as bind
 from .infer.elbo import SequenceELBO as SequenceELBO
 from .infer import objectives as objectives, off_policy as off_policy
 from .infer.objectives import baselines as baselines
-from .run.fitting import fit as fit
+from .run.fitting.loop import fit as fit
 
 # Sampling: draws of posteriors.
 from .infer.draws import Draws as Draws, NoSupportError as NoSupportError
@@ -33,6 +33,7 @@ from .infer.samplers.markov_chains import mcmc as mcmc
 from .infer.samplers import kernels as kernels, resampling as resampling
 from .infer.samplers.pyro_mcmc import SequenceKernel as SequenceKernel
 from .infer.samplers.sequential import smc as smc
+from .infer.samplers.settings import SMCSettings as SMCSettings
 from .infer.samplers.conditional import conditional_smc as conditional_smc
 from .infer import twists as twists
 from .infer.prediction import predictive as predictive
@@ -40,7 +41,7 @@ from .infer.prediction import predictive as predictive
 # Criticism: how close an approximation is, in numbers and in pictures.
 from .criticism.diagnoses.diagnosis import diagnose as diagnose
 from .criticism.diagnoses.draws_diagnosis import diagnose_draws as diagnose_draws
-from .criticism.expectation import expectation as expectation
+from .criticism.expectations import expectation as expectation
 from .criticism.evidence import log_evidence as log_evidence
 from .criticism.effective_size import ess as ess
 from .criticism.weights import pareto_smooth as pareto_smooth, psis_khat as psis_khat

@@ -19,6 +19,7 @@ from ppl_lm.infer.prediction import predictive
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.quasi_rejection_sampling import quasi_rejection
 from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.infer.samplers.sequential import smc
 from ppl_lm.likelihood.optimality import Optimality
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
@@ -234,6 +235,24 @@ def test_what_prompts_share_and_what_is_no_text_come_back_as_they_were(tmp_path)
         assert diagnose_draws(again)["ess"] == diagnose_draws(draws)["ess"]
     guide = from_arviz(az.from_netcdf(path), lm.prompts(["", "a"]))
     assert "log_prior" not in guide.records and bool((guide["length"] == 7).all())
+
+
+@pytest.mark.parametrize("life", [to_arviz, to_datatree], ids=["InferenceData", "DataTree"])
+def test_the_steps_of_smc_come_back_by_chain_prompt_and_token(problem, tmp_path, life):
+    target, guide, _ = problem
+    draws = smc(target, None, ["", "a"], num_samples=8, num_runs=5)
+    data = life(draws)
+    if life is to_arviz:
+        data.to_netcdf(str(tmp_path / "draws.nc"))
+        data = az.from_netcdf(str(tmp_path / "draws.nc"))
+    length = draws["x"].shape[-1]
+    for name in ("ess", "resampled", "log_z_increment"):
+        variable = data["sample_stats"][name]
+        assert variable.dims == ("chain", "prompt", "token") and variable.shape == (5, 2, length)
+    again = from_arviz(data, guide.lm.prompts(["", "a"]))
+    assert again.stats.keys() == draws.stats.keys()
+    for name, value in draws.stats.items():
+        assert torch.equal(again.stats[name], value) and again.stats[name].dtype == value.dtype, name
 
 
 def test_what_no_string_can_hold_is_written_all_the_same(tmp_path):

@@ -32,6 +32,7 @@ from ppl_lm.infer.enumeration import enumerate_posterior
 from ppl_lm.infer.objectives.divergences import forward_kl
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.likelihood.automata import Automaton
+from ppl_lm.lm.byte_pieces import token_bytes
 from ppl_lm.lm.decoder import Decoder
 from ppl_lm.lm.experts import product
 from ppl_lm.lm.language_model import LanguageModel
@@ -39,7 +40,6 @@ from ppl_lm.lm.mask import TokenMask
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.network import DivergedError
 from ppl_lm.lm.table import TableConfig, TableForCausalLM, table_lm
-from ppl_lm.lm.token_bytes import token_bytes
 from ppl_lm.lm.vocabulary import Vocabulary
 from ppl_lm.models import constrained
 
@@ -277,7 +277,7 @@ def test_drawn_is_scored_and_cached_is_uncached(kind):
     law = masked(TEXTS)
     x = law.sample((20,))
     assert bool(automaton.holds(x).all())
-    torch.testing.assert_close(law.drawn_log_probs(x), law.token_log_probs(x), atol=1e-10, rtol=0)
+    torch.testing.assert_close(law.sampled_log_probs(x), law.token_log_probs(x), atol=1e-10, rtol=0)
     alone = torch.stack([masked([text]).log_prob(x[:, b : b + 1])[:, 0] for b, text in enumerate(TEXTS)], 1)
     torch.testing.assert_close(law.log_prob(x), alone, atol=1e-10, rtol=0)
     start = torch.ones(x.shape[:-1], dtype=torch.int64).clamp_max(lm.vocabulary.lengths(x) - 1)

@@ -2,9 +2,9 @@
 
 import math
 
-from ppl_lm.cli.fitting import _after
 from ppl_lm.criticism.averages import over_prompts
 from ppl_lm.criticism.diagnoses.verdicts import doubt
+from ppl_lm.report.terminal import texts_title
 
 ONE = {
     "kl": 1.0,
@@ -58,6 +58,6 @@ def test_doubt_goes_by_what_was_judged():
 
 
 def test_a_table_of_samples_says_after_which_prompt():
-    assert _after([""]) == "samples" and _after(["The soup was"]) == "samples after 'The soup was'"
-    chat = _after([[{"role": "user", "content": "Hi\x1b[31m"}], "b"])
+    assert texts_title([""]) == "samples" and texts_title(["The soup was"]) == "samples after 'The soup was'"
+    chat = texts_title([[{"role": "user", "content": "Hi\x1b[31m"}], "b"])
     assert "Hi" in chat and "\x1b" not in chat and chat.endswith("the first of 2 prompts")

@@ -9,6 +9,7 @@ import torch
 
 from ppl_lm.guides import finetuned
 from ppl_lm.infer.binding import bind
+from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.enumeration import enumerate_posterior
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import rejection
@@ -16,7 +17,7 @@ from ppl_lm.likelihood.best_of import BestOfN, log_ratio
 from ppl_lm.likelihood.reward import Reward
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
-from ppl_lm.run.fitting import fit
+from ppl_lm.run.fitting.loop import fit
 
 
 def letters(completions, **_):
@@ -106,7 +107,7 @@ def test_it_is_distilled_by_a_fit():
     torch.manual_seed(0)
     target, guide = bind(tilted, lm, reward=BestOfN(letters, lm, 4), beta=1.0), bind(finetuned, lm.copy())
     before = float(enumerate_posterior(target, guide, [""]).kl_q_p.detach())
-    fit(target, guide, [""], max_steps=300, num_particles=64, learning_rate=0.02, seed=0)
+    fit(target, guide, [""], SequenceELBO(64), max_steps=300, learning_rate=0.02, seed=0)
     assert float(enumerate_posterior(target, guide, [""]).kl_q_p.detach()) < 0.1 * before
 
 

@@ -10,6 +10,7 @@
 Mutants that are rejected: pads or end tokens counted as tokens; n-grams across texts.
 """
 
+import random
 import sys
 from dataclasses import replace
 
@@ -78,6 +79,10 @@ def test_self_bleu_is_sacrebleus():
     each = [metric.sentence_score(t, texts[:i] + texts[i + 1 :]).score for i, t in enumerate(texts)]
     assert self_bleu(texts) == pytest.approx(sum(each) / 5, abs=1e-9)
     assert 0 < self_bleu(texts) < 100 and self_bleu(["alone"]) is None
+    chosen = random.Random(0)  # few words, so that n-grams occur several times in a text, and in several texts
+    several = [" ".join(chosen.choices(["a", "b,", "a.", "c"], k=chosen.randint(1, 12))) for _ in range(40)]
+    each = [metric.sentence_score(t, several[:i] + several[i + 1 :]).score for i, t in enumerate(several)]
+    assert self_bleu(several) == pytest.approx(sum(each) / 40, abs=1e-9)
     assert self_bleu(["one two"] * 3) == pytest.approx(100) and self_bleu(["", " ", ""]) == 100
     assert self_bleu(["a b c d", "e f g h"]) == 0 and self_bleu(["", "a"]) == 0
     many = [f"w{i} w{i % 7} w{i % 3}" for i in range(MOST + 50)]

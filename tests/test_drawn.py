@@ -42,7 +42,7 @@ from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
-from ppl_lm.run.folder import write_json
+from ppl_lm.run.files import write_json
 
 TEXTS = ["", "a"]
 

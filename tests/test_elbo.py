@@ -1,6 +1,7 @@
 """`SequenceELBO` against enumeration: every pair of particles is a column of one call, so nothing here is random."""
 
 import itertools
+from dataclasses import replace
 
 import oracle
 import pyro
@@ -11,8 +12,11 @@ from pyro import poutine
 from pyro.infer import SVI, TraceGraph_ELBO
 
 from ppl_lm.guides import finetuned, prior, tabular
+from ppl_lm.infer import off_policy
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.infer.objectives import baselines
+from ppl_lm.infer.traces.gradients import plate_costs
 from ppl_lm.likelihood.optimality import Optimality
 from ppl_lm.lm.table import table_lm
 from ppl_lm.lm.token_sequence import TokenSequence
@@ -107,12 +111,12 @@ def test_mutants_are_rejected(problem, monkeypatch, mutant):
     force(monkeypatch, problem["values"])
 
     class Mutant(SequenceELBO):
-        def _minus_baseline(self, coefficient, particles):
+        def _minus_baseline(self, cost, baseline):
             if mutant == "own cost in the baseline":
-                return coefficient - coefficient.mean(0, keepdim=True)
-            right = super()._minus_baseline(coefficient, particles)
+                return cost - cost.mean(0, keepdim=True)
+            right = super()._minus_baseline(cost, baseline)
             if mutant == "std-normalised":
-                return right / (coefficient.std(0, keepdim=True) + 1e-4)
+                return right / (cost.std(0, keepdim=True) + 1e-4)
             return right.flip(-1)
 
     _, gradient = gradient_of(problem["table"], Mutant(2), problem["model"], problem["guide"], problem["prompts"])
@@ -179,65 +183,190 @@ def exact_mixed(lm, table, nodes, node_weights, values):
     return total
 
 
+class Mixed:
+    """The mixed program, and its exact loss and gradients by name of the parameter; `table` is the guide's language model."""
+
+    def __init__(self, monkeypatch):
+        lm = table_lm(V, 2, concentration=1.0, seed=3)
+        table = table_lm(V, 2, concentration=1.5, seed=4).copy()
+        rows = oracle.outcomes(V, 2, END)
+        x = oracle.as_tensor(rows, 2, END)
+        nodes = torch.tensor([-1.1, 0.4], dtype=torch.float64)
+        node_weights = torch.tensor([0.45, 0.55], dtype=torch.float64)
+        self.values = {
+            "scale": torch.tensor(0.5, dtype=torch.float64, requires_grad=True),
+            "loc": torch.tensor(0.3, dtype=torch.float64, requires_grad=True),
+            "width": torch.tensor(0.8, dtype=torch.float64, requires_grad=True),
+            "logits": torch.tensor([0.1, -0.3, 0.2], dtype=torch.float64, requires_grad=True),
+        }
+        self.table = table.model.table
+        loss = exact_mixed(lm, self.table, nodes, node_weights, self.values)
+        gradients = torch.autograd.grad(loss, [*self.values.values(), self.table])
+        self.loss, self.exact = float(loss.detach()), dict(zip((*NAMES, "table"), gradients, strict=True))
+
+        # Columns: all pairs of particles over (text, topic); both particles of a column share a noise node.
+        cells = torch.tensor(list(itertools.product(range(len(rows)), range(3))))
+        pairs = torch.tensor(list(itertools.product(range(len(cells)), repeat=2)))
+        node = torch.arange(len(nodes)).repeat_interleave(len(pairs))
+        pairs = pairs.repeat(len(nodes), 1)
+        text, topic = cells[pairs][..., 0].T, cells[pairs][..., 1].T  # (2, columns)
+        log_q = oracle.log_probs(self.table, (END,), rows).detach()
+        log_topic = torch.tensor([0.1, -0.3, 0.2], dtype=torch.float64).log_softmax(0)
+        weights = (log_q[text] + log_topic[topic]).sum(0).exp() * node_weights[node]
+        force(monkeypatch, x[text])
+        monkeypatch.setattr(dist.Categorical, "sample", lambda self, sample_shape=torch.Size(): topic)
+        monkeypatch.setattr(
+            torch.distributions.Normal,
+            "rsample",
+            lambda self, sample_shape=torch.Size(): self.loc + self.scale * nodes[node],
+        )
+        target = bind(mixed_model, lm, reward=letters)
+        guide = bind(mixed_guide, table)
+        self.model, self.guide = poutine.scale(target, scale=weights), poutine.scale(guide, scale=weights)
+        self.prompts = lm.prompts([""] * len(weights))
+
+    def gradients(self):
+        """Of the parameters as they are in Pyro's store, by name."""
+        store = pyro.get_param_store()
+        return {**{name: store[name].unconstrained().grad for name in NAMES}, "table": self.table.grad}
+
+    def require(self, found):
+        for name, expected in self.exact.items():
+            torch.testing.assert_close(
+                found[name], expected, atol=1e-8, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
 @pytest.mark.parametrize("door", ["loss_and_grads", "differentiable_loss", "svi"])
 def test_mixed_latents_and_model_parameters(monkeypatch, door):
     """Text, Categorical, reparameterised Normal and a learnable model parameter in one program: all pairs of (topic,
     text), the Normal's noise on a grid, the expected gradient of everything exact to 1e-8, through all three doors."""
-    lm = table_lm(V, 2, concentration=1.0, seed=3)
-    table = table_lm(V, 2, concentration=1.5, seed=4).copy()
-    rows = oracle.outcomes(V, 2, END)
-    x = oracle.as_tensor(rows, 2, END)
-    nodes = torch.tensor([-1.1, 0.4], dtype=torch.float64)
-    node_weights = torch.tensor([0.45, 0.55], dtype=torch.float64)
-    values = {
-        "scale": torch.tensor(0.5, dtype=torch.float64, requires_grad=True),
-        "loc": torch.tensor(0.3, dtype=torch.float64, requires_grad=True),
-        "width": torch.tensor(0.8, dtype=torch.float64, requires_grad=True),
-        "logits": torch.tensor([0.1, -0.3, 0.2], dtype=torch.float64, requires_grad=True),
-    }
-    loss = exact_mixed(lm, table.model.table, nodes, node_weights, values)
-    exact = torch.autograd.grad(loss, [*values.values(), table.model.table])
-
-    # Columns: all pairs of particles over (text, topic); both particles of a column share a noise node.
-    cells = torch.tensor(list(itertools.product(range(len(rows)), range(3))))
-    pairs = torch.tensor(list(itertools.product(range(len(cells)), repeat=2)))
-    node = torch.arange(len(nodes)).repeat_interleave(len(pairs))
-    pairs = pairs.repeat(len(nodes), 1)
-    text, topic = cells[pairs][..., 0].T, cells[pairs][..., 1].T  # (2, columns)
-    log_q = oracle.log_probs(table.model.table, (END,), rows).detach()
-    log_topic = torch.tensor([0.1, -0.3, 0.2], dtype=torch.float64).log_softmax(0)
-    weights = (log_q[text] + log_topic[topic]).sum(0).exp() * node_weights[node]
-    force(monkeypatch, x[text])
-    monkeypatch.setattr(dist.Categorical, "sample", lambda self, sample_shape=torch.Size(): topic)
-    monkeypatch.setattr(
-        torch.distributions.Normal,
-        "rsample",
-        lambda self, sample_shape=torch.Size(): self.loc + self.scale * nodes[node],
-    )
-    target = bind(mixed_model, lm, reward=letters)
-    guide = bind(mixed_guide, table)
-    model_, guide_ = poutine.scale(target, scale=weights), poutine.scale(guide, scale=weights)
-    prompts = lm.prompts([""] * len(weights))
-    elbo = SequenceELBO(2)
+    mixed, elbo = Mixed(monkeypatch), SequenceELBO(2)
+    args = mixed.model, mixed.guide, mixed.prompts
     if door == "svi":  # a step of plain SGD with rate 1 moves each parameter by minus its gradient
-        pyro.clear_param_store()
-        before = {"table": table.model.table.detach().clone(), **{k: v.detach().clone() for k, v in values.items()}}
-        svi = SVI(model_, guide_, pyro.optim.SGD({"lr": 1.0}), loss=elbo)
-        assert svi.step(prompts) == pytest.approx(float(loss.detach()), abs=1e-8)
-        names = {id(pyro.get_param_store()[name].unconstrained()): name for name in NAMES}
-        find = lambda p: before[names.get(id(p), "table")] - p.detach()  # noqa: E731
-    elif door == "loss_and_grads":
-        assert elbo.loss_and_grads(model_, guide_, prompts) == pytest.approx(float(loss.detach()), abs=1e-8)
-        find = lambda p: p.grad  # noqa: E731
+        before = {"table": mixed.table.detach().clone(), **{k: v.detach().clone() for k, v in mixed.values.items()}}
+        svi = SVI(*args[:2], pyro.optim.SGD({"lr": 1.0}), loss=elbo)
+        assert svi.step(mixed.prompts) == pytest.approx(mixed.loss, abs=1e-8)
+        after = {name: pyro.get_param_store()[name].unconstrained().detach() for name in NAMES}
+        after["table"] = mixed.table.detach()
+        return mixed.require({name: before[name] - after[name] for name in after})
+    if door == "loss_and_grads":
+        assert elbo.loss_and_grads(*args) == pytest.approx(mixed.loss, abs=1e-8)
     else:
-        tensor = elbo.differentiable_loss(model_, guide_, prompts)
+        tensor = elbo.differentiable_loss(*args)
         tensor.backward()
-        assert float(tensor.detach()) == pytest.approx(float(loss.detach()), abs=1e-8)
-        find = lambda p: p.grad  # noqa: E731
-    store = pyro.get_param_store()
-    for name, expected in zip(NAMES, exact, strict=False):
-        torch.testing.assert_close(find(store[name].unconstrained()), expected, atol=1e-8, rtol=0)
-    torch.testing.assert_close(find(table.model.table), exact[-1], atol=1e-8, rtol=0)
+        assert float(tensor.detach()) == pytest.approx(mixed.loss, abs=1e-8)
+    mixed.require(mixed.gradients())
+
+
+def remembering():
+    """A moving average that has seen a step of mean cost 1.7."""
+    baseline = baselines.MovingAverage()
+    baseline(torch.full((2, 1), 1.7, dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64))
+    return baseline
+
+
+BASELINES = {
+    "leave_one_out": lambda: baselines.leave_one_out,
+    "no_baseline": lambda: baselines.no_baseline,
+    "constant": lambda: baselines.constant(-1.0),
+    "moving_average": remembering,
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_baseline_keeps_pathwise_gradients_and_the_models_parameters(monkeypatch, name):
+    """Catches a baseline that turns reparameterised sites into score functions, or leaves the model's parameters out."""
+    mixed = Mixed(monkeypatch)
+    elbo = SequenceELBO(2, baseline=BASELINES[name]())
+    assert elbo.loss_and_grads(mixed.model, mixed.guide, mixed.prompts) == pytest.approx(mixed.loss, abs=1e-8)
+    mixed.require(mixed.gradients())
+
+
+@pytest.mark.parametrize("mutant", ["pathwise dropped", "baseline of the scaled cost", "own cost in the baseline"])
+def test_a_baseline_that_changes_the_gradient_is_rejected(monkeypatch, mutant):
+    mixed = Mixed(monkeypatch)
+    if mutant == "baseline of the scaled cost":
+        unscaled = lambda p: [replace(part, scale=torch.ones_like(part.scale)) for part in plate_costs(p)]  # noqa: E731
+        monkeypatch.setattr("ppl_lm.infer.elbo.plate_costs", unscaled)
+
+    class Mutant(SequenceELBO):
+        def _step(self, particles):
+            step = super()._step(particles)
+            return replace(step, pathwise=False) if mutant == "pathwise dropped" else step
+
+        def _minus_baseline(self, cost, baseline):
+            if mutant == "own cost in the baseline":
+                return cost - cost.mean(0, keepdim=True)
+            return super()._minus_baseline(cost, baseline)
+
+    Mutant(2, baseline=baselines.constant(-1.0)).loss_and_grads(mixed.model, mixed.guide, mixed.prompts)
+    found = mixed.gradients()
+    far = {name: found[name] is None or float((found[name] - e).abs().max()) > 1e-3 for name, e in mixed.exact.items()}
+    if mutant == "pathwise dropped":
+        assert far["scale"] and far["loc"] and far["width"]
+    else:
+        assert far["table"] or far["logits"]
+
+
+def test_a_baseline_that_remembers_is_moved_once_a_step():
+    """Sites in one plate share its answer, and each set of plates has a memory: else a site's baseline would hold this very
+    step's costs."""
+    lm = table_lm(3, 2, concentration=1.0, seed=5)
+    table = table_lm(3, 2, concentration=2.0, seed=6).copy()
+
+    def model(prompts, prior, reward):
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5, dtype=torch.float64)))
+        with pyro.plate("prompts", len(prompts)):
+            topic = pyro.sample("topic", dist.Bernoulli(torch.tensor(0.3, dtype=torch.float64)))
+            x = pyro.sample("x", prior(prompts))
+            pyro.sample("optimal", Optimality(reward(prompts, x) * (1 + z + topic)), obs=torch.ones(len(prompts)))
+
+    def guide(prompts, lm):
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("z_logit", torch.tensor(0.2, dtype=torch.float64))))
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("topic", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.1, dtype=torch.float64))))
+            pyro.sample("x", lm(prompts))
+
+    costs = []
+
+    class Recorded(baselines.MovingAverage):
+        def __call__(self, cost, ratio):
+            costs.append(cost)
+            before = super().__call__(cost, ratio)
+            assert bool((before == 0).all()) or len(costs) > 2  # nothing is known in the first step
+            return before
+
+    elbo = SequenceELBO(4, baseline=Recorded())
+    for step in (1, 2):
+        elbo.loss_and_grads(bind(model, lm, reward=letters), bind(guide, table), lm.prompts(["", "", ""]))
+        assert sorted(tuple(cost.shape) for cost in costs[-2:]) == [(4, 1), (4, 3)] and len(costs) == 2 * step
+
+
+def test_one_particle_with_a_moving_average():
+    """K = 1 keeps the pathwise gradient too, and costs their particle dimension."""
+    lm = table_lm(V, 2, concentration=1.0, seed=3)
+    shapes = []
+
+    def baseline(cost, ratio):
+        shapes.append(tuple(cost.shape))
+        return torch.zeros_like(cost)
+
+    guide = bind(mixed_guide, table_lm(V, 2, concentration=1.5, seed=4).copy())
+    for prompts in (["", "", ""], [""]):
+        SequenceELBO(1, baseline=baseline).loss_and_grads(
+            bind(mixed_model, lm, reward=letters), guide, lm.prompts(prompts)
+        )
+    assert shapes == [(1, 3), (1, 1)]
+    assert all(pyro.get_param_store()[name].unconstrained().grad is not None for name in NAMES)
+
+
+def test_a_source_refuses_what_only_the_guides_own_draws_can_learn():
+    lm = table_lm(V, 2, concentration=1.0, seed=3)
+    guide = bind(mixed_guide, table_lm(V, 2, concentration=1.5, seed=4).copy())
+    elbo = SequenceELBO(4, source=off_policy.Reuse(2))
+    with pytest.raises(ValueError, match="parameters of its own: only reverse_kl without a source learns them"):
+        elbo.loss_and_grads(bind(mixed_model, lm, reward=letters), guide, lm.prompts([""]))
 
 
 def test_global_latent_and_subsampled_plate():
@@ -297,14 +426,18 @@ def test_learnable_language_model_in_the_model():
     torch.testing.assert_close(lm.model.table.grad, expected, atol=1e-12, rtol=0)
 
 
-def test_tabular_guide_converges_under_stock_svi():
-    """Vocabulary 5, length 6: stock SVI with a Pyro optimiser brings the exact KL from 0.09 to below 1e-3."""
-    lm = table_lm(5, 6, concentration=1.0, seed=9)
+@pytest.mark.parametrize(
+    ("length", "particles", "rate", "steps"),
+    [(4, 512, 0.3, 200), pytest.param(6, 4096, 0.12, 750, marks=pytest.mark.slow)],
+)
+def test_tabular_guide_converges_under_stock_svi(length, particles, rate, steps):
+    """Vocabulary 5: stock SVI with a Pyro optimiser brings the exact KL from more than 0.05 to a hundredth of it at most."""
+    lm = table_lm(5, length, concentration=1.0, seed=9)
     target = bind(tilted, lm, reward=letters, beta=2.0)
     guide = bind(tabular, lm.copy())
-    svi = SVI(target, guide, pyro.optim.Adagrad({"lr": 0.12}), loss=SequenceELBO(num_particles=4096))
-    rows = oracle.outcomes(5, 6, END)
-    x = oracle.as_tensor(rows, 6, END)
+    svi = SVI(target, guide, pyro.optim.Adagrad({"lr": rate}), loss=SequenceELBO(num_particles=particles))
+    rows = oracle.outcomes(5, length, END)
+    x = oracle.as_tensor(rows, length, END)
     reward = torch.tensor(letters(lm.vocabulary.decode(x)), dtype=torch.float64) / 2.0
     prompts = lm.prompts([""])
 
@@ -314,10 +447,10 @@ def test_tabular_guide_converges_under_stock_svi():
             return float(oracle.kl(guide.lm([""]).log_prob(x.unsqueeze(1))[:, 0], joint - joint.logsumexp(0)))
 
     before = exact_kl()
-    for _ in range(750):
+    for _ in range(steps):
         svi.step(prompts)
     after = exact_kl()
-    assert before > 0.05 and after < 1e-3, (before, after)
+    assert before > 0.05 and after < min(1e-3, before / 100), (before, after)
 
 
 # ----- refusals -----

@@ -16,7 +16,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from ppl_lm.embedded import FOLDER
 from ppl_lm.embedded.grammar import ATTRIBUTES, GRAMMAR, Grammar, detokenise, log_prob, parses, sample, tokenise
-from ppl_lm.embedded.rules import KINDS, RATES, rules
+from ppl_lm.embedded.rules import KINDS, RATES, all_rules
 from ppl_lm.embedded.train import draw, encode, pad, rate, text_cross_entropy, training_texts
 
 AMBIGUOUS = {
@@ -39,7 +39,7 @@ def derivations(grammar: Grammar, symbol: str) -> list[tuple[float, list[str]]]:
 
 def cut_down(start: str) -> Grammar:
     """The real grammar below `start`, with every list of equally likely entries cut to one."""
-    small = {s: e if isinstance(e, dict) else list(e)[:1] for s, e in rules().items()}
+    small = {s: e if isinstance(e, dict) else list(e)[:1] for s, e in all_rules().items()}
     return Grammar(small | {"male_name": ["Adam", "Max"]}, start)
 
 

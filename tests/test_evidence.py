@@ -152,7 +152,7 @@ def test_diagnosis_of_many_prompts(problem):
     prompts = target.lm.prompts(["", ""])
     made = diagnose(target, guide, prompts, num_samples=3000)
     record = made.as_json()
-    assert len(record["prompts"]) == 2 and record["upper_exact"] is True
+    assert len(record["prompts"]) == 2 and record["iwae_upper_exact"] is True
     for figures in record["prompts"]:
         gap = abs(figures["kl_q_p"] - float(truth.kl_q_p.detach()))
         assert gap < 4 * figures["kl_q_p_se"] and figures["verdict"] in ("good", "poor", "worse_than_prior")

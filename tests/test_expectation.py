@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from ppl_lm.criticism.effective_size import ess
-from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.expectations import expectation
 from ppl_lm.guides import prior as prior_guide
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError

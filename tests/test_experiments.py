@@ -42,6 +42,7 @@ def test_comes_out(name, tmp_path, monkeypatch):
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_decoding_comes_out(tmp_path, monkeypatch):
     """The one on a real language model, with few draws of each sampler."""
     few = decoding.with_settings(rejection, num_samples=20), decoding.with_settings(importance, num_samples=200)

@@ -3,6 +3,7 @@
 import importlib
 import math
 
+import pyro
 import pytest
 import torch
 
@@ -14,9 +15,10 @@ from ppl_lm.infer.objectives.divergences import reverse_kl
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
-from ppl_lm.run.fitting import fit
-from ppl_lm.run.gain import Gain
-from ppl_lm.run.learning_rate import MOST, Rate, peak
+from ppl_lm.run.fitting.gain import Gain
+from ppl_lm.run.fitting.learning_rate import MOST_MOVED, Rate, peak
+from ppl_lm.run.fitting.loop import fit
+from ppl_lm.run.fitting.step_metrics import guide_metrics
 
 
 def letters(completions, **_):
@@ -39,23 +41,23 @@ def test_fit_closes_most_of_the_distance_for_every_prompt(problem):
     target, guide, start = problem
     texts = ["", "a", "b"]
     before = kls(target, guide, texts)
-    made = fit(target, guide, texts, num_particles=64, batch_size=2, learning_rate=0.05, max_steps=300)
+    fitted = fit(target, guide, texts, SequenceELBO(64), batch_size=2, learning_rate=0.05, max_steps=300)
     after = kls(target, guide, texts)
-    assert made.outcome == "finished" and made.steps == 300
+    assert fitted.outcome == "finished" and fitted.steps == 300
     assert bool((after < 0.15 * before).all()), (before, after)
     truth = float((before - after).mean())
-    assert abs(made.gain - truth) < 4 * made.gain_se, "gain is the fall of the KL, without log Z"
+    assert abs(fitted.gain - truth) < 4 * fitted.gain_se, "gain is the fall of the KL, without log Z"
 
 
 def test_the_learning_rate_is_found_from_the_exact_move(problem, monkeypatch):
     """What `Rate` measures in the warm-up is the exact KL of the guide after a step from the guide before it."""
     target, guide, start = problem
-    module = importlib.import_module("ppl_lm.run.fitting")
-    made: list[Rate] = []
+    module = importlib.import_module("ppl_lm.run.fitting.loop")
+    schedules: list[Rate] = []
 
     def remember(*args):
-        made.append(Rate(*args))
-        return made[0]
+        schedules.append(Rate(*args))
+        return schedules[0]
 
     monkeypatch.setattr(module, "Rate", remember)
     rates, moves, tables = [], [], []
@@ -72,9 +74,9 @@ def test_the_learning_rate_is_found_from_the_exact_move(problem, monkeypatch):
 
     fit(target, guide, [""], max_steps=150, on_step=watch)
     c = torch.tensor(moves) / torch.tensor(rates[:-1], dtype=torch.float64) ** 2  # exact, step by step
-    found = torch.tensor(made[0].measured)
-    n = len(found)  # from the third step on; the texts of a step are drawn from the guide before it
-    assert n > 5 and torch.allclose(found.mean(), c[2 : 2 + n].mean().float(), rtol=0.25), (found, c[2 : 2 + n])
+    measured = torch.tensor(schedules[0].measured)
+    n = len(measured)  # from the third step on; the texts of a step are drawn from the guide before it
+    assert n > 5 and torch.allclose(measured.mean(), c[2 : 2 + n].mean().float(), rtol=0.25), (measured, c[2 : 2 + n])
     assert rates[20] > 10 * rates[5]
 
 
@@ -105,9 +107,9 @@ def test_a_move_is_measured_on_other_texts_than_made_the_step(problem):
         prefix = torch.cat([torch.full_like(texts[:, :1], lm.vocabulary.bos_id), texts[:, :3]], 1)
         return lm.model.rows(prefix, torch.ones_like(prefix))[:, 3]
 
-    truth, found = moved(problem, rows_of)
-    error = (found - truth).std() / 60**0.5
-    assert abs(found.mean() - truth.mean()) < 4 * error < truth.mean(), (truth.mean(), found.mean(), error)
+    truth, measured = moved(problem, rows_of)
+    error = (measured - truth).std() / 60**0.5
+    assert abs(measured.mean() - truth.mean()) < 4 * error < truth.mean(), (truth.mean(), measured.mean(), error)
 
 
 def test_a_move_of_what_follows_the_end_is_no_move(problem):
@@ -116,15 +118,15 @@ def test_a_move_of_what_follows_the_end_is_no_move(problem):
         heads = torch.tensor([[end, end, t, u] for t in range(4) for u in range(4)])
         return lm.model.rows(heads, torch.ones_like(heads))[:, 1:].unique()
 
-    truth, found = moved(problem, rows_of)
-    assert truth.abs().max() < 1e-12 and found.abs().max() < 1e-12
+    truth, measured = moved(problem, rows_of)
+    assert truth.abs().max() < 1e-12 and measured.abs().max() < 1e-12
 
 
 def test_the_learning_rate_of_networks_of_all_sizes():
     """A table, a small and a large network: the rate falls as they move further, and no step moves one too far."""
     rates = [peak(c) for c in (1.0, 1e4, 1e6, 1e10)]
     assert rates == sorted(rates, reverse=True) and rates[0] == 0.01 and 1e-4 <= rates[2] < rates[1] < 1e-3
-    assert all(c * peak(c) ** 2 <= MOST * 1.001 for c in (1e-6, 1.0, 1e4, 1e6, 1e10)) and peak(0.0) > 0
+    assert all(c * peak(c) ** 2 <= MOST_MOVED * 1.001 for c in (1e-6, 1.0, 1e4, 1e6, 1e10)) and peak(0.0) > 0
 
 
 def test_same_seed_same_fit(problem):
@@ -142,7 +144,7 @@ def test_micro_batches_change_nothing(problem):
     ends = []
     for size in (7, None):
         guide = bind(finetuned, target.lm.copy())
-        fit(target, guide, [""], max_steps=10, learning_rate=0.05, micro_batch=size, seed=1)
+        fit(target, guide, [""], SequenceELBO(128, micro_batch=size), max_steps=10, learning_rate=0.05, seed=1)
         ends.append(guide.lm.model.table.detach().clone())
     torch.testing.assert_close(*ends, atol=1e-10, rtol=0)
 
@@ -150,9 +152,9 @@ def test_micro_batches_change_nothing(problem):
 def test_a_ruined_guide_is_named_and_not_kept(problem):
     target, guide, start = problem
     before = kls(target, guide, [""])
-    made = fit(target, guide, [""], max_steps=200, learning_rate=30.0, num_particles=8)
-    assert made.outcome == "worse_than_prior" and made.kept in ("best", "start")
-    assert made.last_gain < -3 * made.last_gain_se and made.steps < 200, "stops early"
+    fitted = fit(target, guide, [""], SequenceELBO(8), max_steps=200, learning_rate=30.0)
+    assert fitted.outcome == "worse_than_prior" and fitted.kept in ("best", "start")
+    assert fitted.last_gain < -3 * fitted.last_gain_se and fitted.steps < 200, "stops early"
     assert float(kls(target, guide, [""])) <= float(before) + 0.05
 
 
@@ -163,8 +165,8 @@ def test_weights_that_diverge_end_the_fit(problem):
         if row["step"] == 5:
             guide.lm.model.table.data.fill_(math.nan)
 
-    made = fit(target, guide, [""], max_steps=100, learning_rate=1e-3, num_particles=8, on_step=diverge)
-    assert made.outcome == "worse_than_prior" and made.last_gain == -math.inf and made.kept == "start"
+    fitted = fit(target, guide, [""], SequenceELBO(8), max_steps=100, learning_rate=1e-3, on_step=diverge)
+    assert fitted.outcome == "worse_than_prior" and fitted.last_gain == -math.inf and fitted.kept == "start"
     assert bool(torch.isfinite(guide.lm.model.table).all())
 
 
@@ -174,8 +176,8 @@ def test_an_untrained_guide_is_not_called_worse(problem):
     outcomes = []
     for seed in range(40):
         guide = bind(finetuned, target.lm.copy())
-        made = fit(target, guide, [""], max_steps=1, learning_rate=1e-6, num_particles=2, seed=seed)
-        outcomes.append(made.outcome)
+        fitted = fit(target, guide, [""], SequenceELBO(2), max_steps=1, learning_rate=1e-6, seed=seed)
+        outcomes.append(fitted.outcome)
     assert outcomes.count("worse_than_prior") <= 1
 
 
@@ -187,8 +189,8 @@ def test_interruption_keeps_the_best(problem):
             raise KeyboardInterrupt
 
     before = kls(target, guide, [""])
-    made = fit(target, guide, [""], max_steps=300, learning_rate=0.05, on_step=stop)
-    assert made.outcome == "interrupted" and made.steps == 61
+    fitted = fit(target, guide, [""], max_steps=300, learning_rate=0.05, on_step=stop)
+    assert fitted.outcome == "interrupted" and fitted.steps == 61
     assert float(kls(target, guide, [""])) < float(before)
 
 
@@ -196,7 +198,7 @@ def test_interruption_while_measuring_keeps_the_guide(problem, monkeypatch):
     """Ctrl-C after the last step, while guides are compared on fresh draws: the fitted one is not thrown away."""
     target, guide, start = problem
     before, calls = kls(target, guide, [""]), []
-    module = importlib.import_module("ppl_lm.run.gain")
+    module = importlib.import_module("ppl_lm.run.fitting.gain")
 
     def second_is_interrupted(*args, **kwargs):
         calls.append(args)
@@ -205,14 +207,14 @@ def test_interruption_while_measuring_keeps_the_guide(problem, monkeypatch):
         return importance(*args, **kwargs)
 
     monkeypatch.setattr(module, "importance", second_is_interrupted)
-    made = fit(target, guide, [""], max_steps=100, learning_rate=0.05)
-    assert made.outcome == "interrupted" and made.kept in ("last", "best") and made.steps == 100
+    fitted = fit(target, guide, [""], max_steps=100, learning_rate=0.05)
+    assert fitted.outcome == "interrupted" and fitted.kept in ("last", "best") and fitted.steps == 100
     assert float(kls(target, guide, [""])) < float(before) / 2
 
 
 def test_the_gain_is_that_of_draws_that_chose_nothing(problem, monkeypatch):
     """The better of two guides on the same draws looks better than it is, so the one that is kept is measured once more."""
-    module, gains = importlib.import_module("ppl_lm.run.gain"), []
+    module, gains = importlib.import_module("ppl_lm.run.fitting.gain"), []
 
     def remember(*args, **kwargs):
         draws = importance(*args, **kwargs)
@@ -221,20 +223,19 @@ def test_the_gain_is_that_of_draws_that_chose_nothing(problem, monkeypatch):
 
     monkeypatch.setattr(module, "importance", remember)
     target, guide, start = problem
-    made = fit(target, guide, [""], max_steps=60, learning_rate=0.02)
+    fitted = fit(target, guide, [""], max_steps=60, learning_rate=0.02)
     assert len(gains) == 5, "the prior; the last guide, the best earlier one and the start; the one kept, again"
-    assert made.kept in ("last", "best") and made.gain == pytest.approx(gains[4] - gains[0])
+    assert fitted.kept in ("last", "best") and fitted.gain == pytest.approx(gains[4] - gains[0])
 
 
 def test_standard_error_of_the_elbo_with_few_particles(problem):
     """Within prompts, of which there may be many: two particles of eight prompts have 8 degrees of freedom, not 15."""
-    module = importlib.import_module("ppl_lm.run.fitting")
     target, guide, start = problem
     elbo, batch = SequenceELBO(2), guide.lm.prompts([""] * 8)
     with torch.no_grad():
         guide.lm.model.table[:, 0] += 1.0
     gain = Gain(target, guide, batch, reverse_kl, 1)
-    rows = [module._metrics(elbo.particles(target, guide, batch), gain, torch.arange(8)) for _ in range(400)]
+    rows = [guide_metrics(elbo.particles(target, guide, batch), gain, torch.arange(8)) for _ in range(400)]
     se = math.sqrt(sum(row["elbo_se"] ** 2 for row in rows) / 400)
     assert se == pytest.approx(float(torch.tensor([row["elbo"] for row in rows]).std()), rel=0.15)
 
@@ -242,8 +243,8 @@ def test_standard_error_of_the_elbo_with_few_particles(problem):
 def test_short_fits_find_their_learning_rate_too(problem):
     """Twenty steps, or a network so slow that no more fit into the time: the warm-up then is a tenth of them."""
     target, guide, start = problem
-    made = fit(target, guide, [""], max_steps=20)
-    rates = [row["learning_rate"] for row in made.metrics]
+    fitted = fit(target, guide, [""], max_steps=20)
+    rates = [row["learning_rate"] for row in fitted.metrics]
     assert rates[0] < 1e-4 < rates[5]
 
 
@@ -283,7 +284,7 @@ def test_a_guide_that_cannot_be_saved_does_not_hide_the_fault(problem):
 
 def test_at_least_one_step_is_made(problem):
     target, guide, _ = problem
-    assert fit(target, guide, [""], time_limit=1e-6, num_particles=8).steps == 1
+    assert fit(target, guide, [""], SequenceELBO(8), time_limit=1e-6).steps == 1
 
 
 def test_rewards_that_are_all_equal_leave_the_prior_alone(problem):
@@ -307,19 +308,18 @@ def test_rewards_that_are_all_equal_leave_the_prior_alone(problem):
         ({"max_steps": None}, "max_steps= or time_limit="),
         ({"time_limit": -1.0}, "time_limit=-1.0"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"num_particles": 1}, "num_particles=1"),
+        ({"loss": pyro.infer.Trace_ELBO()}, "give a SequenceELBO"),
+        ({"loss": SequenceELBO}, "give a SequenceELBO"),
     ],
 )
 def test_bad_arguments(problem, change, message):
     target, guide, start = problem
     with pytest.raises(ValueError, match=message):
-        fit(target, guide, [""], **{"max_steps": 3, "num_particles": 4, **change})
+        fit(target, guide, [""], **{"max_steps": 3, "loss": SequenceELBO(4), **change})
 
 
 def test_parameters_of_the_programs_are_trained_too(problem):
     """`pyro.param` inside a program, beside the networks."""
-    import pyro
-
     _, _, start = problem
 
     def mine(prompts, prior, reward):
@@ -336,8 +336,6 @@ def test_parameters_of_the_programs_are_trained_too(problem):
 
 def test_the_seed_is_the_users():
     """Without seed= the global state decides, as `pyro.set_rng_seed` expects."""
-    import pyro
-
     ends = []
     for seed in (1, 2, 1):
         lm = table_lm(3, 2, concentration=1.0)
@@ -346,3 +344,17 @@ def test_the_seed_is_the_users():
         fit(bind(tilted, lm, reward=letters), guide, [""], max_steps=3, learning_rate=0.05)
         ends.append(guide.lm.model.table.detach().clone())
     assert torch.equal(ends[0], ends[2]) and not torch.equal(ends[0], ends[1])
+
+
+@pytest.mark.parametrize(("loss", "count"), [(None, 128), (SequenceELBO(5), 5)])
+def test_the_loss_says_how_many_texts_a_step_draws(problem, loss, count):
+    """As in Pyro's SVI, the loss comes fourth; a fit that made its own from other settings would draw another number."""
+    _, _, start = problem
+    asked = []
+
+    def reward(completions, **_):
+        asked.append(len(completions))
+        return letters(completions)
+
+    fit(bind(tilted, start.lm, reward=reward), bind(finetuned, start.lm.copy()), ["", "a"], loss, max_steps=2)
+    assert asked.count(2 * count) == 2

@@ -19,7 +19,7 @@ from ppl_lm.infer.objectives.catalogue import OBJECTIVES, objective
 from ppl_lm.infer.off_policy import Proposal, Replay, Reuse
 from ppl_lm.lm.table import table_like, table_lm
 from ppl_lm.models import constrained, tilted
-from ppl_lm.run.fitting import fit
+from ppl_lm.run.fitting.loop import fit
 from ppl_lm.run.names import OBJECTIVES as NAMES
 
 NO_POSTERIOR = ("expected_reward", "grpo")  # their optimum is another law
@@ -59,10 +59,11 @@ def test_stock_svi(name):
     beta = 0.5 if name in NO_POSTERIOR else 1.0
     target, guide = problem(reward=letters, beta=beta)
     texts, before = ["", "a"], kls(target, guide, ["", "a"])
-    rate = 0.005 if name in ("chi2", "reverse_chi2", "subtb") else 0.02
+    rate = 0.01 if name in ("chi2", "reverse_chi2", "subtb") else 0.04
+    rate, steps = (0.02, 400) if name == "iwae" else (rate, 200)  # whose gradient is the noisiest
     elbo = SequenceELBO(FEW.get(name, 64), objective=objective(name, beta))
     svi = pyro.infer.SVI(target, guide, pyro.optim.Adam({"lr": rate, "betas": (0.9, 0.99)}), loss=elbo)
-    for _ in range(400):
+    for _ in range(steps):
         svi.step(texts * (64 // FEW.get(name, 64)))
     after = kls(target, guide, texts)
     if name in NO_POSTERIOR:
@@ -71,37 +72,39 @@ def test_stock_svi(name):
         assert bool((after[0] < 0.1 * before[0]).all() and (after[1] < 0.1 * before[1]).all()), (before, after)
 
 
-@pytest.mark.parametrize("texts", [[""], ["", "a", "b"]], ids=["one prompt", "three prompts"])
+@pytest.mark.parametrize(
+    "texts",
+    [pytest.param([""], id="one prompt", marks=pytest.mark.slow), pytest.param(["", "a", "b"], id="three prompts")],
+)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_fit(name, texts):
     target, guide = problem(reward=letters, beta=1.0)
     before = kls(target, guide, texts)
-    settings = {"num_particles": FEW.get(name, 64), "max_steps": 200, "learning_rate": 0.02, "seed": 0}
-    made = fit(target, guide, texts * (64 // FEW.get(name, 64)), objective=objective(name, 1.0), **settings)
+    particles = FEW.get(name, 64)
+    loss = SequenceELBO(particles, objective=objective(name, 1.0))
+    fitted = fit(target, guide, texts * (64 // particles), loss, max_steps=200, learning_rate=0.02, seed=0)
     after = kls(target, guide, texts)
-    watched = int(getattr(objective(name, 1.0), "covers", False))  # KL(p ‖ q) instead of KL(q ‖ p)
+    watched = int(objective(name, 1.0).mass_covering)  # KL(p ‖ q) instead of KL(q ‖ p)
     truth = float((before[watched] - after[watched]).mean())
-    assert abs(made.gain - truth) < 4 * made.gain_se + 1e-9, "gain is the fall of the KL that is watched"
+    assert abs(fitted.gain - truth) < 4 * fitted.gain_se + 1e-9, "gain is the fall of the KL that is watched"
     assert name in NO_POSTERIOR or truth > 0.5 * float(before[0].mean())
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_hard_constraints_are_fitted_or_refused_by_name(name):
     target, guide = problem(constrained, constraint=has_a)
-    if not getattr(objective(name, 1.0), "mends", False):
+    if not objective(name, 1.0).allows_hard_constraints:
         with pytest.raises(ValueError, match=f"{name} cannot fit a hard constraint"):
-            fit(target, guide, [""], objective=objective(name, 1.0), max_steps=3, num_particles=16)
+            fit(target, guide, [""], SequenceELBO(16, objective=objective(name, 1.0)), max_steps=3)
         return
     before = kls(target, guide, [""])[1]
-    made = fit(
-        target, guide, [""], objective=objective(name, 1.0), num_particles=64, max_steps=300, learning_rate=0.02, seed=0
-    )
+    loss = SequenceELBO(64, objective=objective(name, 1.0))
+    fitted = fit(target, guide, [""], loss, max_steps=300, learning_rate=0.02, seed=0)
     after = kls(target, guide, [""])[1]
-    assert made.outcome == "finished" and float(after) < 0.3 * float(before)
-    assert abs(made.gain - float(before - after)) < 4 * made.gain_se
+    assert fitted.outcome == "finished" and float(after) < 0.3 * float(before)
+    assert abs(fitted.gain - float(before - after)) < 4 * fitted.gain_se
     torch.manual_seed(0)
-    told = diagnose(target, guide, target.lm.prompts([""]), num_samples=2000)
-    figures = told.as_json()
+    figures = diagnose(target, guide, target.lm.prompts([""]), num_samples=2000).as_json()
     assert figures["kl_q_p"] == math.inf and 0.5 < figures["possible"] < 1
     assert abs(figures["kl_p_q"] - float(after)) < 4 * figures["kl_p_q_se"]
     assert abs(figures["kl_p_prior"] - float(before)) < 4 * figures["kl_p_prior_se"]
@@ -111,7 +114,7 @@ def test_hard_constraints_are_fitted_or_refused_by_name(name):
 def test_nothing_possible_is_no_support():
     target, guide = problem(constrained, constraint=lambda completions, **_: [False] * len(completions))
     with pytest.raises(NoSupportError, match="none of 8192 draws of the prior"):
-        fit(target, guide, [""], objective=objective("forward_kl", 1.0), max_steps=3)
+        fit(target, guide, [""], SequenceELBO(128, objective=objective("forward_kl", 1.0)), max_steps=3)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +132,9 @@ def test_nothing_possible_is_no_support():
 def test_off_policy_fits(name, source, ratios):
     target, guide = problem(reward=letters, beta=1.0)
     before = kls(target, guide, [""])[0]
-    made = fit(
-        target, guide, [""], objective=objective(name, 1.0), source=source(guide), num_particles=64, max_steps=300,
-        learning_rate=0.01, seed=0, **ratios,
-    )  # fmt: skip
-    assert made.kept != "start" and float(kls(target, guide, [""])[0]) < 0.3 * float(before)
+    loss = SequenceELBO(64, objective=objective(name, 1.0), source=source(guide), **ratios)
+    fitted = fit(target, guide, [""], loss, max_steps=300, learning_rate=0.01, seed=0)
+    assert fitted.kept != "start" and float(kls(target, guide, [""])[0]) < 0.3 * float(before)
 
 
 def test_a_latent_beside_the_text():
@@ -184,5 +185,6 @@ def test_an_unknown_objective_is_one_message(tmp_path):
 def test_a_table_is_fitted_to_a_constraint():
     lm = table_lm(4, 3, max_prompt=2, concentration=1.0, seed=1)
     target, guide = bind(constrained, lm, constraint=has_a), bind(tabular, table_like(lm))
-    fit(target, guide, [""], objective=objective("forward_kl", 1.0), max_steps=400, learning_rate=0.05, seed=0)
+    loss = SequenceELBO(128, objective=objective("forward_kl", 1.0))
+    fit(target, guide, [""], loss, max_steps=400, learning_rate=0.05, seed=0)
     assert float(kls(target, guide, [""])[1]) < 0.1

@@ -37,7 +37,7 @@ def test_drawn_is_scored_alone_together_and_step_by_step(kind, dtype, device):
     lm = tiny.language_model(kind).to(device, dtype)
     d = lm(TEXTS)
     x = d.sample((4,))
-    drawn = d.drawn_log_probs(x)
+    drawn = d.sampled_log_probs(x)
     torch.testing.assert_close(drawn, d.token_log_probs(x), atol=TOLERANCE[dtype], rtol=0)
     for b, text in enumerate(TEXTS):
         alone = lm([text]).token_log_probs(x[:, b : b + 1])
@@ -327,7 +327,7 @@ def test_pad_begin_and_end_may_be_one_token(names, pad, bos, ends):
     assert (v.pad_id, v.bos_id, v.end_ids) == (pad, bos, ends)
     d = lm(TEXTS)
     x = d.sample((40,))
-    torch.testing.assert_close(d.drawn_log_probs(x), d.token_log_probs(x), atol=1e-4, rtol=0)
+    torch.testing.assert_close(d.sampled_log_probs(x), d.token_log_probs(x), atol=1e-4, rtol=0)
     ended = x.new_full((1, 1, 8), v.pad_id)
     ended[..., 0] = ends[0]
     expected = torch.stack([full_log_probs(lm, v.encode(text))[ends[0]] for text in TEXTS])

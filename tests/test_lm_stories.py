@@ -41,7 +41,7 @@ def test_one_token_begins_and_ends_a_story(lm):
 def test_drawn_is_scored_on_mixed_prompts(lm):
     d = lm(["", "Once upon a time", "Tom and Sue went to the big park to play. They"])
     x = d.sample((20,))
-    drawn = d.drawn_log_probs(x)
+    drawn = d.sampled_log_probs(x)
     torch.testing.assert_close(drawn, d.token_log_probs(x), atol=1e-4, rtol=0)
     assert lm.self_check(d.prompts) < 1e-4
 
@@ -50,7 +50,7 @@ def test_token_ids_are_the_value_where_text_does_not_survive(lm):
     """About 1 text in 32 is encoded otherwise than it was drawn (none of 256: 3e-4); its score is that of its ids."""
     d = lm([""])
     x = d.sample((256,))
-    drawn = d.drawn_log_probs(x).sum(-1)[:, 0]
+    drawn = d.sampled_log_probs(x).sum(-1)[:, 0]
     rows = lm.vocabulary.completion_ids(x[:, 0])
     lost = [i for i, row in enumerate(rows) if lm.vocabulary.plain(lm.vocabulary.tokenizer.decode(row)) != row]
     assert 1 <= len(lost) <= 64

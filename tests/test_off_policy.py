@@ -27,8 +27,8 @@ from ppl_lm.likelihood.reward import Reward
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
-from ppl_lm.run.fitting import fit
-from ppl_lm.run.gain import Gain
+from ppl_lm.run.fitting.gain import Gain
+from ppl_lm.run.fitting.loop import fit
 
 LM = table_lm(4, 2, max_prompt=2, concentration=1.0, seed=1)
 
@@ -166,7 +166,7 @@ def test_fit_reuses_texts_whatever_the_batches(monkeypatch):
         return call(self, lambda *a: drawn.append(1) or draw(*a), prompts)
 
     monkeypatch.setattr(Reuse, "__call__", count)
-    fit(target, guide, ["", "a", "b", "a b"], batch_size=2, source=source, max_steps=20, num_particles=4)
+    fit(target, guide, ["", "a", "b", "a b"], SequenceELBO(4, source=source), batch_size=2, max_steps=20)
     assert len(drawn) == 5
 
 
@@ -262,7 +262,7 @@ def test_parameters_of_the_model_are_refused_beside_a_reparameterised_site():
             pyro.sample("x", lm(prompts))
             pyro.sample("z", dist.Normal(loc, 1.0))
 
-    with pytest.raises(ValueError, match="only reverse_kl learns them"):
+    with pytest.raises(ValueError, match="only reverse_kl without a source learns them"):
         SequenceELBO(4, objective=forward_kl).loss_and_grads(bind(model, LM), bind(guide, LM.copy()), [""])
 
 
@@ -380,8 +380,8 @@ def test_a_fit_from_a_proposal_keeps_an_earlier_guide_that_was_better():
             with torch.no_grad():
                 guide.lm.model.table.add_(3 * torch.randn(guide.lm.model.table.shape, dtype=torch.float64))
 
-    settings = {"max_steps": 72, "learning_rate": 0.03, "num_particles": 64, "seed": 0, "on_step": spoil}
-    made = fit(target, guide, [""], objective=jensen_shannon, source=Proposal.like(guide, 5), **settings)
+    loss = SequenceELBO(64, objective=jensen_shannon, source=Proposal.like(guide, 5))
+    made = fit(target, guide, [""], loss, max_steps=72, learning_rate=0.03, seed=0, on_step=spoil)
     assert made.kept == "best" and made.gain > 0.2
     assert all(math.isfinite(row["gain"]) for row in made.metrics)
 
@@ -390,7 +390,8 @@ def test_a_fit_from_a_proposal_keeps_an_earlier_guide_that_was_better():
 def test_metrics_are_of_the_guide_not_of_what_drew(source):
     """At the start the guide is the prior: its gain and distance from the prior are 0 within noise, whatever drew."""
     target, guide = problem()
-    made = fit(target, guide, [""], objective=vargrad, source=source(guide), max_steps=40, learning_rate=1e-9, seed=0)
+    loss = SequenceELBO(128, objective=vargrad, source=source(guide))
+    made = fit(target, guide, [""], loss, max_steps=40, learning_rate=1e-9, seed=0)
     assert abs(sum(row["gain"] for row in made.metrics) / 40) < 0.1
     assert all(abs(row["kl_prior"]) < 1e-6 for row in made.metrics)
 
@@ -407,8 +408,8 @@ def test_impossible_texts_that_show_themselves_late():
 
     for seed in range(3):
         guide = bind(finetuned, lm.copy())
-        settings = {"max_steps": 40, "num_particles": 128, "seed": seed, "learning_rate": 0.003}
-        made = fit(bind(tilted, lm, reward=reward, beta=0.5), guide, [""], objective=jensen_shannon, **settings)
+        target, loss = bind(tilted, lm, reward=reward, beta=0.5), SequenceELBO(128, objective=jensen_shannon)
+        made = fit(target, guide, [""], loss, max_steps=40, seed=seed, learning_rate=0.003)
         figures = (made.gain, made.gain_se, made.last_gain, made.last_gain_se)
         assert all(map(math.isfinite, figures)) and made.outcome == "finished" and made.gain > 0
 

@@ -23,16 +23,20 @@ from typer.testing import CliRunner
 from ppl_lm.cli.app import app
 from ppl_lm.criticism.diagnoses.draws_verdicts import CODES_OF_DRAWS
 from ppl_lm.criticism.diagnoses.verdicts import CODES
-from ppl_lm.report.leaderboard_page import boards, leaderboard, rows
+from ppl_lm.report.leaderboard_page import boards, fit_rows, leaderboard
 from ppl_lm.report.page import lines, pm, shown
-from ppl_lm.report.run_page import LABELS, OF_DRAWS, _distances, formula, report
+from ppl_lm.report.run_page import DRAWS_LABELS, GUIDE_LABELS, bars, formula, report
+from ppl_lm.run.config import FORMAT
+from ppl_lm.run.diagnosis_records import DrawsDiagnosis, GuideDiagnosis
+from ppl_lm.run.files import finite
 from ppl_lm.run.reading import read
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCRIPT = "<script>document.title='run'</script><img src=http://127.0.0.1:9/x onerror=\"document.title='run'\">"
 OVERRIDE = "\u202eecalpmi\u202c"
-QUICK = ["--max-steps", "3", "--particles", "8", "--num-samples", "256", "--max-new-tokens", "12"]
+QUICK = ["--max-steps", "3", "--particles", "8", "--num-samples", "128", "--max-new-tokens", "8"]
+pytestmark = pytest.mark.xdist_group("pages")  # which read the same runs
 
 
 def call(*args):
@@ -68,7 +72,7 @@ def plain(tmp_path_factory):
     (folder / "held.txt").write_text("The soup was\n")
     call("diagnose", run, "--prompts", folder / "held.txt", "--num-samples", 200)
     call("sample", run, "--num-samples", 128)
-    call("sample", "tilted", "--sampler", "smc", "--max-new-tokens", 12, "--num-samples", 128, "--output-dir", draws)
+    call("sample", "tilted", "--sampler", "smc", "--max-new-tokens", 8, "--num-samples", 128, "--output-dir", draws)
     return run, draws
 
 
@@ -109,30 +113,43 @@ def test_the_page_of_a_fit_has_every_part(plain):
     assert not page.open and "script" not in page.tags
     assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
     assert page.tags.count("img") >= 6, "graph, tree, training, evidence, frontier, tail"
-    made = run.diagnosis
-    assert page.text.index(LABELS[made["verdict"]]) < page.text.index("What was asked"), "the verdict comes first"
+    diagnosis = run.diagnosis
+    verdict, average = diagnosis.verdict, diagnosis.average
+    assert page.text.index(GUIDE_LABELS[verdict.code]) < page.text.index("What was asked"), "the verdict comes first"
     for said in (
-        *(made["sentence"], made["remedy"], pm(made["kl_q_p"], made["kl_q_p_se"]), pm(made["ess"], made["ess_se"])),
+        *(verdict.sentence, verdict.remedy, pm(average.kl_q_p, average.kl_q_p_se), pm(average.ess, average.ess_se)),
         *("p(x | prompt, O=1) ∝ prior(x | prompt) · exp(reward(prompt, x) / beta)", "def tilted(", "def vader("),
         *(
-            "ppl-lm fit tilted --max-new-tokens 12 --max-steps 3",
-            run.asked["versions"]["torch"],
+            "ppl-lm fit tilted --max-new-tokens 8 --max-steps 3",
+            run.config.versions["torch"],
             run.hashes["prior_sha256"],
             "Seed 0",
         ),
-        *("distinct-2", "self-BLEU", "held", "importance", f"{made['lm_tokens']:,} LM tokens"),
+        *("distinct-2", "self-BLEU", "held", "importance", f"{average.lm_tokens:,} LM tokens"),
     ):
         assert " ".join(said.split()) in page.text, said
     for law in ("prior", "guide", "posterior"):
-        for text in run.samples[0][law]:
+        for text in run.texts[0][law]:
             assert "".join(text["tokens"]).split()[0] in page.text
             assert text["gains"] is not None and len(text["gains"]) == len(text["tokens"])
+
+
+def test_a_run_is_read_back_whole(plain):
+    """Every key of diagnosis.json, of prompts and other diagnoses too, and every setting: none is lost, none made up."""
+    for folder in plain:
+        run = read(folder)
+        assert finite(run.diagnosis.as_json()) == json.loads((folder / "diagnosis.json").read_text())
+        for name, other in run.others.items():
+            assert finite(other.as_json()) == json.loads((folder / f"diagnosis_{name}.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
+        assert finite(run.config.as_json()) == config and config["format"] == FORMAT
+    assert {type(other) for other in read(plain[0]).others.values()} == {GuideDiagnosis, DrawsDiagnosis}
 
 
 def test_heat_is_the_gain_of_each_token(plain):
     """The colour's number is log q - log p0 of that token over 2 nats, from -1 to 1."""
     run = read(plain[0])
-    text = run.samples[0]["guide"][0]
+    text = run.texts[0]["guide"][0]
     text["gains"][:3] = [1.0, -3.0, 0.0]
     spans = re.findall(r'<span class="token (\w+)" dir="auto" style="--v:(-?[\d.]+)"', report(run))
     assert ("up", "0.500") in spans and ("down", "-1.000") in spans and ("zero", "0.000") in spans
@@ -162,35 +179,45 @@ def test_a_page_says_what_cannot_be_drawn(hostile):
 def test_a_page_of_draws_without_a_fit(plain):
     run = read(plain[1])
     page = Page(report(run))
-    assert OF_DRAWS[run.diagnosis["verdict"]] in page.text and "What are these draws worth?" in page.text
+    assert DRAWS_LABELS[run.diagnosis.verdict.code] in page.text and "What are these draws worth?" in page.text
     assert "log weight" in page.text and "bulk ESS" not in page.text and page.tags.count("img") >= 1
+
+
+def changed(run, code=None, **figures):
+    """The run with another verdict, or other figures on average."""
+    diagnosis = run.diagnosis
+    diagnosis = replace(diagnosis, average=replace(diagnosis.average, **figures))
+    return replace(
+        run, diagnosis=replace(diagnosis, verdict=replace(diagnosis.verdict, code=code or diagnosis.verdict.code))
+    )
 
 
 def test_figures_that_rest_on_too_little_say_so(plain):
     fitted, draws = read(plain[0]), read(plain[1])
-    few = replace(fitted, diagnosis=fitted.diagnosis | {"seen": 3.2, "verdict": "unknown"})
-    assert "The prior's draws are worth 3 of the posterior's" in Page(report(few)).text
-    lost = replace(draws, diagnosis=draws.diagnosis | {"verdict": "unreliable", "khat": None})
-    page = Page(report(lost)).text
+    assert "The prior's draws are worth 3 of the posterior's" in Page(report(changed(fitted, "unknown", seen=3.2))).text
+    page = Page(report(changed(draws, "unreliable", khat=None))).text
     assert "These draws are not to be relied on" in page and "k-hat is fine below" not in page
-    for run in (fitted, draws):
-        sound = replace(run, diagnosis=run.diagnosis | {"verdict": "good"} | ({"seen": 500.0} if run is fitted else {}))
+    for sound in (changed(fitted, "good", seen=500.0), changed(draws, "good")):
         page = Page(report(sound)).text
         assert "The prior's draws are worth" not in page and "These draws are not" not in page
 
 
 def test_runs_of_one_posterior_stand_together_closest_first(plain, hostile):
     one, draws, other = read(plain[0]), read(plain[1]), read(hostile)
-    far = replace(one, name="far", diagnosis=one.diagnosis | {"kl_q_p": one.diagnosis["kl_q_p"] + 5.0})
-    near = replace(one, name="near", diagnosis=one.diagnosis | {"kl_q_p": one.diagnosis["kl_q_p"] + 1e-4})
-    found = boards([far, one, other, near, draws])
-    assert [[run.name for run in board.fits] for board in found] == [["plain", "near", "far"], ["run"]]
-    assert [[run.name for run in board.draws] for board in found] == [["draws"], []]
-    first, second, third = rows(found[0])
+    distance = one.diagnosis.average.kl_q_p
+    far, near = (
+        replace(changed(one, kl_q_p=distance + 5.0), name="far"),
+        replace(changed(one, kl_q_p=distance + 1e-4), name="near"),
+    )
+    grouped = boards([far, one, other, near, draws])
+    assert [[run.name for run in board.fits] for board in grouped] == [["plain", "near", "far"], ["run"]]
+    assert [[run.name for run in board.samples] for board in grouped] == [["draws"], []]
+    first, second, third = fit_rows(grouped[0])
     assert first["behind"] == "closest" and "within error" in second["behind"] and "within" not in third["behind"]
-    hotter = replace(one, asked=one.asked | {"settings": one.asked["settings"] | {"beta": 0.3}})
+    hotter = replace(one, config=replace(one.config, settings=replace(one.settings, beta=0.3)))
     assert len(boards([one, hotter])) == 2, "another β is another posterior"
-    edited = replace(one, asked=one.asked | {"sources": one.asked["sources"] | {"reward": "def other(): ..."}})
+    sources = replace(one.config.sources, reward="def other(): ...")
+    edited = replace(one, config=replace(one.config, sources=sources))
     assert len(boards([one, edited])) == 2, "and so is a reward whose file was changed"
     page = Page(leaderboard([far, one, other, near, draws]))
     assert "These runs are of 2 posteriors" in page.text and page.text.index(" near ") < page.text.index(" far ")
@@ -200,14 +227,16 @@ def test_under_a_hard_constraint_the_other_kl_decides(tmp_path):
     """KL(guide ‖ posterior) is infinite there, which JSON has as null: the page says ∞, and runs are ranked by the other."""
     run = tmp_path / "run"
     call("fit", "constrained", *QUICK, "--reward", "contains:the", "--objective", "forward_kl", "--output-dir", run)
-    made = read(run)
-    assert made.diagnosis["kl_q_p"] == math.inf == made.diagnosis["prompts"][0]["kl_prior_p"]
-    page = Page(report(made))
+    fitted = read(run)
+    diagnosis = fitted.diagnosis
+    assert diagnosis.average.kl_q_p == math.inf == diagnosis.prompts[0].kl_prior_p
+    assert finite(diagnosis.as_json()) == json.loads((run / "diagnosis.json").read_text()), "null for what is endless"
+    page = Page(report(fitted))
     assert "KL(guide ‖ posterior) ∞" in page.text and "ELBO −∞" in page.text and "KL(posterior ‖ guide)" in page.text
-    far = replace(made, name="far", diagnosis=made.diagnosis | {"kl_p_q": made.diagnosis["kl_p_q"] + 1.0})
-    (board,) = boards([far, made])
-    assert board.hard and [row["name"] for row in rows(board)] == ["run", "far"]
-    assert rows(board)[1]["behind"].startswith("1.0") and rows(board)[0]["kl_q_p"] == "∞"
+    far = replace(changed(fitted, kl_p_q=diagnosis.average.kl_p_q + 1.0), name="far")
+    (board,) = boards([far, fitted])
+    assert board.hard and [row["name"] for row in fit_rows(board)] == ["run", "far"]
+    assert fit_rows(board)[1]["behind"].startswith("1.0") and fit_rows(board)[0]["kl_q_p"] == "∞"
 
 
 def test_the_commands_write_pages_and_refuse_what_is_no_run(plain, tmp_path, monkeypatch):
@@ -229,11 +258,11 @@ def test_a_fit_that_went_wrong_is_told_as_such_and_the_kept_guide_beside_it(tmp_
     wrong = ["--max-steps", "8", "--particles", "8", "--num-samples", "256", "--max-new-tokens", "12"]
     result = CliRunner().invoke(app, ["fit", "tilted", *wrong, "--learning-rate", "0.3", "--output-dir", str(run)])
     assert result.exit_code == 1, result.output
-    made = read(run)
-    assert made.diagnosis["verdict"] == "worse_than_prior" and "worse_than_prior:" not in made.diagnosis["sentence"]
-    page = Page(report(made))
-    assert LABELS["worse_than_prior"] in page.text and "What to do. Lower --learning-rate" in page.text
-    assert f"The guide that was kept is called {made.diagnosis['kept_verdict']}" in page.text
+    diagnosis = read(run).diagnosis
+    assert diagnosis.verdict.code == "worse_than_prior" and "worse_than_prior:" not in diagnosis.verdict.sentence
+    page = Page(report(read(run)))
+    assert GUIDE_LABELS["worse_than_prior"] in page.text and "What to do. Lower --learning-rate" in page.text
+    assert f"The guide that was kept is called {diagnosis.kept_verdict}" in page.text
     assert page.text.count("Lower --learning-rate") == 1
 
 
@@ -251,8 +280,8 @@ def test_the_draws_of_every_sampler_have_a_page_and_a_rank(tmp_path):
         assert len(texts) == 16 and len(set(texts)) > 4, "of all chains, not of the first alone"
         assert "+0.000 nats" not in report(run)
     (board,) = boards([read(run) for run in runs])
-    order = [CODES_OF_DRAWS.index(run.diagnosis["verdict"]) for run in board.draws]
-    assert board.draws[0].name == "rejection" and order == sorted(order)
+    order = [CODES_OF_DRAWS.index(run.diagnosis.verdict.code) for run in board.samples]
+    assert board.samples[0].name == "rejection" and order == sorted(order)
     assert "contains:[/b]" in call("compare", *runs, "--output", tmp_path / "board.html")
 
 
@@ -278,7 +307,8 @@ def test_a_posterior_that_is_not_the_rewards_is_not_set_on_its_frontier(tmp_path
     page = Page(report(read(run)))
     assert "E[reward] of the guide" in page.text and "Reward against distance" not in page.text
     assert "β =" not in page.text and "p(x) ∝ prior(x) · exp(-|x|/2)" in page.text
-    cold = replace(read(run), asked=read(run).asked | {"settings": read(run).asked["settings"] | {"beta": 9.0}})
+    config = read(run).config
+    cold = replace(read(run), config=replace(config, settings=replace(config.settings, beta=9.0)))
     assert len(boards([read(run), cold])) == 1, "a β that nothing takes makes no other posterior"
 
 
@@ -308,18 +338,18 @@ def test_a_damaged_or_foreign_folder_is_refused_in_a_line(plain, tmp_path):
     assert folder.exit_code == 2 and "is a folder" in folder.stderr
 
 
-def test_bars_of_distances_that_are_nothing():
+def test_bars_of_distances_that_are_nothing(plain):
     """Of a reward that is always the same both are 0 but for rounding."""
-    zero = dict.fromkeys(("kl_prior_p", "kl_q_p", "kl_p_prior", "kl_p_q"), -1e-9)
-    bars = _distances(zero | {f"{key}_se": 0.0 for key in zero})
-    assert [bar["width"] for bar in bars] == ["0.0", "0.0", "100.0"]
-    hard = {"kl_prior_p": math.inf, "kl_q_p": math.inf, "kl_p_prior": 2.0, "kl_p_q": 0.4}
-    bars = _distances(hard | {f"{key}_se": 0.0 for key in hard})
-    assert bars[-1]["value"].startswith("0.600"), "twice 15% of 2 nats, as the verdict has it"
+    average, kls = read(plain[0]).diagnosis.average, ("kl_prior_p", "kl_q_p", "kl_p_prior", "kl_p_q")
+    errors = {f"{key}_se": 0.0 for key in kls}
+    zero = bars(replace(average, **dict.fromkeys(kls, -1e-9), **errors))
+    assert [bar["width"] for bar in zero] == ["0.0", "0.0", "100.0"]
+    hard = bars(replace(average, kl_prior_p=math.inf, kl_q_p=math.inf, kl_p_prior=2.0, kl_p_q=0.4, **errors))
+    assert hard[-1]["value"].startswith("0.600"), "twice 15% of 2 nats, as the verdict has it"
 
 
 def test_small_parts():
-    assert set(LABELS) == set(CODES) and set(OF_DRAWS) == set(CODES_OF_DRAWS)
+    assert set(GUIDE_LABELS) == set(CODES) and set(DRAWS_LABELS) == set(CODES_OF_DRAWS)
     assert pm(float("inf")) == "∞" and pm(float("-inf"), 0.1) == "−∞" and pm(-1.5, 0.25) == "−1.50 ± 0.25"
     assert pm(12_345.678, 120.0) == "12,346 ± 120" and pm(7, None) == "7" and pm(0.25, float("inf")) == "0.250"
     assert (

@@ -4,6 +4,7 @@
 |---|---|---|
 | frontier | KL and E[reward] of p_β by enumeration | 4 of the standard errors, which the spread of 200 repetitions confirms |
 | tail of weights | share of draws at least so heavy; scale of a known Pareto | 1e-12; 5% |
+| steps of SMC | each curve is `draws.stats`; log Ẑ so far ends at the run's estimate | exact; 1e-10 |
 | token gains | log p of each token by the table's rows | 1e-10 |
 | everything drawn | nothing raises, and what is missing is said | |
 
@@ -40,6 +41,9 @@ from ppl_lm.infer.enumeration import enumerate_posterior, kl
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.markov_chains import mcmc
 from ppl_lm.infer.samplers.rejection_sampling import rejection
+from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.samplers.settings import SMCSettings
+from ppl_lm.infer.twists.functions import prefix_likelihood
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.table import table_lm
 from ppl_lm.lm.token_pieces import pieces
@@ -117,8 +121,8 @@ def test_training_says_what_it_does_not_show(problem):
     told = rendered(plot.training(metrics(3), {"elbo": None, "elbo_se": None, "log_z": 1.0, "log_z_se": 0.1}))
     assert "ELBO is not finite" in told and "EUBO is not finite" in told
     made = {"elbo": 0.99, "elbo_se": 0.01, "log_z": 1.0, "log_z_se": 0.01, "upper": 1.01, "upper_se": math.nan}
-    tight = plot.training(metrics(300), made | {"upper_exact": False, "kl_q_p": 0.01, "kl_p_q": 0.01})
-    assert rendered(tight) == "" and "approximate" in tight.get_legend().get_texts()[-1].get_text()
+    tight = plot.training(metrics(300), made | {"kl_q_p": 0.01, "kl_p_q": 0.01})
+    assert rendered(tight) == "" and "approximate" not in tight.get_legend().get_texts()[-1].get_text()
     renderer = FigureCanvasAgg(tight.figure).get_renderer()
     low, high = (text.get_window_extent(renderer) for text in tight.texts)
     assert low.y1 < high.y0, "labels of a tight bracket stand apart"
@@ -461,6 +465,32 @@ def test_plain_text_stays_as_it_is():
     assert plain("a\x1b[31m$x$\u202e_") == r"a [31m\$x\$ _" and plain("_hidden") == " _hidden"
 
 
+def test_the_steps_of_smc_are_its_stats(problem):
+    """Each run's share of effective texts, a mark where it was resampled, and log Ẑ so far, which ends at its estimate."""
+    settings = SMCSettings(prefix_likelihood(problem[0]), threshold=0.9)
+    draws = smc(problem[0], None, TEXTS, num_samples=16, num_runs=45, settings=settings)
+    one = draws.of_prompt(1)
+    ax = plot.smc_steps(one)
+    assert "first 40 of 45 runs" in rendered(ax) and "45 runs" in ax.get_legend().get_texts()[2].get_text()
+    token, share = line(ax, "ESS of a run")
+    assert token.tolist() == [1, 2, 3] and torch.equal(share * 16, one.stats["ess"][0, 0, 0])
+    at, height = line(ax, "resampled")
+    (where,) = one.stats["resampled"][0, 0, 0].nonzero(as_tuple=True)
+    assert torch.equal(at - 1, where.double()) and torch.equal(height, share[where])
+    assert bool(one.stats["resampled"].any())
+    torch.testing.assert_close(line(ax, "mean ESS")[1] * 16, one.stats["ess"][:, 0, 0].mean(0))
+    (right,) = [other for other in ax.figure.axes if other is not ax]
+    log_z = one.log_weight.logsumexp(1)[:, 0] - math.log(16)
+    ends = torch.tensor([curve.get_ydata()[-1] for curve in right.get_lines()])
+    torch.testing.assert_close(ends, log_z[:40], atol=1e-10, rtol=0)
+    with pytest.raises(ValueError, match="2 prompts"):
+        plot.smc_steps(draws)
+    with pytest.raises(ValueError, match="have no steps"):
+        plot.smc_steps(importance(*problem, [""], num_samples=30))
+    lost = replace(one, stats=one.stats | {"log_z_increment": torch.full_like(one.stats["ess"], -torch.inf)})
+    assert "45 of 45 runs have lost all weight" in rendered(plot.smc_steps(lost))
+
+
 def test_each_draws_on_the_axes_it_is_given_and_leaves_pyplot_alone(problem):
     made = diagnose(*problem, [""], num_samples=200)
     gains = token_gains(*problem, made.guide)[0, 0, 0].tolist()
@@ -469,6 +499,7 @@ def test_each_draws_on_the_axes_it_is_given_and_leaves_pyplot_alone(problem):
         lambda ax: plot.training(metrics(3), made.as_json(), ax=ax),
         lambda ax: plot.frontier(made.prior, ax=ax),
         lambda ax: plot.weight_tail(made.guide, ax=ax),
+        lambda ax: plot.smc_steps(smc(problem[0], None, [""], num_samples=4), ax=ax),
         lambda ax: plot.evidence({"guide": made.as_json()}, ax=ax),
         lambda ax: plot.calibration(found, ax=ax),
         lambda ax: plot.heat(list("abc"), gains, ax=ax),

@@ -40,7 +40,7 @@ def test_each_token_is_normalised_by_itself(powers):
         torch.testing.assert_close(made([text]).log_prob(X[:, None])[:, 0], expected, atol=1e-10, rtol=0)
     batch = made(["", "a"])
     x = batch.sample((50,))
-    torch.testing.assert_close(batch.drawn_log_probs(x), batch.token_log_probs(x), atol=1e-10, rtol=0)
+    torch.testing.assert_close(batch.sampled_log_probs(x), batch.token_log_probs(x), atol=1e-10, rtol=0)
 
 
 def test_it_is_not_the_product_of_whole_texts():

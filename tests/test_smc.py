@@ -6,13 +6,16 @@
 | `smc` | E[weight of each text] = p(x, evidence), so E[Ẑ] = Z: twists, proposals, rules, thresholds, expansion | 1e-10 |
 | `conditional_smc` | E[1/Ẑ] = 1/Z, and a particle by weight is the posterior's | 1e-10 |
 | exact twist | every weight is Z | variance < 1e-20 |
+| `stats` of a run | log Ẑ increments sum to log Ẑ; ESS (Σ w)² / Σ w² of each step's weights | 1e-12; 1e-10 |
 | networks | log p0 of the texts from the cache = scored again; tokens forwarded = prompts + open texts | 1e-10; exact |
 
 Mutants that are rejected: weights not reset, weights lost where nothing is resampled, ended texts left out, no division by
-`expand`, twist taken for the evidence, a planted text that stays where it was.
+`expand`, twist taken for the evidence, a planted text that stays where it was; increments without the evidence, or of the
+weights before they are resampled; an ESS of the weights after.
 """
 
 import itertools
+import math
 import sys
 from dataclasses import replace
 
@@ -29,7 +32,7 @@ from ppl_lm.criticism.evidence import log_evidence
 from ppl_lm.experiments.local_masking import answers
 from ppl_lm.guides import finetuned
 from ppl_lm.infer.binding import bind
-from ppl_lm.infer.draws import NoSupportError
+from ppl_lm.infer.draws import NoSupportError, concatenate
 from ppl_lm.infer.enumeration import enumerate_posterior
 from ppl_lm.infer.samplers.conditional import conditional_smc
 from ppl_lm.infer.samplers.importance_sampling import importance
@@ -38,6 +41,7 @@ from ppl_lm.infer.samplers.markov_chains import mcmc
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.resampling import Resampled, multinomial, stratified, systematic, without_replacement
 from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.twists.functions import exact_twist, prefix_likelihood, tempered
 from ppl_lm.lm import meter
 from ppl_lm.lm.table import table_lm
@@ -104,9 +108,8 @@ def expected_weights(monkeypatch, world=SMALL, guide=None, resample=systematic, 
             patch.setattr(GROW, "choose", w.choose)
             patch.setattr(SMC, "ROWS", 10**9)
             patch.setattr(POPULATION, "_needed", w.needed(POPULATION._needed))
-            made = smc(
-                world.model, guide, TEXTS, num_samples=count, num_runs=runs, resample=w.rule(resample), **settings
-            )
+            how = SMCSettings(resample=w.rule(resample), **settings)
+            made = smc(world.model, guide, TEXTS, num_samples=count, num_runs=runs, settings=how)
         return world.by_text(made.log_weight, made["x"])
 
     found = walk.explore(program, len(TEXTS))
@@ -134,9 +137,8 @@ def conditional_expectations(monkeypatch, world=SMALL, guide=None, resample=syst
                 patch.setattr(POPULATION, "_anywhere", w.anywhere)
                 patch.setattr(POPULATION, "_needed", w.needed(POPULATION._needed))
                 patch.setattr(CONDITIONAL, "ROWS", 10**9)
-                made = conditional_smc(
-                    world.model, guide, planted, num_samples=count, resample=w.rule(resample), **settings
-                )
+                how = SMCSettings(resample=w.rule(resample), **settings)
+                made = conditional_smc(world.model, guide, planted, num_samples=count, settings=how)
             assert made.kind == "conditional_runs" and bool((made["x"] == x).all(-1).any(1).all())  # it is still there
             torch.testing.assert_close(made.weights * len(made.weights), made.log_weight.softmax(1), atol=1e-12, rtol=0)
             return world.by_text(made.log_weight, made["x"])
@@ -244,8 +246,8 @@ def test_a_wrong_weight_is_rejected(mutant, monkeypatch):
     if mutant == "twist for the evidence":
         finish = SMC.finish
 
-        def wrong(model, prompts, grown, *rest):
-            return finish(model, prompts, replace(grown, log_target=grown.token_log_p.sum(-1)), *rest)
+        def wrong(model, prompts, population, *rest):
+            return finish(model, prompts, replace(population, log_target=population.token_log_p.sum(-1)), *rest)
 
         monkeypatch.setattr(SMC, "finish", wrong)
     found = expected_weights(monkeypatch, **settings)
@@ -314,15 +316,128 @@ def test_what_a_rule_does(rule, w, monkeypatch):
             assert abs(given.get(key, 0.0) - expected.get(key, 0.0)) < 1e-10, key
 
 
+STEPS = {
+    "nothing resampled": dict(threshold=0.0, twist=TWISTS["likelihood"]),
+    "always": dict(threshold=2.0, twist=TWISTS["likelihood"], resample=multinomial),
+    "half": dict(twist=TWISTS["likelihood"], threshold=0.7),
+    "expanded": dict(twist=TWISTS["likelihood"], expand=2, resample=without_replacement),
+    "no twist": dict(),
+}
+
+
+def steps_of(draws, name):
+    """(C, B, T)"""
+    value = draws.stats[name]
+    assert value.shape == (len(draws.log_guide), 1, len(draws.prompts), draws["x"].shape[-1])
+    return value[:, 0]
+
+
+@pytest.mark.parametrize("how", STEPS)
+def test_the_increments_of_a_run_sum_to_its_log_z(how):
+    """Also of runs that grow around a text, and of those that lose all weight on the way or at the end."""
+    settings = SMCSettings(**STEPS[how])
+    draws = smc(MODEL, None, TEXTS, num_samples=5, num_runs=30, settings=settings)
+    planted = rejection(MODEL, None, TEXTS, num_samples=20, log_bound=T / BETA)
+    rare = bind(constrained, LM, constraint=lambda completions: [text == "a b" for text in completions])
+    begins_with_a = lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf)  # noqa: E731
+    for made in (
+        draws,
+        conditional_smc(MODEL, None, planted, num_samples=5, settings=settings),
+        smc(rare, None, TEXTS, num_samples=4, num_runs=60),
+        smc(MODEL, None, TEXTS, num_samples=2, num_runs=60, settings=SMCSettings(begins_with_a, threshold=2.0)),
+    ):
+        log_z = made.log_weight.logsumexp(1) - math.log(made.log_weight.shape[1])  # (C, B)
+        torch.testing.assert_close(steps_of(made, "log_z_increment").sum(-1), log_z, atol=1e-12, rtol=0)
+    assert bool((log_z == -torch.inf).any()) and bool((log_z > -torch.inf).any())
+
+
+@pytest.mark.parametrize("how", STEPS)
+def test_the_effective_sample_size_is_that_of_the_weights_before_they_are_resampled(how, monkeypatch):
+    """(Σ w)² / Σ w² of each step's weights, and where the rule was asked; the last of the draws' own weights."""
+    settings, direct, asked = SMCSettings(**STEPS[how]), [], []
+    right = POPULATION._select
+
+    def select(log_w, *rest):
+        w = log_w.exp()
+        direct.append(w.sum(0) ** 2 / w.square().sum(0))
+        asked.append(torch.zeros(log_w.shape[1], dtype=torch.bool))
+        return right(log_w, *rest)
+
+    needed = POPULATION._needed
+
+    def seen(*args):
+        asked[-1] = needed(*args)
+        return asked[-1]
+
+    monkeypatch.setattr(POPULATION, "_select", select)
+    monkeypatch.setattr(POPULATION, "_needed", seen)
+    draws = smc(MODEL, None, TEXTS, num_samples=8, num_runs=50, settings=settings)
+    ess, resampled = steps_of(draws, "ess"), steps_of(draws, "resampled")
+    for t in range(T):
+        assert torch.equal(resampled[..., t].flatten(), asked[t])
+        if t < T - 1:
+            torch.testing.assert_close(ess[..., t].flatten(), direct[t], atol=1e-10, rtol=0)
+    w = draws.log_weight.exp()
+    torch.testing.assert_close(ess[..., -1], w.sum(1) ** 2 / w.square().sum(1), atol=1e-10, rtol=0)
+    if how in ("always", "expanded"):
+        assert bool(resampled[..., 0].all())
+    elif how in ("nothing resampled", "no twist"):
+        assert not bool(resampled.any())
+    else:
+        assert 0 < int(resampled.sum()) < resampled.numel()
+
+
+@pytest.mark.parametrize(
+    "mutant", ["evidence left out", "of the weights before they are resampled", "ESS after resampling"]
+)
+def test_wrong_steps_are_rejected(mutant, monkeypatch):
+    right, select = SMC._by_token, POPULATION._select
+    if mutant == "evidence left out":
+        monkeypatch.setattr(SMC, "_by_token", lambda before, after, *rest: right(before, before, *rest))
+    if mutant == "of the weights before they are resampled":
+        weights = []
+        monkeypatch.setattr(
+            POPULATION, "_select", lambda log_w, *rest: (weights.append(log_w), select(log_w, *rest))[1]
+        )
+        increment = POPULATION.log_z_increment
+        monkeypatch.setattr(
+            POPULATION,
+            "log_z_increment",
+            lambda before, after: increment(before, weights[-1]) + math.log(len(weights[-1]) / len(before)),
+        )
+    if mutant == "ESS after resampling":
+        monkeypatch.setattr(POPULATION, "ess_of", lambda log_w: torch.full_like(log_w[0], 5.0))
+    with pytest.raises(AssertionError):
+        test_the_increments_of_a_run_sum_to_its_log_z("expanded")
+        test_the_effective_sample_size_is_that_of_the_weights_before_they_are_resampled("half", monkeypatch)
+
+
+def test_what_a_run_shares_stays_with_it_through_picks():
+    """Draws of one run keep one row of its steps; draws of several runs each their own run's."""
+    draws = smc(
+        MODEL, None, TEXTS, num_samples=6, num_runs=7, settings=SMCSettings(TWISTS["likelihood"], threshold=2.0)
+    )
+    some = draws.map(lambda v: v[2:5, 1:4])
+    assert some.log_guide.shape == (3, 3, 2) and torch.equal(some.stats["ess"], draws.stats["ess"][2:5])
+    assert some.stats["ess"].shape == (3, 1, 2, T) and some.stats["log_weight_before_evidence"].shape == (3, 3, 2)
+    assert draws.of_prompt(1).stats["log_z_increment"].shape == (7, 1, 1, T)
+    rows = torch.tensor([0, 6, 41])  # of the runs 0, 1 and 6
+    mixed = draws.map(lambda v: v.flatten(0, 1)[rows].unsqueeze(0))
+    assert torch.equal(mixed.stats["ess"][0], draws.stats["ess"][[0, 1, 6], 0])
+    both = concatenate([some, draws.map(lambda v: v[:3])])
+    assert both.stats["ess"].shape == (3, 9, 2, T) == (*both.log_guide.shape, T)
+    assert concatenate([some, some], dim=0).stats["ess"].shape == (6, 1, 2, T)
+
+
 def test_the_exact_twist_leaves_nothing_to_chance():
-    made = smc(MODEL, None, TEXTS, num_samples=8, num_runs=5, twist=TWISTS["exact"], candidates=V)
+    made = smc(MODEL, None, TEXTS, num_samples=8, num_runs=5, settings=SMCSettings(twist=TWISTS["exact"], candidates=V))
     torch.testing.assert_close(made.log_weight, JOINT.logsumexp(0).expand(5, 8, -1), atol=1e-10, rtol=0)
     assert float(made.log_weight.exp().var()) >= 0 and float(made.by_run().log_weight.exp().var(1).max()) < 1e-20
 
 
 def test_bounds_meet_around_log_z():
     """E[log Ẑ] ≤ log Z ≤ E[log Ẑ given a planted posterior draw], each within 4 standard errors, and log Z between."""
-    settings = dict(num_samples=4, twist=TWISTS["likelihood"])
+    settings = dict(num_samples=4, settings=SMCSettings(twist=TWISTS["likelihood"]))
     made = smc(MODEL, None, TEXTS, num_runs=400, **settings)
     planted = rejection(MODEL, None, TEXTS, num_samples=400, log_bound=T / BETA)
     found = log_evidence(made, conditional_smc(MODEL, None, planted, **settings))
@@ -338,7 +453,8 @@ def test_bounds_meet_around_log_z():
 
 def test_what_runs_are_worth():
     """Means, log Z and the count of effective draws: against the spread over many repetitions, within 4 errors or 20%."""
-    many = [smc(MODEL, None, TEXTS, num_samples=16, num_runs=30, twist=TWISTS["likelihood"]) for _ in range(60)]
+    settings = SMCSettings(twist=TWISTS["likelihood"])
+    many = [smc(MODEL, None, TEXTS, num_samples=16, num_runs=30, settings=settings) for _ in range(60)]
     found = [diagnose_draws(draws)["prompts"][1] for draws in many]
     assert {f["kind"] for f in found} == {"runs"} and {f["khat"] for f in found} == {None}
     means = torch.tensor([f["reward"] for f in found])
@@ -355,7 +471,7 @@ def test_what_runs_are_worth():
 def test_particle_gibbs_reaches_the_posterior():
     chains = mcmc(
         MODEL, GUIDE, TEXTS, num_samples=30, warmup=5, num_chains=300,
-        kernel=particle_gibbs(3, twist=TWISTS["likelihood"], resample=stratified),
+        kernel=particle_gibbs(3, SMCSettings(twist=TWISTS["likelihood"], resample=stratified)),
     )  # fmt: skip
     means = chains["reward"].mean(1)  # (N, B): independent chains
     truth = (JOINT.softmax(0) * REWARD[:, None]).sum(0)
@@ -378,7 +494,8 @@ def test_the_caches_follow_the_resampling(kind):
         dict(twist=twist, expand=2),
     ):
         for proposal in (None,) if "candidates" in settings else (None, guide):
-            made = smc(model, proposal, prompts, num_samples=16, num_runs=2, threshold=2.0, **settings)
+            how = SMCSettings(threshold=2.0, **settings)
+            made = smc(model, proposal, prompts, num_samples=16, num_runs=2, settings=how)
             again = lm(prompts).log_prob(made["x"])
             torch.testing.assert_close(made.log_prior, again, atol=1e-10, rtol=0)
             assert len(made["x"].flatten(0, 2).unique(dim=0)) > 6
@@ -405,8 +522,9 @@ def test_it_forwards_each_prompt_once_and_each_open_text_a_token(monkeypatch):
         return made
 
     monkeypatch.setattr(POPULATION, "_step", step)
+    settings = SMCSettings(twist=prefix_likelihood(model), threshold=2.0)
     with meter.measure() as cost:
-        made = smc(model, None, prompts, num_samples=32, twist=prefix_likelihood(model), threshold=2.0)
+        made = smc(model, None, prompts, num_samples=32, settings=settings)
     assert forwards[0] == (3, max(len(lm.vocabulary.encode(p)) for p in prompts))
     assert forwards[1:] == [(n, 1) for n in open_texts[: len(forwards) - 1]] and min(open_texts) < 96
     assert made.cost == cost and cost.lm_tokens == sum(a * b for a, b in forwards)
@@ -422,9 +540,8 @@ def test_what_is_impossible_is_told():
     assert bool((log_z == -torch.inf).any()) and not bool(made.log_weight.isnan().any())
     truth = enumerate_posterior(rare, None, TEXTS).log_z.exp()
     assert bool(((log_z.exp().mean(0) - truth).abs() < 4 * log_z.exp().std(0) / 40**0.5).all())
-    blind = smc(
-        MODEL, None, TEXTS, num_samples=64, twist=lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf)
-    )
+    starts_with_0 = SMCSettings(twist=lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf))
+    blind = smc(MODEL, None, TEXTS, num_samples=64, settings=starts_with_0)
     assert bool((blind["x"][..., 0] == 0)[blind.log_weight > -torch.inf].all())
 
 
@@ -445,9 +562,10 @@ def test_what_is_impossible_is_told():
     ],
 )
 def test_refusals(settings, message):
+    own = {name: settings.pop(name) for name in ("num_samples", "num_runs") if name in settings}
     guide = settings.pop("guide", None)
     with pytest.raises(ValueError, match=message):
-        smc(MODEL, guide, TEXTS, **settings)
+        smc(MODEL, guide, TEXTS, settings=SMCSettings(**settings), **own)
 
 
 def test_no_prompts_are_refused():
@@ -463,7 +581,7 @@ def test_a_chain_of_particle_gibbs_leaves_an_impossible_text():
     target = bind(constrained, lm, constraint=automaton)
     start = importance(target, None, [""], num_samples=200)
     assert float((start.log_weight > -torch.inf).double().mean()) < 0.7
-    kernel = particle_gibbs(4, twist=automaton.mask(lm))
+    kernel = particle_gibbs(4, SMCSettings(twist=automaton.mask(lm)))
     chains = mcmc(target, None, [""], num_samples=20, warmup=5, num_chains=64, kernel=kernel)
     assert bool((chains.log_weight > -torch.inf).all())
 
@@ -480,7 +598,8 @@ def test_a_program_with_plates_of_its_own():
 
     settings = dict(num_samples=400, max_plate_nesting=2)
     right = importance(rated, None, TEXTS, **settings)
-    grown = smc(rated, None, TEXTS, num_runs=30, twist=prefix_likelihood(rated), threshold=2.0, **settings)
+    how = SMCSettings(twist=prefix_likelihood(rated), threshold=2.0)
+    grown = smc(rated, None, TEXTS, num_runs=30, settings=how, **settings)
     chains = mcmc(rated, None, TEXTS, num_samples=4, warmup=2, max_plate_nesting=2, kernel=particle_gibbs(4))
     assert grown["x"].shape == (30, 400, 2, T) and chains["x"].shape == (32, 4, 2, T)
     log_z = [made.log_weight.flatten(0, 1).exp().mean(0).log() for made in (right, grown)]
@@ -492,7 +611,7 @@ def test_a_program_with_plates_of_its_own():
 
 
 def test_what_is_too_few_runs_is_not_judged():
-    made = smc(MODEL, None, TEXTS, num_samples=64, num_runs=4, twist=TWISTS["likelihood"])
+    made = smc(MODEL, None, TEXTS, num_samples=64, num_runs=4, settings=SMCSettings(twist=TWISTS["likelihood"]))
     assert all(figures["verdict"] == "unknown" for figures in diagnose_draws(made)["prompts"])
     assert "What 4 runs are worth" in diagnose_draws(made)["prompts"][0]["sentence"]
 
@@ -519,10 +638,8 @@ def test_a_planted_text_that_cannot_be_proposed_is_told():
     blind.model.table.data[:, 0] = -torch.inf  # never writes the first token
     for twist in (None, prefix_likelihood(MODEL)):
         with pytest.raises(ValueError, match="impossible"):
-            conditional_smc(MODEL, bind(finetuned, blind), planted, num_samples=4, twist=twist)
+            conditional_smc(MODEL, bind(finetuned, blind), planted, num_samples=4, settings=SMCSettings(twist=twist))
     for candidates in (None, V):
         with pytest.raises(ValueError, match="impossible"):
-            conditional_smc(
-                MODEL, None, planted, num_samples=4, candidates=candidates,
-                twist=lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf),
-            )  # fmt: skip
+            twist = lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf)  # noqa: E731
+            conditional_smc(MODEL, None, planted, num_samples=4, settings=SMCSettings(twist, candidates))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ppl_lm.criticism.evidence import log_evidence
-from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.expectations import expectation
 from ppl_lm.criticism.weights import mean
 from ppl_lm.guides import prior as prior_guide
 from ppl_lm.infer.binding import bind

@@ -166,14 +166,14 @@ def test_the_law_of_mutants_is_rejected(case, monkeypatch, mutant):
     monkeypatch.setattr(LanguageModel, "logits_next", wrong)
     x = d.sample((20_000,))
     assert min(g_test(x[:, b], exact[:, b]) for b in range(d.batch_shape[0])) < 1e-5
-    drawn = d.drawn_log_probs(x)
+    drawn = d.sampled_log_probs(x)
     assert drawn is not None and (drawn - d.token_log_probs(x)).abs().max() > 1e-2  # what the self-check looks at
 
 
 def test_draws_are_scored_as_drawn(case):
     d, _ = case
     x = d.sample((500,))
-    drawn = d.drawn_log_probs(x)
+    drawn = d.sampled_log_probs(x)
     assert drawn is not None and drawn.dtype == torch.float64
     torch.testing.assert_close(drawn, d.token_log_probs(x), atol=1e-10, rtol=0)
     assert bool(d.lm.vocabulary.is_canonical(x).all())
@@ -211,8 +211,8 @@ def test_scores_kept_from_drawing_do_not_outlive_the_weights(lm, change):
     twin = lm.copy()
     d = twin(Prompts.from_ids([[END]], lm.vocabulary))
     x = d.sample((3,))
-    assert d.drawn_log_probs(x) is not None
-    assert d.drawn_log_probs(x.clone()) is None
+    assert d.sampled_log_probs(x) is not None
+    assert d.sampled_log_probs(x.clone()) is None
     if change == "data":
         twin.model.table.data[0, 0] += 1.0
     elif change == "load_state_dict":
@@ -226,9 +226,9 @@ def test_scores_kept_from_drawing_do_not_outlive_the_weights(lm, change):
         }[change]
         optimiser = made(twin.parameters())
         (-d.log_prob(x).sum()).backward()
-        assert d.drawn_log_probs(x) is not None  # a gradient alone changes nothing
+        assert d.sampled_log_probs(x) is not None  # a gradient alone changes nothing
         optimiser.step()
-    assert d.drawn_log_probs(x) is None
+    assert d.sampled_log_probs(x) is None
 
 
 def test_no_prompts_give_no_texts(lm):
@@ -267,7 +267,7 @@ def test_each_of_several_ends_stops_and_is_scored_as_itself(pad):
     drawn = d.sample((300,))
     known = {tuple(row) for row in x.tolist()}
     assert all(tuple(row) in known for row in drawn.reshape(-1, 4).tolist())
-    torch.testing.assert_close(d.drawn_log_probs(drawn), d.token_log_probs(drawn), atol=1e-10, rtol=0)
+    torch.testing.assert_close(d.sampled_log_probs(drawn), d.token_log_probs(drawn), atol=1e-10, rtol=0)
     assert lm.vocabulary.lengths(torch.tensor([[0, 0, 0, 0], [0, 4, pad, pad], [3, pad, pad, pad]])).tolist() == [
         4,
         2,

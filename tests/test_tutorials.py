@@ -10,6 +10,7 @@ from nbclient import NotebookClient
 import ppl_lm
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.notebook
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tutorials").glob("*.ipynb")), ids=lambda p: p.stem)

@@ -24,6 +24,7 @@ from ppl_lm.infer.enumeration import enumerate_posterior
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.twists import fitting as twists
 from ppl_lm.infer.twists.fitting import fit_twist, rollouts
 from ppl_lm.infer.twists.losses import ctl, fudge, log_variance, sixo, soft_rl
@@ -186,11 +187,14 @@ def test_mutants_are_rejected(mutant):
 def test_a_fit_comes_close_and_helps_smc(loss):
     twist = table_like(LM, max_prompt=2)
     before = closeness(twist)
-    fit_twist(MODEL, twist, TEXTS, loss=loss, steps=600, num_samples=64, learning_rate=0.05)
+    fit_twist(MODEL, twist, TEXTS, loss=loss, steps=300, num_samples=64, learning_rate=0.1)
     after = closeness(twist)
     assert bool((after < 0.1 * before).all()), (before, after)
     spread = {
-        name: smc(MODEL, None, TEXTS, num_samples=4, num_runs=200, twist=t).by_run().log_weight[0].std(0)
+        name: smc(MODEL, None, TEXTS, num_samples=4, num_runs=200, settings=SMCSettings(twist=t))
+        .by_run()
+        .log_weight[0]
+        .std(0)
         for name, t in (("none", None), ("learned", twist))
     }
     assert bool((spread["learned"] < 0.5 * spread["none"]).all()), spread
@@ -221,7 +225,7 @@ def test_hard_evidence_is_learned_too(loss):
     model = bind(constrained, LM, constraint=lambda completions: [text.count("a") == 1 for text in completions])
     twist = table_like(LM, max_prompt=2)
     before = closeness(twist, model)
-    fit_twist(model, twist, TEXTS, loss=loss, steps=400, num_samples=64, learning_rate=0.1)
+    fit_twist(model, twist, TEXTS, loss=loss, steps=150, num_samples=64, learning_rate=0.2)
     assert bool((closeness(twist, model) < 0.2 * before).all())
 
 
@@ -239,9 +243,11 @@ def test_a_network_learns(head_only):
     reward = lambda completions: [-abs(len(text) - 4.0) for text in completions]  # noqa: E731
     model, twist = bind(tilted, lm, reward=reward, beta=1.0), twist_like(lm, head_only)
     before = [p.clone() for p in lm.parameters()]
-    spread = [float(smc(model, None, [""], num_samples=16, num_runs=60).by_run().log_weight.std())]
+    size = dict(num_samples=16, num_runs=60)
+    log_z = lambda settings: smc(model, None, [""], settings=settings, **size).by_run().log_weight  # noqa: E731
+    spread = [float(log_z(SMCSettings()).std())]
     fit_twist(model, twist, [""], steps=200, num_samples=64, learning_rate=3e-3)
-    spread.append(float(smc(model, None, [""], num_samples=16, num_runs=60, twist=twist).by_run().log_weight.std()))
+    spread.append(float(log_z(SMCSettings(twist=twist)).std()))
     assert spread[1] < spread[0], spread
     assert all(torch.equal(a, b) for a, b in zip(before, lm.parameters(), strict=True))
 

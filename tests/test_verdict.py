@@ -169,6 +169,7 @@ def test_what_the_priors_draws_show():
     assert Pool(zeros, heavy, zeros).seen(None) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "shape"), [(101, {}), (102, {"sizes": (4, 8), "lengths": (2, 4)})])
 def test_planted_failures_are_called_what_they_are(seed, shape):
     """Eight posteriors here; `python -m ppl_lm.experiments verdicts` takes 200."""

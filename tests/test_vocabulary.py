@@ -37,6 +37,18 @@ def test_decoding_leaves_special_tokens_out():
     assert v.decode(x) == ["the soup", "the soup"] and v.decode(x[:0]) == []
 
 
+def test_equal_rows_are_decoded_once_and_stand_in_their_places(monkeypatch):
+    """Equal up to their end tokens: what is behind those does not count."""
+    v, rows = vocabulary(), []
+    right = v.tokenizer.batch_decode
+    monkeypatch.setattr(v.tokenizer, "batch_decode", lambda ids, **kwargs: (rows.extend(ids), right(ids, **kwargs))[1])
+    soup, bread = v.plain("the soup"), v.plain("bread")
+    x = [soup, bread, [*soup, 2], soup, [*soup, 2, 7], bread]
+    width = max(map(len, x))
+    texts = v.decode(torch.tensor([row + [2] * (width - len(row)) for row in x]))
+    assert texts == ["the soup", "bread", "the soup", "the soup", "the soup", "bread"] and len(rows) < len(x)
+
+
 @pytest.mark.parametrize(("end_ids", "pad_id"), [([2, 300], 0), ([-1], 0), ([2], 300)])
 def test_ids_outside_the_vocabulary_are_refused(end_ids, pad_id):
     with pytest.raises(ValueError, match=r"do not fit a vocabulary of 300 tokens; give ids in 0..299"):

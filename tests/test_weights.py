@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from ppl_lm.criticism.effective_size import ess
-from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.expectations import expectation
 from ppl_lm.criticism.weights import ess_se, khat_se, max_weight, pareto_smooth, psis_khat
 from ppl_lm.experiments.local_masking import resampled
 from ppl_lm.infer.binding import bind

@@ -15,7 +15,7 @@ BATCH = 4000  # columns at a time
 
 
 class Walk:
-    """The choices of columns (run, prompt), prompts fastest."""
+    """The choices of columns, each a population of SMC: (run, prompt), prompts fastest."""
 
     def __init__(self, scripts: list[Script]):
         self.scripts = scripts
@@ -35,9 +35,9 @@ class Walk:
         self.chances[column] *= chances[taken]
         return taken
 
-    def choose(self, log_q, column, many):
+    def choose(self, log_q, population, many):
         """In the place of `grow.choose`."""
-        laws, columns = log_q.double().softmax(-1).tolist(), column.tolist()
+        laws, columns = log_q.double().softmax(-1).tolist(), population.tolist()
         picked = [[self.pick(c, law) for _ in range(many)] for c, law in zip(columns, laws, strict=True)]
         return torch.tensor(picked).reshape(len(columns), many)
 

@@ -35,10 +35,8 @@ def errors(traceback: bool) -> Iterator[None]:
     except Exception as error:  # whatever a user's program, reward or model raises
         if traceback:
             tracebacks.print_exc()
-        said = "".join(
-            c if c.isprintable() or c == "\n" else " " for c in _message(error)
-        )  # it may quote untrusted text
-        err.print(f"ppl-lm: {said}", markup=False, style="red", soft_wrap=True)
+        printable = (c if c.isprintable() or c == "\n" else " " for c in _message(error))  # it may quote untrusted text
+        err.print(f"ppl-lm: {''.join(printable)}", markup=False, style="red", soft_wrap=True)
         raise typer.Exit(BAD_INPUT) from None
     except KeyboardInterrupt:
         err.print("ppl-lm: interrupted")

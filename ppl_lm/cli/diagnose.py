@@ -1,10 +1,10 @@
 """`ppl-lm diagnose`: measure a run's guide on fresh draws."""
 
 import json
+from dataclasses import replace
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ppl_lm.cli.console import OtherPrompts, RunFolder, Traceback, as_typed, errors, out, with_prompts
 
@@ -23,16 +23,24 @@ def command(
     """Measure how close a run's guide is to its posterior, on fresh draws; write diagnosis.json and draws.nc.
 
     With --prompts FILE the files are diagnosis_FILE.json and draws_FILE.nc."""
-    import torch
-
-    from ppl_lm.cli.fitting import measure
-    from ppl_lm.run import folder
+    from ppl_lm.report.terminal import measured
+    from ppl_lm.run.files import finite
+    from ppl_lm.run.measuring import measure
+    from ppl_lm.run.programs import build
+    from ppl_lm.run.reading import read_fit
+    from ppl_lm.run.run_folder import fitted_guide, read_config
+    from ppl_lm.run.writing import write_measurement
 
     with errors(traceback):
-        programs = folder.build(with_prompts(folder.read_settings(run), prompts), folder.fitted_guide(run))
-        torch.manual_seed(seed)
-        suffix = "" if prompts is None else f"_{prompts.stem}"
-        quiet = Console(quiet=True) if as_json else out
-        made = measure(programs, run, num_samples, quiet, seed, suffix, as_typed(context))
+        settings = with_prompts(read_config(run).settings, prompts)
+        programs = build(settings, fitted_guide(run))
+        measurement = measure(programs, num_samples, seed)
+        if (fit := read_fit(run)) is not None:
+            measurement = measurement.after(fit)
+        measurement = replace(measurement, diagnosis=replace(measurement.diagnosis, command=as_typed(context)))
+        write_measurement(run, measurement, programs, "" if prompts is None else f"_{prompts.stem}")
         if as_json:
-            print(json.dumps(made, indent=1))
+            print(json.dumps(finite(measurement.diagnosis.as_json()), indent=1))
+        else:
+            for part in measured(measurement):
+                out.print(part)

@@ -1,5 +1,6 @@
 """`ppl-lm fit`: fit a guide, measure it, write a run folder."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -40,25 +41,68 @@ def command(
     traceback: Traceback = False,
 ) -> None:  # fmt: skip
     """Fit a guide to the posterior, measure how close it came, and write a run folder."""
-    from ppl_lm.cli.fitting import fit_and_measure
-    from ppl_lm.run import folder
+    from ppl_lm.criticism.diagnoses.diagnosis import require_enough
+    from ppl_lm.infer.elbo import SequenceELBO
+    from ppl_lm.infer.objectives.catalogue import objective as objective_named
+    from ppl_lm.report.progress import FitProgress
+    from ppl_lm.report.terminal import measured
+    from ppl_lm.run.fitting.loop import StepMetrics, fit
+    from ppl_lm.run.measuring import measure
+    from ppl_lm.run.outcome import in_words
+    from ppl_lm.run.programs import build
     from ppl_lm.run.prompts_file import read_prompts
+    from ppl_lm.run.run_folder import new_folder, require_free, require_outside
+    from ppl_lm.run.run_record import FailedFit
+    from ppl_lm.run.settings import Settings
+    from ppl_lm.run.writing import FitWriter, write_measurement
 
     if max_steps is None and time_limit is None:
         time_limit = 110.0
-    if output_dir is None:
-        output_dir = folder.by_time(model.rpartition(":")[2])
     with errors(traceback):
         texts, columns = read_prompts(prompts)
-        if particles is not None and particles < 2:
+        if particles is None:
+            particles = max(8, 128 // max(1, min(batch_size, len(texts))))
+        if particles < 2:
             raise ValueError(f"particles={particles}; give at least 2")
-        settings = folder.Settings(
+        settings = Settings(
             model=absolute(model), guide=absolute(guide), objective=objective, reward=absolute(reward), beta=beta,
-            lm=whole_path(lm),
-            prompts=texts, columns=columns,
-            max_new_tokens=max_new_tokens, device=device, seed=seed, batch_size=batch_size,
-            particles=max(8, 128 // max(1, min(batch_size, len(texts)))) if particles is None else particles,
-            learning_rate=learning_rate, max_steps=max_steps, time_limit=time_limit,
+            lm=whole_path(lm), prompts=texts, columns=columns, max_new_tokens=max_new_tokens, device=device, seed=seed,
+            batch_size=batch_size, particles=particles, learning_rate=learning_rate, max_steps=max_steps,
+            time_limit=time_limit,
         )  # fmt: skip
-        outcome = fit_and_measure(settings, output_dir, num_samples, out, overwrite, as_typed(context))
-    raise typer.Exit({"finished": GOOD, "interrupted": INTERRUPTED}.get(outcome, FAILED))
+        path = new_folder(model.rpartition(":")[2]) if output_dir is None else output_dir
+        require_free(path, overwrite)
+        require_outside(path, settings.lm)
+        if num_samples is not None:
+            require_enough(num_samples)
+        loss = SequenceELBO(num_particles=particles, objective=objective_named(objective, beta))
+        programs = build(settings)
+        title = f"posterior {settings.model}, guide {settings.guide}, {len(texts)} prompt(s); fitting"
+        with FitProgress(out, title) as progress, FitWriter(path, programs, as_typed(context), overwrite) as writer:
+
+            def on_step(row: StepMetrics) -> None:
+                writer.step(row)
+                progress.step(row)
+
+            def on_fault(kept: str) -> None:
+                if writer.started:
+                    writer.fit(FailedFit(kept))
+
+            fitted = fit(
+                programs.model, programs.guide, programs.prompts, loss, batch_size=batch_size, learning_rate=learning_rate,
+                max_steps=max_steps, time_limit=time_limit, seed=seed, on_step=on_step, on_fault=on_fault,
+            )  # fmt: skip
+        if not writer.started:  # before the first step: there is nothing to write
+            if fitted.outcome == "diverged":
+                raise ValueError("the first step's gradient is not finite; is the reward, or beta, of a sensible size?")
+            raise KeyboardInterrupt
+        writer.fit(fitted)
+        out.print(in_words(fitted), markup=False)
+        if fitted.outcome != "interrupted":
+            out.print("measuring", markup=False)
+            measurement = measure(programs, num_samples).after(fitted)
+            write_measurement(path, measurement, programs)
+            for part in measured(measurement):
+                out.print(part)
+        out.print(f"written: {path}; `{shlex.join(['ppl-lm', 'report', str(path)])}` makes a page of it", markup=False)
+    raise typer.Exit({"finished": GOOD, "interrupted": INTERRUPTED}.get(fitted.outcome, FAILED))

@@ -15,11 +15,11 @@ def command(
 ) -> None:
     """Write a run as one page: verdict, texts side by side, plots, figures, and how to repeat it. One HTML file, which asks the
     network for nothing."""
-    from ppl_lm.report.run_page import report as page
-    from ppl_lm.run.folder import write_text
+    from ppl_lm.report.run_page import report
+    from ppl_lm.run.files import write_text
     from ppl_lm.run.reading import read
 
     with errors(traceback):
         path = run / "report.html" if output is None else output
-        write_text(path, page(read(run)))
+        write_text(path, report(read(run)))
         out.print(f"written: {path}", markup=False)

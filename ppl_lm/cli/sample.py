@@ -1,5 +1,6 @@
 """`ppl-lm sample`: draw by any sampler, and say what the draws are worth."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -36,16 +37,38 @@ def command(
     """Draw texts by any sampler, from a run's fitted guide or a posterior as it is, and write what they are worth.
 
     The files are draws.nc and diagnosis.json; in a RUN's own folder draws_SAMPLER.nc and diagnosis_SAMPLER.json."""
-    from ppl_lm.cli.sampling import asked, sample_and_write
-    from ppl_lm.run import folder
+    from ppl_lm.report.terminal import verdict
+    from ppl_lm.report.terminal_draws import draw_lines, json_rows, worth
+    from ppl_lm.run.programs import build
+    from ppl_lm.run.run_folder import is_run, new_folder, require_free
+    from ppl_lm.run.sampling import require_sampler, settings_of
+    from ppl_lm.run.sampling import sample as draw
+    from ppl_lm.run.writing import write_config, write_sample
 
     given = {"guide": guide, "lm": whole_path(lm), "reward": reward, "beta": beta, "max_new_tokens": max_new_tokens}
     given = {k: absolute(v) if k in ("guide", "reward") else v for k, v in given.items() if v is not None}
     with errors(traceback):
-        settings, fitted = asked(absolute(source), sampler, given)
+        require_sampler(sampler)
+        settings, fitted = settings_of(absolute(source), sampler, given)
         settings = replace(with_prompts(settings, prompts), seed=seed)
-        own = output_dir is None and (Path(source) / folder.MARK).is_file()  # a run's own folder takes its draws
-        path = Path(source) if own else output_dir
-        suffix = f"_{sampler}" + ("" if prompts is None else f"_{prompts.stem}") if own else ""
-        shown = None if as_json else out
-        sample_and_write(settings, fitted, sampler, num_samples, path, shown, suffix, own, overwrite, as_typed(context))
+        own = output_dir is None and is_run(Path(source))  # a run's own folder takes its draws
+        if output_dir is not None:
+            require_free(output_dir, overwrite, keep_fit=True)
+        programs = build(settings, fitted)
+        sample = draw(programs, sampler, num_samples)
+        if own:
+            path, suffix = Path(source), f"_{sampler}" + ("" if prompts is None else f"_{prompts.stem}")
+        else:
+            path, suffix = output_dir or new_folder(f"{settings.model.rpartition(':')[2]}-{sampler}"), ""
+            write_config(path, programs, as_typed(context), overwrite)
+        written = write_sample(path, sample, programs, suffix)
+        if as_json:
+            for row in json_rows(sample.draws, num_samples):
+                print(json.dumps(row))
+        else:
+            out.print(sample.diagnosis.how, markup=False)
+            for line in draw_lines(sample.draws, num_samples):
+                out.print(line, soft_wrap=True)
+            out.print(worth(sample.diagnosis), markup=False)
+            out.print(verdict(sample.diagnosis.verdict))
+            out.print(f"written: {written}", markup=False)

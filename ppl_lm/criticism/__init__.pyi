@@ -8,7 +8,7 @@ from .diagnoses.side_by_side import samples as samples, variety as variety
 from .diagnoses.verdicts import Verdict as Verdict, judge as judge
 from .effective_size import ess as ess
 from .evidence import Evidence as Evidence, log_evidence as log_evidence
-from .expectation import Expectation as Expectation, expectation as expectation
+from .expectations import Expectation as Expectation, expectation as expectation
 from .gains import token_gains as token_gains
 from .model_comparison import ComparedModel as ComparedModel, compare_models as compare_models
 from .predictive_checks import PredictiveCheck as PredictiveCheck, predictive_check as predictive_check

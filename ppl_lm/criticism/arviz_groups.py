@@ -36,7 +36,8 @@ def to_arviz(
       latent sites together, nats: what `az.psens` scales.
     - `guide`: the raw draws with their tokens, numbers, log-probabilities and weights, nats. `az.psislw` takes `log_weight`.
     - `proposals`: log-probabilities of all that a sampler proposed, which discards some, and by which its evidence is known.
-    - `sample_stats`: how each draw came about, such as the acceptance rates of Markov chains.
+    - `sample_stats`: how each draw came about, such as the acceptance rates of Markov chains; how each run of SMC did, by
+      (chain, prompt, token).
     - `prior`: where it is given, the prior's draws: numbers and log-probabilities; their tokens and texts are in
       `prior_completions`, how each came about in `sample_stats_prior`. `posterior_predictive`: where it is given, below.
     - `observed_data`: what the model observed. `constant_data`: `prompt_text`, and what is given.
@@ -88,17 +89,24 @@ def _datasets(
         role = {"latent": int(name in draws.latents), "shared": int(value.shape[2] < batch)}
         return (*_named(name, _each(value, batch))[:2], role)
 
+    def stat(name: str, value: Tensor) -> Variable:
+        """What all draws of a run share, (C, 1, B, T), is by chain, prompt and token."""
+        if value.shape[1] == draws.log_guide.shape[1] or value.dim() != 4:
+            return raw(name, value)
+        _, numbers, role = raw(name, value)
+        return ("chain", "prompt", "token"), numbers[:, 0], role
+
     completions: Variables = {}
     for name in draws.texts:
         tokens = completions[f"{name}_tokens"] = posterior(f"{name}_tokens", draws[name])
         completions[f"{name}_text"] = _text(draws, tokens)
-    made: dict[str, Variables] = {
+    groups: dict[str, Variables] = {
         "posterior": {k: posterior(k, v) for k, v in _scalars(draws).items()},
         "completions": completions,
         "log_likelihood": {k: posterior(k, v) for k, v in draws.log_likelihoods.items()},
         "log_prior": {"latent": posterior("latent", draws.log_prior)},
         "guide": {k: raw(k, v) for k, v in _raw(draws).items()},
-        "sample_stats": {k: raw(k, v) for k, v in draws.stats.items()},
+        "sample_stats": {k: stat(k, v) for k, v in draws.stats.items()},
         "observed_data": {k: _data(k, v.cpu().numpy(), batch) for k, v in draws.observed.items()},
         "constant_data": {
             "prompt_text": (("prompt",), np.array(prompt_texts(draws.prompts)), {}),
@@ -106,27 +114,27 @@ def _datasets(
         },
     }
     if prior is not None:
-        made["prior"] = {k: raw(k, v) for k, v in {**_scalars(prior), **_log_probabilities(prior)}.items()}
+        groups["prior"] = {k: raw(k, v) for k, v in {**_scalars(prior), **_log_probabilities(prior)}.items()}
         tokens = {f"{name}_tokens": raw(f"{name}_tokens", prior[name]) for name in prior.texts}
-        made["prior_completions"] = tokens | {f"{n}_text": _text(prior, tokens[f"{n}_tokens"]) for n in prior.texts}
-        made["sample_stats_prior"] = {k: raw(k, v) for k, v in prior.stats.items()}
+        groups["prior_completions"] = tokens | {f"{n}_text": _text(prior, tokens[f"{n}_tokens"]) for n in prior.texts}
+        groups["sample_stats_prior"] = {k: raw(k, v) for k, v in prior.stats.items()}
     if draws.proposals is not None:
-        made["proposals"] = {k: raw(k, v) for k, v in _log_probabilities(draws.proposals).items()}
+        groups["proposals"] = {k: raw(k, v) for k, v in _log_probabilities(draws.proposals).items()}
     if predicted is not None:
-        made["posterior_predictive"] = {k: posterior(k, v) for k, v in predicted.items()}
-    told = {**_attributes(draws, picks), **(attributes or {})}
+        groups["posterior_predictive"] = {k: posterior(k, v) for k, v in predicted.items()}
+    attached = {**_attributes(draws, picks), **(attributes or {})}
     own: dict[str, Any] = {}
     if prior is not None:
         own = dict.fromkeys(("prior", "prior_completions", "sample_stats_prior"), _cost(prior))
-    return {name: _dataset(variables, told | own.get(name, {})) for name, variables in made.items() if variables}
+    return {name: _dataset(variables, attached | own.get(name, {})) for name, variables in groups.items() if variables}
 
 
 def _scalars(draws: Draws) -> dict[str, Tensor]:
     """What is a number, float64, (C, S, B, ...)."""
-    found = {k: v.double() for k, v in (*draws.records.items(), *draws.latents.items()) if k not in draws.texts}
+    scalars = {k: v.double() for k, v in (*draws.records.items(), *draws.latents.items()) if k not in draws.texts}
     for name in draws.texts:
-        found[length_name(name)] = draws.prompts.vocabulary.lengths(draws[name]).double()
-    return {**found, "log_prior": draws.log_prior}
+        scalars[length_name(name)] = draws.prompts.vocabulary.lengths(draws[name]).double()
+    return {**scalars, "log_prior": draws.log_prior}
 
 
 def length_name(text: str) -> str:
@@ -179,7 +187,7 @@ def _attributes(draws: Draws, picks: Tensor) -> dict[str, Any]:
     versions = {
         f"{name.replace('-', '_')}_version": version(name) for name in ("torch", "pyro-ppl", "transformers", "arviz")
     }
-    made: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "inference_library": "ppl_lm",
         "inference_library_version": version("ppl_lm"),
         **versions,
@@ -191,8 +199,8 @@ def _attributes(draws: Draws, picks: Tensor) -> dict[str, Any]:
     amounts = [] if draws.kind == "chains" else ess(draws).tolist()  # ArviZ finds what chains are worth: az.ess
     known = [amount for amount in amounts if not math.isnan(amount)]
     if known:
-        made["weighted_ess"] = float(np.mean(known))
-    return made
+        attributes["weighted_ess"] = float(np.mean(known))
+    return attributes
 
 
 def _cost(draws: Draws) -> dict[str, int]:

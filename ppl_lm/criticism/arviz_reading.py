@@ -34,19 +34,21 @@ def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
         first = next(
             (i for i, (a, b) in enumerate(zip(there, given, strict=False)) if a != b), min(len(there), len(given))
         )
-        told = [repr(texts[first])[:60] if first < len(texts) else "none" for texts in (there, given)]
+        named = [repr(texts[first])[:60] if first < len(texts) else "none" for texts in (there, given)]
         raise ValueError(
-            f"these are not the prompts of the draws: of theirs number {first} is {told[0]}, of these {told[1]}"
+            f"these are not the prompts of the draws: of theirs number {first} is {named[0]}, of these {named[1]}"
         )
 
     def read(source: Any, latent: bool | None = None) -> dict[str, Tensor]:
         """Numbers and tokens by name; where `latent` is given, only what is a latent site, or is none."""
-        found = {}
+        values = {}
         for name, value in source.data_vars.items():
             known = value.dtype.kind in "fiub" and "shared" in value.attrs
             if known and (latent is None or latent == bool(value.attrs["latent"])):
-                found[str(name)] = torch.as_tensor(value.values)[:, :, : 1 if value.attrs["shared"] else None]
-        return found
+                numbers = torch.as_tensor(value.values)
+                numbers = numbers if "draw" in value.dims else numbers.unsqueeze(1)  # what the draws of a run share
+                values[str(name)] = numbers[:, :, : 1 if value.attrs["shared"] else None]
+        return values
 
     x = {name.removesuffix("_tokens"): v for name, v in read(tokens).items() if name.endswith("_tokens")}
     records, latents = read(raw, latent=False), read(raw, latent=True)
@@ -57,12 +59,14 @@ def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
     groups = set(data.children if hasattr(data, "children") else data.groups())
     stats = read(data[how]) if how in groups else {}
     cost = Cost(int(raw.attrs["lm_tokens"]), int(raw.attrs["reward_calls"]))
-    made = Draws(prompts, {**latents, **x}, records, **log_p, cost=cost, stats=stats, texts=tuple(x))
+    draws = Draws(prompts, {**latents, **x}, records, **log_p, cost=cost, stats=stats, texts=tuple(x))
     if group == "prior":
-        return made
+        return draws
     if "kind" not in raw.attrs:
         raise ValueError(
             "these draws were written by an earlier version of ppl_lm, which did not tell their kind: draw again"
         )
     all_of: Any = read(data["proposals"]) if "proposals" in groups else None
-    return replace(made, proposals=None if all_of is None else Draws(prompts, {}, {}, **all_of), kind=raw.attrs["kind"])
+    return replace(
+        draws, proposals=None if all_of is None else Draws(prompts, {}, {}, **all_of), kind=raw.attrs["kind"]
+    )

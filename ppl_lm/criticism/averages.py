@@ -6,7 +6,7 @@ from typing import Any
 
 
 def over_prompts(
-    made: Sequence[Mapping[str, Any]],
+    figures_by_prompt: Sequence[Mapping[str, Any]],
     *,
     largest: Collection[str] = (),
     smallest: Collection[str] = (),
@@ -27,12 +27,12 @@ def over_prompts(
     {'kl': 1.5, 'kl_se': 0.25, 'khat': 0.9}
     """
     row: dict[str, Any] = {}
-    for key in made[0]:
-        of, column = key.removesuffix("_se"), [figures[key] for figures in made]
+    for key in figures_by_prompt[0]:
+        of, column = key.removesuffix("_se"), [figures[key] for figures in figures_by_prompt]
         if key in without:
             continue
         if of in largest or of in smallest:
-            known = [figures for figures in made if figures[of] is not None]
+            known = [figures for figures in figures_by_prompt if figures[of] is not None]
             pick = max if of in largest else min
             row[key] = pick(known, key=lambda figures: figures[of])[key] if known else None  # noqa: B023  called at once
         elif None in column:

@@ -41,12 +41,11 @@ class Calibration:
         return min(1.0, min(self.p_values.values()) * len(self.p_values))
 
     def __str__(self) -> str:
-        found = ", ".join(f"{name} p = {p:.3g}" for name, p in self.p_values.items())
+        p_values = ", ".join(f"{name} p = {p:.3g}" for name, p in self.p_values.items())
         count = len(next(iter(self.ranks.values())))
-        said = "calibrated as far as can be seen" if self.p_value >= 0.05 else "not calibrated"
-        return (
-            f"{said}: {found}; {count} replications would show a shift of {self.detectable:.2f} deviations 4 times of 5"
-        )
+        verdict = "calibrated as far as can be seen" if self.p_value >= 0.05 else "not calibrated"
+        shift = f"{count} replications would show a shift of {self.detectable:.2f} deviations 4 times of 5"
+        return f"{verdict}: {p_values}; {shift}"
 
 
 def sbc(
@@ -79,8 +78,8 @@ def sbc(
         raise ValueError(
             f"{draws.num_samples} draws for {count} replications of {num_draws}; give at least {count * num_draws}"
         )
-    made = statistics or (lambda _: {})
-    truth, tested = ({**numbers(d), **made(d)} for d in (exact, draws))
+    further = statistics or (lambda _: {})
+    truth, tested = ({**numbers(d), **further(d)} for d in (exact, draws))
     if truth.keys() != tested.keys():
         raise ValueError(f"the exact draws have the numbers {sorted(truth)}, the tested ones {sorted(tested)}")
     ranks = {}
@@ -135,17 +134,17 @@ def _null(total: int, num_draws: int) -> tuple[Float[Tensor, "N"], Float[Tensor,
     """The statistic of uniform ranks, and the band that its 5% point makes."""
     generator = torch.Generator().manual_seed(0)
     ranks = torch.randint(num_draws + 1, (REPEATS, total), generator=generator)
-    found = _statistic(_ecdf(ranks, num_draws), total)
-    limit = found.quantile(0.05)
+    statistics = _statistic(_ecdf(ranks, num_draws), total)
+    limit = statistics.quantile(0.05)
     lower, upper = _tails(total, num_draws)
     low = (lower < limit).sum(0).double()  # the smallest count that is not too small
     high = total - (upper < limit).sum(0).double()
     edge = torch.tensor([1.0], dtype=torch.float64)
-    return found, torch.stack([torch.cat([low / total, edge]), torch.cat([high / total, edge])])
+    return statistics, torch.stack([torch.cat([low / total, edge]), torch.cat([high / total, edge])])
 
 
-def _p_value(found: Float[Tensor, "1"], null: Float[Tensor, "N"]) -> float:
-    return (1 + int((null <= found * (1 + 1e-9)).sum())) / (1 + len(null))
+def _p_value(statistic: Float[Tensor, "1"], null: Float[Tensor, "N"]) -> float:
+    return (1 + int((null <= statistic * (1 + 1e-9)).sum())) / (1 + len(null))
 
 
 @cache

@@ -26,8 +26,8 @@ def columns(draws: Draws) -> list[np.ndarray]:
 
 def worst(columns: list[np.ndarray], statistic: str, method: str | None = None) -> float | None:
     """The largest R-hat, or the fewest effective draws, of any number; None where none has one."""
-    found = [v for v in of_chains(columns, statistic, method) if not math.isnan(v)]
-    return (max if statistic == "rhat" else min)(found, default=None)
+    values = [v for v in of_chains(columns, statistic, method) if not math.isnan(v)]
+    return (max if statistic == "rhat" else min)(values, default=None)
 
 
 def jackknife(columns: list[np.ndarray], statistic: str, method: str) -> float | None:
@@ -37,11 +37,11 @@ def jackknife(columns: list[np.ndarray], statistic: str, method: str) -> float |
         return None
     left = []
     for group in np.array_split(np.arange(chains), min(chains, GROUPS)):
-        found = worst([np.delete(column, group, 0) for column in columns], statistic, method)
-        if found is None or not math.isfinite(found):
+        without_group = worst([np.delete(column, group, 0) for column in columns], statistic, method)
+        if without_group is None or not math.isfinite(without_group):
             return None
         # Effective draws add up over chains: what is left out is scaled back.
-        left.append(found * (chains / (chains - len(group)) if statistic == "ess" else 1.0))
+        left.append(without_group * (chains / (chains - len(group)) if statistic == "ess" else 1.0))
     return float(np.std(left)) * math.sqrt(len(left) - 1)
 
 

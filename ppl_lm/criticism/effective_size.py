@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ppl_lm.criticism.chains import columns, worst
-from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.expectations import expectation
 from ppl_lm.criticism.statistics import numbers
 from ppl_lm.criticism.weights import kong_ess
 from ppl_lm.infer.draws import Draws

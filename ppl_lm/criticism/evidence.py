@@ -10,7 +10,7 @@ from torch import Tensor
 from ppl_lm.criticism.weights import log_mean, mean
 from ppl_lm.infer.draws import EQUAL, TOGETHER, Draws
 
-FEWEST = 30  # independent means of weights, below which their standard error cannot be trusted
+MIN_MEANS = 30  # independent means of weights, below which their standard error cannot be trusted
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
     log_w = draws.log_weight.flatten(0, 1)  # (S, B)
     n = len(log_w)
     elbo, elbo_se = mean(log_w)
-    groups = min(iwae_particles, max(1, n // FEWEST))
+    groups = min(iwae_particles, max(1, n // MIN_MEANS))
     bound = log_w[: n // groups * groups].reshape(-1, groups, log_w.shape[1])
     iwae, iwae_se = mean(bound.logsumexp(1) - math.log(groups))
     log_z, log_z_se = log_mean(log_w)
@@ -150,6 +150,9 @@ def _covariance(exact: Draws, log_z: Tensor) -> Tensor:
     ):  # their weights as proposals are not known any more: the largest error there can be
         se = [mean(exact.log_weight.flatten(0, 1))[1], log_mean(exact.proposals.log_weight.flatten(0, 1))[1]]
         return -se[0] * se[1]
-    log_w, drawn = exact.log_weight.flatten(0, 1), exact.log_likelihood.flatten(0, 1)  # the latter their own weight
+    log_w, log_proposal_weight = (
+        exact.log_weight.flatten(0, 1),
+        exact.log_likelihood.flatten(0, 1),
+    )  # the latter their own weight
     centred = log_w - log_w.mean(0)
-    return ((drawn - log_z).exp() * centred).mean(0) / exact.proposals.num_samples
+    return ((log_proposal_weight - log_z).exp() * centred).mean(0) / exact.proposals.num_samples

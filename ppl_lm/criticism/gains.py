@@ -4,15 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from pyro.poutine.messenger import Messenger
+from jaxtyping import Float
 from torch import Tensor
 
 from ppl_lm.infer.draws import Draws
-from ppl_lm.infer.traces.layout import ROWS, Given
-from ppl_lm.infer.traces.particles import as_particles
-from ppl_lm.infer.traces.sites import is_sequence
-from ppl_lm.lm.token_sequence import TokenSequence
+from ppl_lm.infer.traces.layout import ROWS
+from ppl_lm.infer.traces.text_site import text_at
 
 
 @torch.no_grad()
@@ -42,28 +39,5 @@ def token_gains(
 
 
 def _scored(program: Any, draws: Draws, values: dict[str, Tensor], site: str, nesting: int) -> Float[Tensor, "S B T"]:
-    count = len(values[site])
-    try:
-        with _Until(site), Given(values, nesting):
-            as_particles(program, count, nesting)(draws.prompts)
-    except _Found as found:
-        return found.law.token_log_probs(found.value).reshape(values[site].shape)
-    raise ValueError(f"a program has no text at the site {site!r}; give the model and the guide of these draws")
-
-
-class _Found(Exception):
-    def __init__(self, law: TokenSequence, value: Int[Tensor, "*S T"]):
-        super().__init__()
-        self.law, self.value = law, value
-
-
-class _Until(Messenger):
-    """Leaves a program where its text has its value."""
-
-    def __init__(self, site: str):
-        super().__init__()
-        self.site = site
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] == self.site and is_sequence(msg) and not msg["is_observed"]:
-            raise _Found(msg["fn"], msg["value"])
+    text = text_at(program, values, draws.prompts, site, nesting)
+    return text.law.token_log_probs(text.value).reshape(values[site].shape)

@@ -77,13 +77,13 @@ def compare_models(
     if len(models) < 2:
         raise ValueError(f"{len(models)} model(s); give at least 2")
     bounds = _bounds(models, log_bounds, same_likelihood)
-    made = {name: _evidence(name, model, bounds[name]) for name, model in models.items()}
-    counts = {name: len(log_z) for name, (log_z, _, _) in made.items()}
+    evidence = {name: _evidence(name, model, bounds[name]) for name, model in models.items()}
+    counts = {name: len(log_z) for name, (log_z, _, _) in evidence.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"numbers of prompts differ: {counts}; the evidence of more prompts is another quantity")
-    names = list(made)
-    log_z = torch.stack([made[name][0].sum() for name in names])
-    se = torch.stack([made[name][1].square().sum().sqrt() for name in names])
+    names = list(evidence)
+    log_z = torch.stack([evidence[name][0].sum() for name in names])
+    se = torch.stack([evidence[name][1].square().sum().sqrt() for name in names])
     probability = log_z.softmax(0)
     noise = torch.randn(REPEATS, len(names), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     ranges = (log_z + se * noise).softmax(-1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0)
@@ -100,7 +100,7 @@ def compare_models(
                 probability=float(probability[i]),
                 low=float(ranges[0, i]),
                 high=float(ranges[1, i]),
-                reliable=made[names[i]][2],
+                reliable=evidence[names[i]][2],
             )
         )
     return rows
@@ -121,7 +121,7 @@ def _bounds(
         raise ValueError("log_bounds= and same_likelihood=True are both given; give one")
     if log_bounds.keys() != models.keys():
         raise ValueError(f"log_bounds= has {sorted(log_bounds)}, the models are {sorted(models)}; give one for each")
-    found: dict[str, float] = {}
+    checked: dict[str, float] = {}
     for name, bound in log_bounds.items():
         if bound is None or not math.isfinite(bound):
             raise ValueError(f"log_bounds[{name!r}]={bound}; declare the reward's r_max, or pass its r_max/β in nats")
@@ -133,8 +133,8 @@ def _bounds(
                 raise ValueError(
                     f"log_bounds[{name!r}]={bound:.2f} nats, but a draw reached {reached:.2f}; raise r_max"
                 )
-        found[name] = float(bound)
-    return found
+        checked[name] = float(bound)
+    return checked
 
 
 def _evidence(name: str, model: Draws | Evidence, bound: float) -> tuple[torch.Tensor, torch.Tensor, bool | None]:

@@ -10,7 +10,7 @@ from scipy.special import kolmogorov
 from torch import Tensor
 
 from ppl_lm.criticism.effective_size import effective
-from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.expectations import expectation
 from ppl_lm.criticism.statistics import Statistic, evaluate, values
 from ppl_lm.criticism.weights import pareto_smooth
 from ppl_lm.infer.draws import Draws
@@ -125,8 +125,11 @@ def against(
     picks = torch.multinomial(share, count * resamples, replacement=True, generator=generator)
     means = flat[picks].reshape(resamples, count).mean(1)
     means = means + se * torch.randn(resamples, generator=generator, dtype=torch.float64)
-    gap, found = 1e-12 * float(flat.abs().max()), float(observed.mean())  # of means that are equal but for rounding
-    above, beneath = float((means > found + gap).sum()), float((means < found - gap).sum())
+    gap, observed_mean = (
+        1e-12 * float(flat.abs().max()),
+        float(observed.mean()),
+    )  # of means that are equal but for rounding
+    above, beneath = float((means > observed_mean + gap).sum()), float((means < observed_mean - gap).sum())
     ties = resamples - above - beneath
     tail = (min(above, beneath) + ties / 2 + 0.5) / (resamples + 1)
 
@@ -135,7 +138,7 @@ def against(
     return PredictiveCheck(
         name=name,
         observed=observed,
-        observed_mean=found,
+        observed_mean=observed_mean,
         mean=centre,
         se=se,
         pit=pit,

@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ppl_lm.criticism.effective_size import effective
-from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.expectations import expectation
 from ppl_lm.infer.draws import Draws
 from ppl_lm.lm.token_pieces import text_of
 
@@ -35,8 +35,8 @@ def prefix_tree(
     Tokens after which nothing branches are one node: what is lost on the way is below `min_mass` under each law, and is part
     of the rest of the node before them.
 
-    Standard errors are no better than the draws: where weights have a heavy tail (`drawn` says so) or chains stand still for
-    long, they are too small. A mass of 0 has the error 0, though it only says that no draw went there.
+    Standard errors are no better than the draws: where weights have a heavy tail (`diagnose_draws` says so) or chains stand
+    still for long, they are too small. A mass of 0 has the error 0, though it only says that no draw went there.
 
     :param prior: draws of the model's prior, `importance(model, None, prompts)`; their weights are not used.
     :param guide: draws of a guide, `importance(model, guide, prompts)`, likewise as they come.

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.expectations import expectation
 from ppl_lm.criticism.predictive_checks import shares
 from ppl_lm.criticism.statistics import Statistic, numbers, recorded
 from ppl_lm.criticism.weights import khat_threshold, kong_ess, pareto_smooth, psis_khat, smooth
@@ -16,7 +16,7 @@ from ppl_lm.infer.draws import EQUAL, TOGETHER, Draws, NoSupportError
 
 COMPONENTS = ("likelihood", "prior")
 DELTA = 0.01  # of the finite difference, as ArviZ has it
-FEWEST = 30.0  # effective draws, below which a mean's standard error cannot be trusted
+MIN_ESS = 30.0  # effective draws, below which a mean's standard error cannot be trusted
 THRESHOLD = (
     0.05  # of Kallioinen et al., about the shift of a normal's mean by 0.05 of its deviations for a doubled power
 )
@@ -68,9 +68,11 @@ class Sensitivity:
         for name, (value, se) in self.means.items():
             lines.append(f"{name} {value:.3f} ± {se:.3f}: {self.word(name)}")
             for one in self.scaled:
-                found = None if one.means is None else one.means[name]
-                told = f"not known: ESS {one.ess:.0f}" if found is None else f"{found[0]:.3f} ± {found[1]:.3f}"
-                lines.append(f"    {one.component} to the power {one.alpha:g}: {told}")
+                estimate = None if one.means is None else one.means[name]
+                shown = (
+                    f"not known: ESS {one.ess:.0f}" if estimate is None else f"{estimate[0]:.3f} ± {estimate[1]:.3f}"
+                )
+                lines.append(f"    {one.component} to the power {one.alpha:g}: {shown}")
         return "\n".join(lines)
 
 
@@ -84,8 +86,8 @@ def power_scale(
     power alpha is the prior of whole texts at temperature 1/alpha, which no temperature of single tokens is
     (`models/power.py`). Both at once are a posterior at temperature 1/alpha.
 
-    The means are of the reward and what else the model recorded, the length, log p of the prior (as in `drawn`) and the
-    `statistics`. Their errors are those of importance sampling; of chains they take autocorrelation into account, and draws
+    The means are of the reward and what else the model recorded, the length, log p of the prior (as in `diagnose_draws`) and
+    the `statistics`. Their errors are those of importance sampling; of chains they take autocorrelation into account, and draws
     that came about together are not smoothed. They are None where k-hat is above its threshold, or the ESS below 30: then draw
     at that β.
 
@@ -166,14 +168,14 @@ def _slope(x: Float[Tensor, "S"], share: Float[Tensor, "S"], steps: list[Tensor]
     """Mean of the distances to both sides, for each doubling of alpha."""
     seen = share > 0
     distances = [[cjs(sign * x[seen], share[seen], q[seen]) for sign in (1, -1)] for q in steps]
-    found = [max(d for d in pair if d is not None) for pair in distances if None not in pair]
-    return sum(found) / (2 * math.log2(1 + DELTA)) if len(found) == len(steps) else None
+    largest = [max(d for d in pair if d is not None) for pair in distances if None not in pair]
+    return sum(largest) / (2 * math.log2(1 + DELTA)) if len(largest) == len(steps) else None
 
 
 def _scaled(draws: Draws, component: str, alpha: float, values: dict[str, Tensor]) -> Scaled:
     log_w = power(draws, component, alpha)
     amount, khat = float(kong_ess(log_w.flatten())), psis_khat(log_w.flatten())
-    trusted = amount >= FEWEST and (khat is None or khat < khat_threshold(draws.num_samples))
+    trusted = amount >= MIN_ESS and (khat is None or khat < khat_threshold(draws.num_samples))
     means = None
     if trusted:
         scaled = weights(draws, log_w)

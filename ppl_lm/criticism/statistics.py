@@ -14,13 +14,16 @@ Statistic = Callable[[list[str]], Sequence[float]]  # of each text, in any unit
 
 def numbers(draws: Draws) -> dict[str, Tensor]:
     """What draws are summarised by, float64, (C, S, B): the model's records, the lengths of texts, log p of the prior."""
-    vocabulary, found = draws.prompts.vocabulary, dict(draws.records)
+    vocabulary, columns_by_name = draws.prompts.vocabulary, dict(draws.records)
     for name in draws.texts:
         if draws[name].dim() == 4:  # one text a prompt
-            found["length" if name == "x" else f"{name}_length"] = vocabulary.lengths(draws[name]).double()
-    found["log_prior"] = draws.log_prior
+            columns_by_name["length" if name == "x" else f"{name}_length"] = vocabulary.lengths(draws[name]).double()
+    columns_by_name["log_prior"] = draws.log_prior
     columns = draws.log_guide.shape[-1]
-    return {k: v.double() if v.shape[-1] == columns else v.double().mean(-1, keepdim=True) for k, v in found.items()}
+    return {
+        k: v.double() if v.shape[-1] == columns else v.double().mean(-1, keepdim=True)
+        for k, v in columns_by_name.items()
+    }
 
 
 def recorded(draws: Draws, statistics: Mapping[str, Statistic] | None) -> Draws:
@@ -55,12 +58,12 @@ def evaluate(draws: Draws, statistics: Mapping[str, Statistic], name: str | None
 def values(key: str, function: Statistic, texts: list[str]) -> Float[Tensor, "N"]:
     """One statistic of texts, checked, on the CPU."""
     try:
-        made = torch.as_tensor(function(texts), dtype=torch.float64, device="cpu")
+        answers = torch.as_tensor(function(texts), dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"statistic {key!r} failed: {error}; it is given a list of texts, and answers with one number for each"
         ) from error
-    if made.shape != (len(texts),) or not bool(made.isfinite().all()):
-        wrong = "NaN or infinite numbers" if made.shape == (len(texts),) else f"the shape {tuple(made.shape)}"
+    if answers.shape != (len(texts),) or not bool(answers.isfinite().all()):
+        wrong = "NaN or infinite numbers" if answers.shape == (len(texts),) else f"the shape {tuple(answers.shape)}"
         raise ValueError(f"statistic {key!r} gave {wrong} for {len(texts)} texts; give one finite number a text")
-    return made
+    return answers

@@ -9,12 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.criticism.averages import over_prompts
-from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.expectations import expectation
 from ppl_lm.infer.draws import Draws
 from ppl_lm.lm.prompts import Prompts
 
 ORDERS = (1, 2, 3)
-MOST = 100  # texts for self-BLEU, whose cost grows with their square
+MOST = 100  # texts for self-BLEU, which grows with their number
 
 
 def diversity(draws: Draws, name: str | None = None, seed: int = 0) -> dict[str, Any]:
@@ -50,9 +50,9 @@ def diversity(draws: Draws, name: str | None = None, seed: int = 0) -> dict[str,
         raise ValueError("log_guide is NaN for some draws; give draws as a sampler made them")
     draws = draws.map(lambda v: v.cpu())
     x = draws[name]  # (C, S, B, *inner, T)
-    made = [_figures(x[:, :, b], draws, b, seed) for b in range(x.shape[2])]
-    average = over_prompts(made, shared=("num_samples",), without=("prompt",))
-    return {**average, "prompts": made}
+    by_prompt = [_figures(x[:, :, b], draws, b, seed) for b in range(x.shape[2])]
+    average = over_prompts(by_prompt, shared=("num_samples",), without=("prompt",))
+    return {**average, "prompts": by_prompt}
 
 
 def distinct(rows: Sequence[Sequence[int]], n: int) -> float | None:
@@ -70,6 +70,7 @@ def self_bleu(texts: list[str], seed: int = 0) -> float | None:
     second text."""
     try:
         from sacrebleu.metrics.bleu import BLEU  # pyright: ignore[reportMissingImports]
+        from sacrebleu.metrics.helpers import extract_all_word_ngrams  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     if len(texts) < 2:
@@ -78,12 +79,25 @@ def self_bleu(texts: list[str], seed: int = 0) -> float | None:
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
         texts = [texts[i] for i in order[:MOST].tolist()]
     bleu, empty = BLEU(effective_order=True), sum(not text.strip() for text in texts)
-    scores = [
-        (100.0 if empty > 1 else 0.0)  # to sacrebleu no n-gram is no match, so that empty texts would look varied
-        if not text.strip()
-        else bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score
-        for i, text in enumerate(texts)
-    ]
+    orders = range(1, bleu.max_ngram_order + 1)
+    counted = [extract_all_word_ngrams(bleu.tokenizer(text.rstrip()), orders[0], orders[-1]) for text in texts]
+    most: dict[tuple[str, ...], list[int]] = {}  # the two largest counts of each n-gram in one text
+    for grams, _ in counted:
+        for gram, count in grams.items():
+            most[gram] = sorted([*most.get(gram, (0, 0)), count])[1:]
+    scores = []
+    for i, (text, (grams, length)) in enumerate(zip(texts, counted, strict=True)):
+        if not text.strip():  # to sacrebleu no n-gram is no match, so that empty texts would look varied
+            scores.append(100.0 if empty > 1 else 0.0)
+            continue
+        correct, total = [0] * len(orders), [0] * len(orders)
+        for gram, count in grams.items():
+            second, first = most[gram]
+            total[len(gram) - 1] += count
+            correct[len(gram) - 1] += min(count, second if count == first else first)  # what another text has
+        others = (n for j, (_, n) in enumerate(counted) if j != i)
+        closest = min(others, key=lambda n: (abs(n - length), n))
+        scores.append(bleu.compute_bleu(correct, total, length, closest, "exp", effective_order=True).score)
     return sum(scores) / len(scores)
 
 

@@ -17,7 +17,7 @@ from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
-from ppl_lm.embedded.rules import RATES, Rules, rules
+from ppl_lm.embedded.rules import RATES, Rules, all_rules
 from ppl_lm.embedded.words import FACTS, LISTS, RUDE
 
 
@@ -127,7 +127,7 @@ def detokenise(words: Iterable[str]) -> str:
     return re.sub(r" (?=[.,!?:])", "", " ".join(words))
 
 
-GRAMMAR = Grammar(rules())
+GRAMMAR = Grammar(all_rules())
 sample, log_prob, entropy = GRAMMAR.sample, GRAMMAR.log_prob, GRAMMAR.entropy
 
 

@@ -232,7 +232,7 @@ def fact_rules() -> dict[str, Expansions]:
     return rules
 
 
-def rules() -> dict[str, Expansions]:
+def all_rules() -> dict[str, Expansions]:
     """The whole grammar as data."""
     plain = {f"${kind}": share * (1 - RATES["rude"]) for kind, share in KINDS.items()}
     before = {f"$rude_before ${kind}": share * RATES["rude"] / 2 for kind, share in KINDS.items()}

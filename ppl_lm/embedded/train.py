@@ -124,7 +124,7 @@ def negative_log_likelihood(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
     return costs.view_as(targets)
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, num_texts: int) -> set[int]:
+def train_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, num_texts: int) -> set[int]:
     """Fit the model to `num_texts` grammar samples in one pass; returns the hashes of those texts."""
     optimizer = torch.optim.AdamW(
         [
@@ -253,7 +253,7 @@ def main() -> None:
     tokenizer = build_tokenizer(list(training_texts(options.seed, 50_000)))
     model = build_model(options.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {torch.get_num_threads()} threads")
-    seen = train(model, tokenizer, options.seed, options.num_texts)
+    seen = train_model(model, tokenizer, options.seed, options.num_texts)
     model.save_pretrained(options.output_dir)
     tokenizer.save_pretrained(options.output_dir)
     seconds = time.time() - start

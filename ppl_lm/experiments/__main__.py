@@ -13,6 +13,7 @@ import ppl_lm.experiments
 REAL = ("calibration", "decoding", "divergences")  # on real language models; the others enumerate
 LONG = (*REAL, "verdicts")  # ten minutes each
 NAMES = sorted(m.name for m in iter_modules(ppl_lm.experiments.__path__) if m.name not in ("lab", "__main__"))
+SHORT = [name for name in NAMES if name not in LONG]
 
 
 def main(
@@ -31,7 +32,7 @@ def main(
     out = Console(highlight=False)
     if not out.is_terminal:
         out.width = max(out.width, 120)  # a file has room for a table
-    asked = names or [name for name in NAMES if name not in LONG]
+    asked = names or SHORT
     if unknown := [name for name in asked if name not in NAMES]:
         raise typer.BadParameter(f"{unknown[0]!r} is unknown; give one of {', '.join(NAMES)}")
     if not set(REAL) & set(asked) and (lm is not None or time_limit is not None):

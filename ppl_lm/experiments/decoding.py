@@ -17,6 +17,7 @@ from ppl_lm.experiments.lab import Result, load, panels
 from ppl_lm.guides import finetuned
 from ppl_lm.infer.binding import Bound, bind
 from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.objectives import catalogue as objectives
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.kernels import independence, particle_gibbs, suffix
@@ -24,6 +25,7 @@ from ppl_lm.infer.samplers.markov_chains import mcmc
 from ppl_lm.infer.samplers.quasi_rejection_sampling import quality, quasi_rejection
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.traces.text_site import text_law
 from ppl_lm.infer.twists.functions import prefix_likelihood, tempered
 from ppl_lm.likelihood import rewards
@@ -31,7 +33,7 @@ from ppl_lm.lm import meter
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.models import constrained, tilted
-from ppl_lm.run.fitting import fit
+from ppl_lm.run.fitting.loop import fit
 
 WORD = "cake"
 EXACT = (6000, 200)  # exact draws of each posterior, that all others are held against
@@ -112,7 +114,8 @@ def _fitted(
     """With a guide fitted by forward KL: one that is to propose must cover, which reverse KL does not ask for."""
     guide = bind(finetuned, prior.copy())
     with meter.measure() as cost:
-        fitted = fit(target, guide, prompts, objective=objectives.forward_kl, time_limit=limit, seed=seed)
+        loss = SequenceELBO(num_particles=128, objective=objectives.forward_kl)
+        fitted = fit(target, guide, prompts, loss, time_limit=limit, seed=seed)
     return Task(name, target, guide, cost.lm_tokens, fitted.seconds, samplers, exact)
 
 
@@ -130,7 +133,7 @@ def _smc(num_runs: int) -> Sampler:
 
     def sampler(target: Bound, _: Bound | None, prompts: Prompts) -> Sample:
         twist = tempered(prefix_likelihood(target), text_law(target, prompts).event_shape[0])
-        return smc(target, None, prompts, num_samples=256, num_runs=num_runs, twist=twist), ""
+        return smc(target, None, prompts, num_samples=256, num_runs=num_runs, settings=SMCSettings(twist=twist)), ""
 
     return sampler
 

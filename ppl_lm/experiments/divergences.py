@@ -17,7 +17,7 @@ from ppl_lm.infer.objectives.divergences import forward_kl, jensen_shannon, reve
 from ppl_lm.infer.objectives.rl import expected_reward
 from ppl_lm.likelihood import rewards
 from ppl_lm.models import tilted
-from ppl_lm.run.fitting import fit
+from ppl_lm.run.fitting.loop import fit
 
 OBJECTIVES = {"reverse KL": reverse_kl, "Jensen-Shannon": jensen_shannon, "forward KL": forward_kl}
 MADE_OF = {"reverse KL": ("KL(q‖p)",), "Jensen-Shannon": ("KL(q‖p)", "KL(p‖q)"), "forward KL": ("KL(p‖q)",)}
@@ -30,7 +30,8 @@ def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
     for name in ("the prior", *OBJECTIVES, "standard RL"):
         guide, steps = bind(finetuned, prior.copy()), 0
         if name in OBJECTIVES:
-            fit_record = fit(target, guide, [""], objective=OBJECTIVES[name], time_limit=time_limit, seed=seed)
+            loss = SequenceELBO(num_particles=128, objective=OBJECTIVES[name])
+            fit_record = fit(target, guide, [""], loss, time_limit=time_limit, seed=seed)
             steps, rate = fit_record.steps, max(row["learning_rate"] for row in fit_record.metrics)
         elif name == "standard RL":
             steps = reinforce(target, guide, rate, time_limit, seed)

@@ -22,6 +22,7 @@ from ppl_lm.infer.samplers.markov_chains import mcmc
 from ppl_lm.infer.samplers.quasi_rejection_sampling import quasi_rejection
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.twists.fitting import fit_twist
 from ppl_lm.infer.twists.functions import exact_twist, prefix_likelihood
 from ppl_lm.lm import meter
@@ -58,7 +59,7 @@ def run(seed: int) -> Result:
         )
 
     def by_smc(**settings: Any) -> Callable[[int], Draws]:
-        return lambda n: smc(target, None, [""], num_samples=PARTICLES, num_runs=n, **settings)
+        return lambda n: smc(target, None, [""], num_samples=PARTICLES, num_runs=n, settings=SMCSettings(**settings))
 
     methods: dict[str, tuple[int, Callable[[int], Draws]]] = {  # tokens spent on fitting, and draws from n
         "importance": (0, lambda n: importance(target, None, [""], num_samples=n)),
@@ -68,7 +69,7 @@ def run(seed: int) -> Result:
         "soft best of 8": (0, lambda n: _unweighted(best_of_n(target, None, [""], num_samples=n + 1, soft=True))),
         "independence MH": (0, chains(None, independence)),
         "suffix MH": (0, chains(None, suffix)),
-        "particle Gibbs": (0, chains(None, particle_gibbs(8, twist=likelihood))),
+        "particle Gibbs": (0, chains(None, particle_gibbs(8, SMCSettings(twist=likelihood)))),
         "SMC, likelihood": (0, by_smc(twist=likelihood)),
         "SMC, exact twist": (0, by_smc(twist=exact_twist(target, [""]), candidates=SIZE)),
         "SMC, learned twist": (learning.lm_tokens, by_smc(twist=twist)),

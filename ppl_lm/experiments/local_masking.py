@@ -17,6 +17,7 @@ from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.enumeration import enumerate_posterior, kl
 from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.likelihood.automata import Automaton
 from ppl_lm.lm.experts import product
 from ppl_lm.lm.language_model import LanguageModel
@@ -100,7 +101,8 @@ def run(seed: int) -> Result:
         weighted = {f"{count} weighted, one picked": resampled(log_q, log_joint - log_q, count) for count in COUNTS[1:]}
         laws[target] = {TRUTH: log_p, TOKENS: log_q, **weighted}
         rows += [{"target": target, "law": law, **distances(log_p, log_law)} for law, log_law in laws[target].items()]
-    by_smc = smc(model, None, [""], num_samples=PARTICLES, num_runs=RUNS, twist=automaton.mask(lm))
+    mask = SMCSettings(twist=automaton.mask(lm))
+    by_smc = smc(model, None, [""], num_samples=PARTICLES, num_runs=RUNS, settings=mask)
     smc_distances = distances(laws[AUTOMATON][TRUTH], picked(by_smc, x))
     of_smc = f"SMC of {PARTICLES}, the mask its twist (estimated)"
     tv = {target: [row["TV"] for row in rows if row["target"] == target and row["law"] != TRUTH] for target in targets}

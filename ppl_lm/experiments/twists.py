@@ -13,6 +13,7 @@ from ppl_lm.infer.binding import Bound, bind
 from ppl_lm.infer.objectives.divergences import forward_kl, reverse_kl
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.samplers.twist import Twist
 from ppl_lm.infer.twists.fitting import fit_twist
 from ppl_lm.infer.twists.functions import exact_twist
@@ -103,5 +104,5 @@ def run(seed: int) -> Result:
 
 
 def _log_z(target: Bound, twist: Twist | None, **settings: Any) -> Float[torch.Tensor, "runs"]:
-    draws = smc(target, None, [""], num_samples=FEW, num_runs=RUNS, twist=twist, **settings)
+    draws = smc(target, None, [""], num_samples=FEW, num_runs=RUNS, settings=SMCSettings(twist=twist, **settings))
     return draws.by_run().log_weight[0, :, 0]

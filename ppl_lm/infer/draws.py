@@ -45,7 +45,8 @@ class Draws:
           of the mean weight is unbiased for.
     :param observed: what the model observed, by site: `optimal` is 1 for each prompt. `log_likelihoods` holds each site's share
         of `log_likelihood`.
-    :param stats: how each draw came about, (C, S, B), such as `acceptance_rate`.
+    :param stats: how each draw came about, (C, S, B, ...), such as `acceptance_rate`; (C, 1, B, ...) where all draws of a chain
+        share it, as those of an SMC run do.
     :param proposals: of a sampler that discards, all that it proposed (without `latents`).
     """
 
@@ -141,7 +142,7 @@ class Draws:
 
     def by_run(self) -> "Draws":
         """Each run of draws that came about together as one draw of the extended space of all that it chose at random, whose
-        weight is the chain's estimate of Z (Andrieu et al. 2010); exact where a posterior draw was planted. No latents."""
+        weight is the run's estimate of Z (Andrieu et al. 2010); exact where a posterior draw was planted. No latents."""
         log_z = self.log_weight.logsumexp(1) - math.log(self.log_weight.shape[1])  # (C, B)
         nothing = torch.zeros_like(log_z).unsqueeze(0)
         return replace(
@@ -174,7 +175,7 @@ class Draws:
             latents={k: pick(v) for k, v in self.latents.items()},
             records={k: pick(v) for k, v in self.records.items()},
             log_likelihoods={k: pick(v) for k, v in self.log_likelihoods.items()},
-            stats={k: pick(v) for k, v in self.stats.items()},
+            stats={k: _pick_stat(v, pick, self.log_guide.shape[1]) for k, v in self.stats.items()},
             log_prior=pick(self.log_prior),
             log_likelihood=pick(self.log_likelihood),
             log_guide=pick(self.log_guide),
@@ -194,12 +195,26 @@ def concatenate(parts: Sequence[Draws], dim: int = 1) -> Draws:
         latents={k: join(p.latents[k] for p in parts) for k in first.latents},
         records={k: join(p.records[k] for p in parts) for k in first.records},
         log_likelihoods={k: join(p.log_likelihoods[k] for p in parts) for k in first.log_likelihoods},
-        stats={k: join(p.stats[k] for p in parts) for k in first.stats},
+        stats={k: join(_of_each_draw(p, k) if dim == 1 else p.stats[k] for p in parts) for k in first.stats},
         log_prior=join(p.log_prior for p in parts),
         log_likelihood=join(p.log_likelihood for p in parts),
         log_guide=join(p.log_guide for p in parts),
         cost=sum((p.cost for p in parts), Cost()),
     )
+
+
+def _of_each_draw(draws: Draws, name: str) -> Tensor:
+    """A stat with what the draws of a chain share repeated, (C, S, B, ...)."""
+    value = draws.stats[name]
+    return value.expand(value.shape[0], draws.log_guide.shape[1], *value.shape[2:])
+
+
+def _pick_stat(value: Tensor, pick: Callable[[Tensor], Tensor], count: int) -> Tensor:
+    """What all `count` draws of a chain share stays shared, as long as those that are picked agree on it."""
+    if value.shape[1] == count:
+        return pick(value)
+    picked = pick(value.expand(value.shape[0], count, *value.shape[2:]))
+    return picked[:, :1] if bool((picked == picked[:, :1]).all()) else picked
 
 
 def as_draws(p: Particles, nesting: int = 1) -> Draws:
@@ -230,7 +245,7 @@ def as_draws(p: Particles, nesting: int = 1) -> Draws:
         records={k: v for k, v in records.items() if v is not None},
         log_prior=p.log_prior().unsqueeze(0),
         log_likelihood=p.log_likelihood().unsqueeze(0),
-        log_guide=p.log_drawn().unsqueeze(0),
+        log_guide=p.log_proposal().unsqueeze(0),
         texts=tuple(k for k, s in p.guide_sites.items() if is_sequence(s)),
         observed={k: _of_one_particle(s, nesting) for k, s in p.observed_sites.items()},
         log_likelihoods={k: v.unsqueeze(0) for k, v in p.log_likelihoods().items()},

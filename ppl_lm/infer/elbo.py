@@ -1,23 +1,33 @@
 """`SequenceELBO`: the evidence lower bound, or another objective, for programs with whole texts among their latents."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.infer import ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
 
-from ppl_lm.infer.objectives.baselines import Baseline, LogZ, MovingLogZ, leave_one_out
+from ppl_lm.infer.objectives.baselines import (
+    Baseline,
+    BaselineFunction,
+    LogZ,
+    LogZFunction,
+    MovingLogZ,
+    as_estimate,
+    leave_one_out,
+)
 from ppl_lm.infer.objectives.catalogue import hard_constraint
 from ppl_lm.infer.objectives.divergences import reverse_kl
-from ppl_lm.infer.terms import Objective
+from ppl_lm.infer.objectives.protocol import Objective, ObjectiveFunction, as_objective
+from ppl_lm.infer.traces.gradients import ordinary_surrogate, plate_costs
 from ppl_lm.infer.traces.objective_terms import as_terms
+from ppl_lm.infer.traces.parameters import trainable_of_block
 from ppl_lm.infer.traces.particles import Particles, run
-from ppl_lm.infer.traces.sites import Site, is_sequence
+from ppl_lm.infer.traces.sites import TextSite
 from ppl_lm.infer.traces.sources import Source
 
 
@@ -50,14 +60,15 @@ class SequenceELBO(ELBO):
     have cost may be left in or out; it stays in, because log q/p0 of a prefix is the guide's own estimate of the value
     that the prefix has gained (exactly that, at the posterior), and so the best baseline at hand: the closer the guide,
     the less noise, down to none. Ordinary sites may sit beside the text: reparameterised ones keep their pathwise
-    gradient, others get the same score-function treatment, and learnable model parameters get theirs.
+    gradient, others get the same score-function treatment, and learnable model parameters get theirs: with every baseline.
 
     :param num_particles: K, texts drawn for each prompt and step; at least 2, for the baseline.
     :param max_plate_nesting: as in Pyro, of the programs without the particles.
     :param micro_batch: texts scored with gradients at a time; None: as many as a memory budget allows. The gradient
         does not depend on it.
-    :param objective: from `Terms` to an `Estimate`. Others than `reverse_kl` are for guides whose latent sites all lie in
-        the prompt plate and models without parameters of their own; every site gets a score-function gradient.
+    :param objective: an `Objective`, or a plain function from `Terms` to an `Estimate`. Others than `reverse_kl` are for guides
+        whose latent sites all lie in the prompt plate and models without parameters of their own; every site gets a
+        score-function gradient. So it is for `reverse_kl` with a source.
     :param baseline: subtracted from the costs of f-divergences and `expected_reward`; others have their own.
     :param log_z: estimate of log Z in f-divergences other than reverse KL; None: a `MovingLogZ`. One from the same
         particles biases them by O(1/K); `of_others` leaves forward KL its direction.
@@ -74,9 +85,9 @@ class SequenceELBO(ELBO):
         num_particles: int = 16,
         max_plate_nesting: int = 1,
         micro_batch: int | None = None,
-        objective: Objective = reverse_kl,
-        baseline: Baseline = leave_one_out,
-        log_z: LogZ | None = None,
+        objective: Objective | ObjectiveFunction = reverse_kl,
+        baseline: Baseline | BaselineFunction = leave_one_out,
+        log_z: LogZ | LogZFunction | None = None,
         source: Source | None = None,
         max_ratio: float = math.inf,
         clip_ratio: float | None = None,
@@ -88,16 +99,15 @@ class SequenceELBO(ELBO):
                 "num_particles=1; the leave-one-out baseline needs at least 2. With one, give baseline=MovingAverage() "
                 "or no_baseline, of ppl_lm.baselines"
             )
-        of_terms = "give a function of Terms, such as ppl_lm.objectives.forward_kl or ppl_lm.objectives.SubTB()"
         kinds = {
-            "objective": (objective, of_terms),
             "baseline": (baseline, "give a function of costs and ratios: see ppl_lm.baselines"),
             "log_z": (log_z, "give a function of log weights and prompts, such as ppl_lm.baselines.MovingLogZ()"),
-            "source": (source, "give a source of texts, such as ppl_lm.off_policy.Reuse(4)"),
         }
         for name, (value, instead) in kinds.items():
             if isinstance(value, type) or not (value is None or callable(value)):
                 raise ValueError(f"{name}={value!r}; {instead}")
+        if isinstance(source, type) or not (source is None or isinstance(source, Source)):
+            raise ValueError(f"source={source!r}; give a source of texts, such as ppl_lm.off_policy.Reuse(4)")
         if not max_ratio > 0 or (clip_ratio is not None and not clip_ratio > 0):
             raise ValueError(f"max_ratio={max_ratio}, clip_ratio={clip_ratio}; give numbers above 0")
         if source is None and (max_ratio < math.inf or clip_ratio is not None):
@@ -107,8 +117,13 @@ class SequenceELBO(ELBO):
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.max_plate_nesting = max_plate_nesting
         self.micro_batch = micro_batch
-        self.objective, self.baseline, self.log_z = objective, baseline, log_z or MovingLogZ()
+        self.objective = as_objective(objective)
+        self.baseline, self.log_z = as_estimate(baseline), as_estimate(log_z or MovingLogZ())
         self.source, self.max_ratio, self.clip_ratio = source, max_ratio, clip_ratio
+        self._untouched = copy.deepcopy(self.baseline)
+        self._baselines: dict[
+            tuple[str, ...], Any
+        ] = {}  # with a memory for each set of plates: costs are of another size
         self._kept: dict[Any, Tensor] = {}  # what estimates that remember steps gave for draws that may come again
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
@@ -121,8 +136,9 @@ class SequenceELBO(ELBO):
 
     @property
     def pathwise(self) -> bool:
-        """Whether reparameterised sites and parameters of the model get their own gradients: plain reverse KL."""
-        return self.objective == reverse_kl and self.baseline is leave_one_out and self.source is None
+        """Whether reparameterised sites and the model's own parameters get their gradients through log q - log p: reverse KL
+        on the guide's own draws, whatever the baseline."""
+        return self.objective.is_negative_elbo and self.source is None
 
     @torch.no_grad()
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
@@ -135,16 +151,15 @@ class SequenceELBO(ELBO):
 
         :raises ValueError: if nothing is trainable, or the posterior has a hard constraint, which reverse KL cannot fit.
         """
-        with poutine.trace(param_only=True) as capture:
+        with trainable_of_block() as parameters:
             particles = self.particles(model, guide, *args, **kwargs)
-        sites: Any = capture.trace.nodes.values()
-        if not any(site["value"].unconstrained().requires_grad for site in sites if site["type"] == "param"):
+        if not parameters:
             raise ValueError(
                 "this step has nothing to train: guide and model registered no trainable parameter. Wrap the guide "
                 "with ppl_lm.bind, around prior.copy() rather than the frozen prior"
             )
         step = self._step(particles)
-        ordinary = self._ordinary_surrogate(particles, step)
+        ordinary = ordinary_surrogate(particles, step.coefficients, step.pathwise)
         if ordinary.requires_grad:
             ordinary.backward()
         for part in self._sequence_surrogates(particles, step):
@@ -161,8 +176,8 @@ class SequenceELBO(ELBO):
         """The second phase on its own. The micro-batches are differentiated here and now, so that memory stays bounded;
         what is returned is linear in the weights with those gradients as its slopes."""
         step = self._step(particles)
-        surrogate = self._ordinary_surrogate(particles, step)
-        weights = [p for p in _sequence_weights(particles) if p.requires_grad]
+        surrogate = ordinary_surrogate(particles, step.coefficients, step.pathwise)
+        weights = [p for p in _text_weights(particles) if p.requires_grad]
         slopes = [torch.zeros_like(p) for p in weights]
         for part in self._sequence_surrogates(particles, step):
             for slope, grad in zip(slopes, torch.autograd.grad(part, weights, allow_unused=True), strict=True):
@@ -179,36 +194,37 @@ class SequenceELBO(ELBO):
 
     def _step(self, particles: Particles) -> _Step:
         """Loss and coefficients of these particles; moves what the estimates of log Z and the baselines remember."""
-        if particles.is_hard() and not getattr(self.objective, "mends", False):
+        if particles.is_hard() and not self.objective.allows_hard_constraints:
             raise hard_constraint(self.objective)
         if not self.pathwise:
             return self._objective_step(particles)
         terms = [v.sum() for v in particles.log_q.values()] + [-v.sum() for v in particles.log_p.values()]
         values: list[Any] = [torch_item(term) for term in terms]
-        cost: Any = particles.cost()
-        coefficients = {
-            name: self._minus_baseline(cost.sum_to(site["cond_indep_stack"]), particles)
-            for name, site in particles.guide_sites.items()
-        }
+        coefficients = {}
+        for part in plate_costs(particles):
+            cost = self._minus_baseline(part.cost / part.scale, self._baseline_in(part.plates)) * part.scale
+            coefficients |= dict.fromkeys(part.sites, cost)
         return _Step(sum(values) / particles.count, coefficients, pathwise=True)
 
     def _objective_step(self, particles: Particles) -> _Step:
         log_z, baseline = (self._once(f, particles.repeated) for f in (self.log_z, self.baseline))
         terms, scale = as_terms(particles, log_z, baseline, self.max_ratio, self.clip_ratio)
-        made = self.objective(terms)
+        estimate = self.objective(terms)
         if self.source is not None:
             self.source.update(terms, particles.guide)
-        coefficient = made.coefficient * (scale if made.coefficient.dim() == 2 else scale.unsqueeze(-1))
+        coefficient = estimate.coefficient * (scale if estimate.coefficient.dim() == 2 else scale.unsqueeze(-1))
         if not bool(coefficient.isfinite().all()):
-            raise ValueError("an objective gave a cost that is not finite; its values: " + str(made.value.tolist()[:4]))
+            raise ValueError(
+                "an objective gave a cost that is not finite; its values: " + str(estimate.value.tolist()[:4])
+            )
         coefficients = {}
-        for name in particles.guide_sites:
-            inner = particles.log_q[name].dim() - 2  # plates between particles and prompts
+        for name, log_q in particles.log_q.items():
+            inner = log_q.dim() - 2  # plates between particles and prompts
             coefficients[name] = coefficient.reshape(coefficient.shape[0], *[1] * inner, *coefficient.shape[1:])
-        ends = None if made.end_coefficient is None else made.end_coefficient * scale.unsqueeze(-1)
-        return _Step(float((made.value * scale.mean(0)).sum()), coefficients, False, ends)
+        ends = None if estimate.end_coefficient is None else estimate.end_coefficient * scale.unsqueeze(-1)
+        return _Step(float((estimate.value * scale.mean(0)).sum()), coefficients, False, ends)
 
-    def _once(self, estimate: Callable[..., Tensor], repeated: bool) -> Callable[..., Tensor]:
+    def _once(self, estimate: Any, repeated: bool) -> Callable[..., Tensor]:
         """An estimate from earlier steps must not have seen the draws that it is used for: for draws that come again it
         stays what it was, and learns nothing more."""
 
@@ -217,72 +233,50 @@ class SequenceELBO(ELBO):
                 self._kept[estimate] = estimate(*args)
             return self._kept[estimate]
 
-        return frozen if self.source is not None and getattr(estimate, "moves", False) else estimate
-
-    def _ordinary_surrogate(self, particles: Particles, step: _Step) -> Tensor:
-        """What ordinary sites add to the gradient: pathwise terms with their graph, score functions with theirs."""
-        surrogate = torch.zeros((), dtype=torch.float64)
-        for name, site in particles.model_sites.items():
-            if step.pathwise and name in particles.log_p and not is_sequence(site):
-                surrogate = surrogate - particles.log_p[name].sum()
-        for name, site in particles.guide_sites.items():
-            if is_sequence(site):
-                continue
-            if step.pathwise and site["fn"].has_rsample:
-                surrogate = surrogate + particles.log_q[name].sum()
-            elif particles.log_q[name].requires_grad:
-                score = site["fn"].log_prob(site["value"].detach())
-                surrogate = surrogate + (score * step.coefficients[name]).sum()
-        return surrogate / particles.count
+        return frozen if self.source is not None and estimate.remembers_steps else estimate
 
     def _sequence_surrogates(self, particles: Particles, step: _Step) -> Iterator[Tensor]:
         """One scalar a micro-batch; the gradients of all add up to what texts add to the gradient."""
-        for name, site in particles.guide_sites.items():
-            if not is_sequence(site) or not _trainable(site):
+        for name, text in particles.texts().items():
+            if not text.is_trainable:
                 continue
             shape, coefficient = particles.token_log_q[name].shape, step.coefficients[name]  # (K, B, T)
             coefficient = coefficient if coefficient.dim() == len(shape) else coefficient.unsqueeze(-1)
             ends = None if step.end_coefficient is None else step.end_coefficient / particles.count
-            yield from self._rescore(site, coefficient.expand(shape) / particles.count, ends)
-        for name, site in particles.model_sites.items():
-            if step.pathwise and is_sequence(site) and _trainable(site):
-                ones = torch.ones_like(particles.token_log_p[name])
-                weight = scale_like(site, ones)
-                yield from self._rescore(site, -weight / particles.count)
+            yield from self._rescore(text, coefficient.expand(shape) / particles.count, ends)
+        for name, text in particles.model_texts().items():
+            if step.pathwise and text.is_trainable:
+                weight = text.scaled(torch.ones_like(particles.token_log_p[name]))
+                yield from self._rescore(text, -weight / particles.count)
 
-    def _rescore(self, site: Site, coefficient: Tensor, ends: Tensor | None = None) -> Iterator[Tensor]:
+    def _rescore(self, text: TextSite, coefficient: Tensor, ends: Tensor | None = None) -> Iterator[Tensor]:
         """Σ coefficient · log-probability of each token, (K, B, T) both, and Σ ends · that of ending there, a micro-batch of
         texts at a time."""
-        fn, x = site["fn"].expand(coefficient.shape[:-1]), site["value"]
+        law, x = text.law.expand(coefficient.shape[:-1]), text.value
         x = x.expand(*coefficient.shape[:-1], x.shape[-1]).reshape(-1, x.shape[-1])  # (K·B, T)
         flat = coefficient.reshape(x.shape)
-        size = self.micro_batch or fn.lm.rows_per_pass(fn.prompts.ids.shape[-1], x.shape[-1], gradient=True)
+        size = self.micro_batch or law.lm.rows_per_pass(law.prompts.ids.shape[-1], x.shape[-1], gradient=True)
         for rows in torch.arange(len(x), device=x.device).split(size):
             if ends is None:
-                yield (flat[rows] * fn.slice(rows).token_log_probs(x[rows])).sum()
+                yield (flat[rows] * law.slice(rows).token_log_probs(x[rows])).sum()
             else:
-                by_token, ending = fn.slice(rows).token_and_end_log_probs(x[rows])
+                by_token, ending = law.slice(rows).token_and_end_log_probs(x[rows])
                 yield (flat[rows] * by_token + ends.reshape(x.shape)[rows] * ending).sum()
 
-    def _minus_baseline(self, coefficient: Tensor, particles: Particles) -> Tensor:
-        """Subtracts the mean over the *other* particles: it does not depend on this one's draw, so the gradient stays
-        unbiased (Kool et al. 2019). Along the particle dimension alone, never across prompts."""
-        n = particles.count
-        return (coefficient - coefficient.mean(0, keepdim=True)) * (n / (n - 1))
+    def _baseline_in(self, plates: tuple[str, ...]) -> Any:
+        """The baseline of sites in these plates. One that remembers steps must not see a step's costs before all of its sites
+        have theirs."""
+        if self.baseline.remembers_steps and plates not in self._baselines:
+            self._baselines[plates] = copy.deepcopy(self._untouched) if self._baselines else self.baseline
+        return self._baselines.get(plates, self.baseline)
+
+    def _minus_baseline(self, cost: Tensor, baseline: Any) -> Tensor:
+        """What multiplies the score functions, (K, *plates, B): unbiased since a baseline does not depend on a particle's own
+        draw (leave-one-out: Kool et al. 2019). Along the particle dimension alone, never across prompts."""
+        return cost - baseline(cost, torch.ones_like(cost))
 
 
-def scale_like(site: Site, ones: Tensor) -> Tensor:
-    """The site's scale and mask at every token."""
-    scale, mask = site["scale"], site["mask"]
-    wide = scale.unsqueeze(-1) if isinstance(scale, Tensor) and scale.dim() else scale
-    return ones * wide if mask is None else ones * wide * torch.as_tensor(mask).unsqueeze(-1)
-
-
-def _trainable(site: Site) -> bool:
-    return any(p.requires_grad for p in site["fn"].lm.parameters())
-
-
-def _sequence_weights(particles: Particles) -> list[Tensor]:
-    sites = (*particles.guide_sites.values(), *particles.model_sites.values())
-    found = {id(p): p for site in sites if is_sequence(site) for p in site["fn"].lm.parameters()}
-    return list(found.values())
+def _text_weights(particles: Particles) -> list[Tensor]:
+    """Weights of all language models that texts come from, each once."""
+    texts = (*particles.texts().values(), *particles.model_texts().values())
+    return list({id(weight): weight for text in texts for weight in text.law.lm.parameters()}.values())

@@ -4,16 +4,14 @@ import copy
 import heapq
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
-from pyro.poutine import Trace
 from torch import nn
 
 from ppl_lm.infer.terms import Terms
-from ppl_lm.infer.traces.sources import Drawn
-from ppl_lm.lm.token_sequence import TokenSequence
+from ppl_lm.infer.traces.sources import ProposalTrace
 
 
 class Proposal:
@@ -24,6 +22,8 @@ class Proposal:
         below KL(p ‖ program) by more than two standard errors: the rule of KL-adaptive DPG (Khalifa et al. 2021), made to
         wait for evidence. The program must be made like the guide then: see `like`. None: never.
     """
+
+    updates = 1
 
     def __init__(self, program: nn.Module, every: int | None = None):
         if not isinstance(program, nn.Module):
@@ -40,8 +40,8 @@ class Proposal:
         return cls(copy.deepcopy(guide), every)
 
     @torch.no_grad()
-    def __call__(self, draw: Callable[..., Trace], prompts: Any) -> Drawn:
-        return Drawn(draw(self.program))
+    def __call__(self, draw: Callable[..., ProposalTrace], prompts: Any) -> ProposalTrace:
+        return draw(self.program)
 
     def update(self, terms: Terms, guide: Any) -> None:
         """The mean of w/Ẑ (log q - log b) estimates KL(p ‖ program) - KL(p ‖ guide), w = p(x, evidence)/b(x). Ẑ is the
@@ -74,16 +74,17 @@ class Reuse:
         if not isinstance(updates, int) or updates < 1:
             raise ValueError(f"updates={updates}; give a whole number, at least 1")
         self.updates, self.left = updates, 0
-        self.drawn: tuple[Any, Drawn] | None = None
+        self.prompts: Any = None  # of the texts that are kept
+        self.texts: ProposalTrace | None = None
 
-    def __call__(self, draw: Callable[..., Trace], prompts: Any) -> Drawn:
-        of = prompts.identities() if hasattr(prompts, "identities") else prompts
-        if self.drawn is None or self.left < 1 or self.drawn[0] != of:
-            self.drawn, self.left = (of, Drawn(draw())), self.updates
+    def __call__(self, draw: Callable[..., ProposalTrace], prompts: Any) -> ProposalTrace:
+        identities = prompts.identities() if hasattr(prompts, "identities") else prompts
+        if self.texts is None or self.left < 1 or self.prompts != identities:
+            self.prompts, self.texts, self.left = identities, draw(), self.updates
         else:
-            self.drawn[1].repeated = True
+            self.texts = replace(self.texts, repeated=True)
         self.left -= 1
-        return self.drawn[1]
+        return self.texts
 
     def update(self, terms: Terms, guide: Any) -> None:
         pass
@@ -100,6 +101,7 @@ class Replay:
     capacity: int = 256
     share: float = 0.25
     kept: dict[tuple[Any, ...], dict[tuple[int, ...], float]] = field(default_factory=dict, repr=False)
+    updates: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.capacity, int) or self.capacity < 1:
@@ -107,30 +109,29 @@ class Replay:
         if not 0 < self.share < 1:
             raise ValueError(f"share={self.share}; give a number between 0 and 1")
 
-    def __call__(self, draw: Callable[..., Trace], prompts: Any) -> Drawn:
-        trace = draw()
-        nodes: Any = trace.nodes
-        texts = [s for s in nodes.values() if s["type"] == "sample" and isinstance(s["fn"], TokenSequence)]
+    def __call__(self, draw: Callable[..., ProposalTrace], prompts: Any) -> ProposalTrace:
+        proposed = draw()
+        texts = proposed.texts()
         if len(texts) != 1:
             raise ValueError(f"Replay remembers one text for each prompt; this guide draws {len(texts)}")
-        self.x = texts[0]["value"].clone()  # (K, B, T)
+        ((name, text),) = texts.items()
+        self.x = text.value.clone()  # (K, B, T)
         count = min(self.capacity, round(self.share * len(self.x)), len(self.x) - 1)
         if count < 1:
             raise ValueError(
                 f"share={self.share} of {len(self.x)} particles is none: give more particles or a larger share"
             )
-        fresh = torch.ones(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
-        for b, key in enumerate(self._keys(texts[0]["fn"].prompts)):
+        from_guide = torch.ones(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
+        for b, key in enumerate(self._keys(text.law.prompts)):
             known = list(self.kept.get(key, ()))
             if len(known) >= count:
                 picks = torch.randperm(len(known))[:count].tolist()
                 self.x[:count, b] = self.x.new_tensor([known[i] for i in picks])
-                fresh[:count, b] = False
-        texts[0]["value"] = self.x
-        return Drawn(trace, fresh)
+                from_guide[:count, b] = False
+        return proposed.with_text(name, self.x, from_guide)
 
     def _keys(self, prompts: Any) -> list[tuple[Any, ...]]:
-        return [(*key, self.x.shape[-1]) for key in prompts.identities()]  # noqa: SIM118
+        return [(*key, self.x.shape[-1]) for key in prompts.identities()]
 
     def update(self, terms: Terms, guide: Any) -> None:
         for b, key in enumerate(self._keys(terms.prompts)):

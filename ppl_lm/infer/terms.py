@@ -57,8 +57,8 @@ class Terms:
     @cached_property
     def log_z(self) -> Float[Tensor, "*K B"]:
         """Estimate of log Z, (B,) or (K, B); -inf where no draw was possible so far. Asking for it moves a moving one."""
-        drawn = self.log_guide if self.log_proposal is None else self._known(self.log_proposal)
-        return self.estimate_log_z(self.log_joint - drawn, self.prompts)
+        log_proposal = self.log_guide if self.log_proposal is None else self._known(self.log_proposal)
+        return self.estimate_log_z(self.log_joint - log_proposal, self.prompts)
 
     @cached_property
     def ratio(self) -> Float[Tensor, "K B"]:
@@ -131,9 +131,6 @@ class Prefixes:
 
     log_weight: Float[Tensor, "K B T1"]
     valid: Bool[Tensor, "K B T1"]
-
-
-Objective = Callable[[Terms], Estimate]
 
 
 def scored(terms: Terms, cost: Tensor, value: Tensor) -> Estimate:

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ppl_lm.lm.byte_pieces import token_bytes
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.mask import TokenMask
-from ppl_lm.lm.token_bytes import token_bytes
 from ppl_lm.lm.vocabulary import Vocabulary
 
 NEVER = torch.iinfo(torch.int16).max  # tokens until an end that is out of reach
@@ -184,12 +184,12 @@ class Automaton:
         groups: dict[int, list[int]] = {}  # by length, so that nothing is padded with what might be an end token
         for n, row in enumerate(completion_ids):
             groups.setdefault(len(row), []).append(n)
-        found = [0.0] * len(completion_ids)
+        values = [0.0] * len(completion_ids)
         for rows in groups.values():
             ids = torch.tensor([completion_ids[n] for n in rows], dtype=torch.int64)
             for n, holds in zip(rows, self.holds(ids).tolist(), strict=True):
-                found[n] = float(holds)
-        return found
+                values[n] = float(holds)
+        return values
 
     def mask(self, lm: LanguageModel) -> LanguageModel:
         """A network whose *logits* are 0 for the tokens that `lm`'s texts may go on with and -inf for the others: those
@@ -209,9 +209,9 @@ class Automaton:
         needs[:, list(self.vocabulary.end_ids)] = torch.where(self.accepting, 0, NEVER).short().unsqueeze(-1)
         needs[-1] = 0
         network = TokenMask(self.to, needs, lm.max_new_tokens)
-        made = LanguageModel(network, lm.vocabulary.tokenizer, lm.max_new_tokens, end_ids=lm.vocabulary.end_ids)
-        made.vocabulary = lm.vocabulary
-        return made.to(lm.device)
+        mask = LanguageModel(network, lm.vocabulary.tokenizer, lm.max_new_tokens, end_ids=lm.vocabulary.end_ids)
+        mask.vocabulary = lm.vocabulary
+        return mask.to(lm.device)
 
 
 def _token_id(named: Any, vocabulary: Vocabulary) -> int:

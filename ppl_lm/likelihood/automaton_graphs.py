@@ -6,7 +6,7 @@ from string import ascii_lowercase, ascii_uppercase, digits
 import networkx
 
 from ppl_lm.likelihood.automata import Automaton
-from ppl_lm.lm.token_bytes import token_bytes
+from ppl_lm.lm.byte_pieces import token_bytes
 from ppl_lm.lm.token_pieces import text_of
 
 

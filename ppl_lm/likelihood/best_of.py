@@ -60,13 +60,13 @@ class BestOfN(Reward):
         rewards = self.inner.score(prompts, x)
         batch, prompts = prompts.batch_shape, prompts.flatten()
         keys = torch.arange(math.prod(batch)).reshape(batch).expand(rewards.shape).reshape(-1)
-        flat, made = rewards.reshape(-1), torch.empty(rewards.numel(), dtype=torch.float64, device=rewards.device)
+        flat, log_ratios = rewards.reshape(-1), torch.empty(rewards.numel(), dtype=torch.float64, device=rewards.device)
         for b in range(math.prod(batch)):
             known, mine = self._of_prompt(prompts, b), (keys == b).to(rewards.device)
             below = torch.searchsorted(known, flat[mine], right=False).double()  # how many are less; right: at most
             upto = torch.searchsorted(known, flat[mine], right=True).double() + 1  # the text itself is one of them
-            made[mine] = log_ratio(below / (len(known) + 1), upto / (len(known) + 1), self.n)
-        return made.reshape(rewards.shape)
+            log_ratios[mine] = log_ratio(below / (len(known) + 1), upto / (len(known) + 1), self.n)
+        return log_ratios.reshape(rewards.shape)
 
     @torch.no_grad()
     def _of_prompt(self, prompts: Prompts, b: int) -> Float64[Tensor, "N"]:
@@ -74,13 +74,13 @@ class BestOfN(Reward):
         one = prompts.take(torch.tensor([b]))
         (key,) = one.identities()
         if key not in self.references:
-            law, found, device = self.prior(one), [], one.ids.device
+            law, scores, device = self.prior(one), [], one.ids.device
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(hash((self.seed, *key[0])) % 2**63)
                 for start in range(0, self.num_references, CHUNK):
                     draws = law.sample(torch.Size((min(CHUNK, self.num_references - start),)))
-                    found.append(self.inner.score(one, draws).flatten())
-            self.references[key] = torch.cat(found).sort().values
+                    scores.append(self.inner.score(one, draws).flatten())
+            self.references[key] = torch.cat(scores).sort().values
         return self.references[key]
 
 

@@ -122,7 +122,7 @@ class Reward:
         texts: list[str] = prompts.decode(ids)
 
         def repeated(items: list[Any]) -> list[Any]:
-            return [copy.deepcopy(items[row]) for row in rows]
+            return [items[row] if isinstance(items[row], str) else copy.deepcopy(items[row]) for row in rows]
 
         repeated_prompts = repeated(prompts.texts)
         inputs = {name: repeated(column) for name, column in prompts.columns.items()}
@@ -196,9 +196,9 @@ class Reward:
         return [self._checked_item(i, item, texts) for i, item in enumerate(items)]
 
     def _checked_item(self, i: int, item: Any, texts: list[str]) -> float:
-        if isinstance(item, (Tensor, np.generic, np.ndarray)) and item.ndim == 0:
+        if not isinstance(item, float) and isinstance(item, (Tensor, np.generic, np.ndarray)) and item.ndim == 0:
             item = item.item()
-        value = float(item) if isinstance(item, Real) else None
+        value = float(item) if isinstance(item, (float, Real)) else None  # float first: to ask `Real` takes long
         if value is None or not value < inf:  # `not <`: NaN too
             need = "a real number, or -inf for a text that must not occur"
         elif self.r_max is None or value <= self.r_max:

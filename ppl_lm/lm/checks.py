@@ -28,14 +28,14 @@ def self_check(lm: Network, prompts: Any = None, tolerance: float = 2e-3) -> flo
     with torch.no_grad():
         rows = torch.arange(len(batch), device=lm.device).repeat(2)
         u = torch.rand(len(rows), steps, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        x, drawn = sample(lm, batch, rows, u.to(lm.device))
+        x, sampled = sample(lm, batch, rows, u.to(lm.device))
         together = lm.score(batch.take(rows), x)
         alone = torch.cat([lm.score(batch.take(r), c) for r, c in zip(rows.split(1), x.split(1), strict=True)])
-    worst = max(float((drawn - together).abs().max()), float((alone - together).abs().max()))
+    worst = max(float((sampled - together).abs().max()), float((alone - together).abs().max()))
     if not worst <= tolerance:  # also catches NaN
         raise ValueError(
             f"this model is sampled from one distribution and scored under another: the same token's log-probability "
-            f"differs by {worst:.2g} nats (drawn against scored {float((drawn - together).abs().max()):.2g}, alone "
+            f"differs by {worst:.2g} nats (sampled against scored {float((sampled - together).abs().max()):.2g}, alone "
             f"against in a padded batch {float((alone - together).abs().max()):.2g}; tolerance {tolerance:.2g}). "
             "Inference with it would be wrong; try float32 weights, or report the model's architecture"
         )

@@ -36,9 +36,9 @@ class Decoder:
     def of(cls, lm: Network, prompts: Prompts, rows: Int[Tensor, "N"]) -> "Decoder":
         """A row for each entry of `rows`, of prompt `rows[i]`; each prompt that occurs is forwarded once."""
         needed, copies = rows.unique(return_inverse=True)
-        made = cls(lm, prompts.take(needed))
-        made.reorder(copies)
-        return made
+        decoder = cls(lm, prompts.take(needed))
+        decoder.reorder(copies)
+        return decoder
 
     def logits(self) -> Float[Tensor, "N V"]:
         """What the network answers for each row's next token, float32 or wider: log-probabilities up to a constant of
@@ -107,9 +107,9 @@ def sample(
         tokens = invert(log_probs, u[live, t])  # (decoder rows,)
         if begun is not None and start is not None:
             tokens = torch.where(t < start[live], begun[live, t], tokens)
-        drawn = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        log_chosen = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         x[live, t] = tokens
-        log_q[live, t] = drawn.double()
+        log_q[live, t] = log_chosen.double()
         on = (~vocabulary.is_end(tokens)).nonzero()[:, 0]
         if t == steps - 1 or not len(on):
             break

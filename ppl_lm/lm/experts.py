@@ -37,18 +37,18 @@ def product(lms: Sequence[LanguageModel], powers: Sequence[float] | None = None)
                 f"the experts' max_new_tokens are {first.max_new_tokens} and {other.max_new_tokens}; give all the same"
             )
     trainable = [weight for lm in lms for weight in lm.parameters() if weight.requires_grad]
-    made = LanguageModel(  # born frozen
+    combined = LanguageModel(  # born frozen
         _Product([lm.model for lm in lms], powers),
         first.vocabulary.tokenizer,
         first.max_new_tokens,
         end_ids=first.vocabulary.end_ids,
     )
-    made.vocabulary, made.networks = first.vocabulary, sum(lm.networks for lm in lms)
+    combined.vocabulary, combined.networks = first.vocabulary, sum(lm.networks for lm in lms)
     for weight in trainable:
         weight.requires_grad_(True)
     rooms = [lm.max_positions for lm in lms if lm.max_positions is not None]
-    made.max_positions, made.width = min(rooms, default=None), sum(lm.width for lm in lms)
-    return made
+    combined.max_positions, combined.width = min(rooms, default=None), sum(lm.width for lm in lms)
+    return combined
 
 
 class _Product(nn.Module):
@@ -70,19 +70,19 @@ class _Product(nn.Module):
     def forward(self, past_key_values: "_Caches | None" = None, **inputs: Any) -> CausalLMOutputWithPast:
         caches = [None] * len(self.models) if past_key_values is None else past_key_values.caches
         logits: Any = 0.0
-        made = []
+        moved = []
         for model, power, cache in zip(self.models, self.powers, caches, strict=True):
             out = model(past_key_values=cache, **inputs)
             wide = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
             logits = logits + (power * wide if power else torch.zeros_like(wide))
-            made.append(out.past_key_values)
+            moved.append(out.past_key_values)
         if bool((logits == -torch.inf).all(-1).any()):
             raise DivergedError(
                 "a product of language models has no next token to give: after some text each token that one of them finds "
                 "possible is impossible to another, so this product is no distribution; a mask does so where the prior gives "
                 "all that the mask allows probability 0"
             )
-        return CausalLMOutputWithPast(logits=logits, past_key_values=_Caches(made))  # pyright: ignore
+        return CausalLMOutputWithPast(logits=logits, past_key_values=_Caches(moved))  # pyright: ignore
 
 
 class _Caches:

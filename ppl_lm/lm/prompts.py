@@ -169,9 +169,9 @@ class Prompts:
             (t if isinstance(t, str) else "") + c + suffix
             for t, c in zip(base.texts, self.decode(completions), strict=True)
         ]
-        made = Prompts.from_ids(rows, self.vocabulary, texts=texts, columns=base.columns, device=self.ids.device)
-        made = made.reshape(shape)
-        return replace(made, ids=track_provenance(made.ids, get_provenance(x) | get_provenance(self.ids)))
+        longer = Prompts.from_ids(rows, self.vocabulary, texts=texts, columns=base.columns, device=self.ids.device)
+        longer = longer.reshape(shape)
+        return replace(longer, ids=track_provenance(longer.ids, get_provenance(x) | get_provenance(self.ids)))
 
 
 def batches(prompts: Prompts, batch_size: int, seed: int = 0) -> Iterator[Prompts]:

@@ -18,15 +18,15 @@ def pieces(vocabulary: Vocabulary, row: Int[Tensor, "T"]) -> list[str]:
     plain = [[i for i in ids[: n + 1] if i not in special] for n in range(len(ids))]
     texts = tokenizer.batch_decode(plain, clean_up_tokenization_spaces=False) if ids else []
     last = max((n for n, i in enumerate(ids) if i not in special), default=-1)
-    made, done = [], 0
+    shown, done = [], 0
     for n, (token, text) in enumerate(zip(ids, texts, strict=True)):
         if token in special:
-            made.append(f"⟨{tokenizer.convert_ids_to_tokens(token).strip('<|>/')}⟩")
+            shown.append(f"⟨{tokenizer.convert_ids_to_tokens(token).strip('<|>/')}⟩")
             continue
         known = len(text) if n == last else len(text.rstrip("\N{REPLACEMENT CHARACTER}"))  # the rest may yet be whole
-        made.append(text[done:known])
+        shown.append(text[done:known])
         done = max(done, known)
-    return made
+    return shown
 
 
 def text_of(vocabulary: Vocabulary, prefix: tuple[int, ...]) -> str:

@@ -37,7 +37,7 @@ class TokenSequence(TorchDistribution):
         # Pyro's TraceGraph_ELBO follows values through a program by their provenance; text and networks would lose it.
         self._provenance = get_provenance(prompts.ids)
         self.prompts = replace(prompts, ids=detach_provenance(prompts.ids)) if self._provenance else prompts
-        self._drawn: list[tuple[Tensor, Tensor, list[float]]] = []  # one at most; shared with what `expand` makes
+        self._last_draw: list[tuple[Tensor, Tensor, list[float]]] = []  # one at most; shared with what `expand` makes
         length, steps = prompts.ids.shape[-1], lm.max_new_tokens
         if lm.max_positions is not None and length + steps > lm.max_positions:
             raise ValueError(
@@ -52,9 +52,9 @@ class TokenSequence(TorchDistribution):
         return self.lm.vocabulary.size ** self.event_shape[0] * self.event_shape[0] <= ENUMERABLE
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "TokenSequence":
-        made = TokenSequence(self.lm, self.prompts, torch.Size(batch_shape))
-        made._provenance, made._drawn = self._provenance, self._drawn
-        return made
+        wider = TokenSequence(self.lm, self.prompts, torch.Size(batch_shape))
+        wider._provenance, wider._last_draw = self._provenance, self._last_draw
+        return wider
 
     def slice(self, rows: Int[Tensor, "N"]) -> "TokenSequence":
         """Rows `rows` of the flattened batch as a distribution of batch_shape (N,): a micro-batch of particles."""
@@ -75,10 +75,10 @@ class TokenSequence(TorchDistribution):
         size = self.lm.rows_per_pass(self.prompts.ids.shape[-1] + self.event_shape[0], 1)
         u = torch.rand(len(rows), *self.event_shape, dtype=torch.float64, device=rows.device)
         parts = zip(*(_chunks(v, size) for v in (rows, u, *begun)), strict=True)
-        drawn = [sample(self.lm, self.prompts, *part) for part in parts]
-        x, log_q = (torch.cat(p).reshape(*shape, *self.event_shape) for p in zip(*drawn, strict=True))
+        samples = [sample(self.lm, self.prompts, *part) for part in parts]
+        x, log_q = (torch.cat(p).reshape(*shape, *self.event_shape) for p in zip(*samples, strict=True))
         x = track_provenance(x, self._provenance)
-        self._drawn[:] = [(x, log_q, self._state_of_weights())]
+        self._last_draw[:] = [(x, log_q, self._state_of_weights())]
         return x
 
     def log_prob(self, value: Int[Tensor, "*#S T"]) -> Float64[Tensor, "*#S"]:
@@ -117,22 +117,22 @@ class TokenSequence(TorchDistribution):
         rows = self._prompt_rows(shape)
         size = self.lm.rows_per_pass(self.prompts.ids.shape[-1], self.event_shape[0], torch.is_grad_enabled())
         parts = [score(self.prompts.take(r), c) for r, c in zip(_chunks(rows, size), _chunks(x, size), strict=True)]
-        made = []
+        scores = []
         for column in zip(*parts, strict=True):
             by_token = torch.cat(column).double().reshape(*shape, *self.event_shape)
             if bool(by_token.detach().isnan().any()):
                 raise DivergedError
-            made.append(track_provenance(by_token, provenance))
-        return made
+            scores.append(track_provenance(by_token, provenance))
+        return scores
 
     def recall(self, value: Int[Tensor, "*S T"], token_log_probs: Float64[Tensor, "*S T"]) -> None:
-        """Takes over what a sampler has found already: `drawn_log_probs` of this very tensor."""
-        self._drawn[:] = [(value, token_log_probs, self._state_of_weights())]
+        """Takes over what a sampler has found already: `sampled_log_probs` of this very tensor."""
+        self._last_draw[:] = [(value, token_log_probs, self._state_of_weights())]
 
-    def drawn_log_probs(self, value: Int[Tensor, "*S T"]) -> Float64[Tensor, "*S T"] | None:
+    def sampled_log_probs(self, value: Int[Tensor, "*S T"]) -> Float64[Tensor, "*S T"] | None:
         """`token_log_probs` of the last draw as found while drawing it; None for any other value or after a change of
         weights. Saves a second pass; `self_check` proves both equal."""
-        for x, log_q, weights in self._drawn:
+        for x, log_q, weights in self._last_draw:
             if x is value and weights == self._state_of_weights():
                 return log_q
         return None

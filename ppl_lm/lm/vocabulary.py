@@ -91,9 +91,12 @@ class Vocabulary:
         return [row[:n] for row, n in zip(rows, lengths, strict=True)]
 
     def decode(self, x: Int[Tensor, "N T"]) -> list[str]:
-        """Text of each completion, without special tokens: N strings."""
-        rows = self.completion_ids(x)
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True) if rows else []
+        """Text of each completion, without special tokens: N strings; equal rows are decoded once."""
+        rows = [tuple(row) for row in self.completion_ids(x)]
+        distinct = list(dict.fromkeys(rows))
+        texts = self.tokenizer.batch_decode(list(map(list, distinct)), skip_special_tokens=True) if rows else []
+        text_of = dict(zip(distinct, texts, strict=True))
+        return [text_of[row] for row in rows]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt. Text that looks like a special token is plain text; the empty prompt is the BOS token."""

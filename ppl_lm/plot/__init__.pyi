@@ -4,6 +4,7 @@ from .frontier_curve import frontier as frontier
 from .model_diagram import model as model
 from .prefix_diagram import prefix_tree as prefix_tree
 from .rank_ecdf import calibration as calibration
+from .population_steps import smc_steps as smc_steps
 from .token_heat import heat as heat
 from .training_curve import training as training
 from .weight_tails import weight_tail as weight_tail

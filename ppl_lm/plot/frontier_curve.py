@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from matplotlib.axes import Axes
 
-from ppl_lm.criticism.evidence import FEWEST
+from ppl_lm.criticism.evidence import MIN_MEANS
 from ppl_lm.criticism.reward_frontier import reward_kl_frontier, rewards
 from ppl_lm.infer.draws import Draws
 from ppl_lm.plot.style import CYCLE, GREY, SMALL, axes, number, with_notes
@@ -32,18 +32,18 @@ def frontier(
     spread = float(reward.std(0).max()) if len(reward) > 1 else 0.0
     if not bool(reward.isfinite().all()):
         notes.append("some rewards are not finite: no curve")
-    elif len(reward) < FEWEST:
-        notes.append(f"{len(reward)} draws of the prior are too few for a curve: at least {FEWEST} are needed")
+    elif len(reward) < MIN_MEANS:
+        notes.append(f"{len(reward)} draws of the prior are too few for a curve: at least {MIN_MEANS} are needed")
     elif spread == 0:
         notes.append("every draw of the prior has the same reward: there is nothing to trade")
     else:
         curve = reward_kl_frontier(prior, (spread * torch.logspace(2, -3, 300, dtype=torch.float64)).tolist())
-        kl, value, se, _ = curve[:, curve[3] >= FEWEST].cpu().numpy()
+        kl, value, se, _ = curve[:, curve[3] >= MIN_MEANS].cpu().numpy()
         ax.fill_between(kl, value - 2 * se, value + 2 * se, color=GREY, alpha=0.3, linewidth=0)
         ax.plot(kl, value, color="black", label=r"best at each KL: $p_β ∝ p_0\,\exp(r/β)$ ± 2 SE")
         for beta in betas or ():
             x, y, _, ess = reward_kl_frontier(prior, [beta])[:, 0].tolist()
-            if ess < FEWEST:
+            if ess < MIN_MEANS:
                 notes.append(f"β = {beta:g} is out of reach of {len(reward)} draws (ESS {ess:.0f})")
                 continue
             ax.plot(x, y, "o", color="black", markerfacecolor="white", markersize=5)

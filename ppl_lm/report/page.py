@@ -78,17 +78,17 @@ def _signed(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")  # + 0.0: no minus before a zero
 
 
-def picture(draw: Callable[[], Axes | None], alt: str, caption: str) -> dict[str, str]:
+def picture(plot: Callable[[], Axes | None], alt: str, caption: str) -> dict[str, str]:
     """What a plot shows, for the page: `src`, or `why` there is none; `alt`, which says it in words, and `caption`."""
-    made = {"alt": alt, "caption": caption, "src": "", "why": ""}
+    labels = {"alt": alt, "caption": caption, "src": "", "why": ""}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")
-            ax = draw()
+            ax = plot()
     except ValueError as error:  # of plots that these draws do not have
-        return made | {"why": str(error)}
+        return labels | {"why": str(error)}
     if ax is None:
-        return made | {"why": "not measured"}
+        return labels | {"why": "not measured"}
     stream = io.BytesIO()
     figure: Any = ax.figure
     with warnings.catch_warnings():  # a script that the font lacks is drawn as boxes; the texts are on the page as well
@@ -96,19 +96,19 @@ def picture(draw: Callable[[], Axes | None], alt: str, caption: str) -> dict[str
         figure.savefig(stream, format="png", dpi=DPI, transparent=True, metadata={"Software": None})
     width, height = figure.get_size_inches()
     size = {"width": f"{round(96 * width)}", "height": f"{round(96 * height)}"}
-    return made | size | {"src": "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()}
+    return labels | size | {"src": "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()}
 
 
 def rows(figures: Mapping[str, Any], table: Mapping[str, tuple[str, str, str]]) -> list[dict[str, str]]:
     """Those figures that are known, as a table has them: `name`, `value` with its error, `unit`, `meaning`.
 
     :param table: key -> name, unit, meaning; "%" shows a share in percent."""
-    made = []
+    lines = []
     for key, (name, unit, meaning) in table.items():
-        if figures.get(key) is None:
-            continue
         value, error = figures.get(key), figures.get(f"{key}_se")
+        if value is None or math.isnan(value):
+            continue
         if unit == "%":
             value, error = (None if v is None else 100 * v for v in (value, error))
-        made.append({"name": name, "value": pm(value, error), "unit": unit, "meaning": meaning})
-    return made
+        lines.append({"name": name, "value": pm(value, error), "unit": unit, "meaning": meaning})
+    return lines

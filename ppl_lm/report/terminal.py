@@ -1,20 +1,27 @@
-"""What `ppl-lm` prints: figures as a table, texts side by side. Text from models and rewards is untrusted: it is shown
-without markup and without control characters."""
+"""What `ppl-lm` prints of a guide: figures as a table, texts side by side, the verdict. Text from models and rewards is
+untrusted: it is shown without markup and without control characters."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from ppl_lm.criticism.diagnoses.diagnosis import Diagnosis
+from ppl_lm.criticism.diagnoses.diagnosis import exact_among
+from ppl_lm.criticism.diagnoses.verdicts import Verdict, doubt
 from ppl_lm.criticism.weights import khat_threshold
 from ppl_lm.infer.draws import Draws
 from ppl_lm.plot.untrusted import one_line
+from ppl_lm.run.diagnosis_records import GuideFigures, PromptFigures
+from ppl_lm.run.measuring import Measurement
 
 COLOURS = {"good": "green", "poor": "yellow", "unknown": "yellow", "worse_than_prior": "red"}
 COLOURS |= {"collapsed": "red", "misses_mass": "red"}
 COLOURS |= {"exact": "green", "unreliable": "yellow", "not_converged": "red", "impossible": "red"}  # of draws
+
+PROMPTS = 8  # of which a line is printed
+TEXTS, WIDTH = 5, 60  # that are printed of each law, and characters of a column
 
 
 def clean(text: str, width: int = 0) -> Text:
@@ -22,91 +29,95 @@ def clean(text: str, width: int = 0) -> Text:
     return Text(one_line(text, width))
 
 
-def figures(made: dict[str, Any], title: str) -> Table:
+def measured(measurement: Measurement) -> list[Table | Text]:
+    """A measurement: texts, a line for each of several prompts, the figures, and the verdict."""
+    diagnosis, prompts = measurement.diagnosis, measurement.guide.prompts.texts
+    several = len(diagnosis.prompts) > 1
+    parts: list[Table | Text] = [texts(measurement.prior, measurement.guide, texts_title(prompts))]
+    if several:
+        parts += [_prompt(one) for one in diagnosis.prompts[:PROMPTS]]
+    parts.append(figures(diagnosis.average, "average over prompts" if several else "how close"))
+    if unsure := doubt(diagnosis.as_json()):
+        parts.append(Text(unsure))
+    return [*parts, verdict(diagnosis.verdict)]
+
+
+def figures(average: GuideFigures, title: str) -> Table:
     """One prompt's figures, or the average."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-
-    def pm(key: str) -> str:
-        if not math.isfinite(made[key]):
-            return str(made[key])
-        return f"{round(made[key], 3) + 0.0:.3f} ± {made[key + '_se']:.3f}"  # + 0.0: no minus before a zero
-
-    upper = "" if made["upper_exact"] else "  (approximate: from the guide's own draws)"
-    table.add_row("evidence bracket", f"ELBO {pm('elbo')}  ≤  log Z {pm('log_z')}  ≤  EUBO {pm('upper')} nats{upper}")
-    table.add_row("KL(guide ‖ posterior)", f"{pm('kl_q_p')} nats; the prior's: {pm('kl_prior_p')}")
-    table.add_row("KL(posterior ‖ guide)", f"{pm('kl_p_q')} nats; the prior's: {pm('kl_p_prior')}")
-    if made["possible"] < 1:
-        table.add_row("possible draws", f"{made['possible']:.1%} of the guide's meet the constraint")
-    table.add_row("KL(guide ‖ prior)", f"{pm('kl_q_prior')} nats")
-    if "reward" in made:
-        table.add_row(
-            "E(reward)", f"prior {pm('reward_prior')}, guide {pm('reward')}, posterior {pm('reward_posterior')}"
-        )
-    table.add_row("posterior mass missed", f"{made['missing']:.1%} ± {made['missing_se']:.1%}")
-    table.add_row("entropy", f"guide {pm('entropy')}, posterior {pm('entropy_posterior')} nats")
-    n = made["num_samples"]
+    table, f = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)), average
+    bounds = (
+        f"ELBO {_pm(f.elbo, f.elbo_se)}  ≤  log Z {_pm(f.log_z, f.log_z_se)}  ≤  EUBO {_pm(f.upper, f.upper_se)} nats"
+    )
+    table.add_row("evidence bracket", bounds)
+    prior = _pm(f.kl_prior_p, f.kl_prior_p_se)
+    table.add_row("KL(guide ‖ posterior)", f"{_pm(f.kl_q_p, f.kl_q_p_se)} nats; the prior's: {prior}")
+    prior = _pm(f.kl_p_prior, f.kl_p_prior_se)
+    table.add_row("KL(posterior ‖ guide)", f"{_pm(f.kl_p_q, f.kl_p_q_se)} nats; the prior's: {prior}")
+    if f.possible < 1:
+        table.add_row("possible draws", f"{f.possible:.1%} of the guide's meet the constraint")
+    table.add_row("KL(guide ‖ prior)", f"{_pm(f.kl_q_prior, f.kl_q_prior_se)} nats")
+    if f.reward is not None:
+        prior, posterior = _pm(f.reward_prior, f.reward_prior_se), _pm(f.reward_posterior, f.reward_posterior_se)
+        table.add_row("E(reward)", f"prior {prior}, guide {_pm(f.reward, f.reward_se)}, posterior {posterior}")
+    table.add_row("posterior mass missed", f"{f.missing:.1%} ± {f.missing_se:.1%}")
+    posterior = _pm(f.entropy_posterior, f.entropy_posterior_se)
+    table.add_row("entropy", f"guide {_pm(f.entropy, f.entropy_se)}, posterior {posterior} nats")
     khat = "not applicable (tied or few weights)"
-    if made["khat"] is not None:
-        khat = f"{round(made['khat'], 2) + 0.0:.2f} ± {made['khat_se']:.2f}, fine below {khat_threshold(n):.2f}"
-    worth = f"ESS {made['ess']:.0f} ± {made['ess_se']:.0f} of {n}; largest weight {made['max_weight']:.1%} of all"
+    if f.khat is not None:
+        khat = f"{round(f.khat, 2) + 0.0:.2f} ± {f.khat_se:.2f}, fine below {khat_threshold(f.num_samples):.2f}"
+    worth = f"ESS {f.ess:.0f} ± {f.ess_se:.0f} of {f.num_samples}; largest weight {f.max_weight:.1%} of all"
     table.add_row("importance weights", worth)
     table.add_row("tail of the weights", f"k-hat {khat}")
-    table.add_row("cost of measuring", f"{made['lm_tokens']:,} LM tokens, {made['reward_calls']:,} reward calls")
+    table.add_row("cost of measuring", f"{f.lm_tokens:,} LM tokens, {f.reward_calls:,} reward calls")
     return table
 
 
-FITS = {"name": "run", "verdict": "verdict", "kl_q_p": "KL(q ‖ p)", "behind": "behind", "kl_p_q": "KL(p ‖ q)"}
-DRAWS = {
-    "name": "run",
-    "sampler": "sampler",
-    "verdict": "verdict",
-    "log_z": "log Z",
-    "ess": "ESS",
-    "each": "tokens a draw",
-    "calls": "reward calls",
-}
-
-
-def board(found: list[dict[str, str]], columns: dict[str, str], title: str) -> Table:
-    """Rows of a `leaderboard`, with the columns `FITS` or `DRAWS`."""
-    table = Table(title=clean(title), title_justify="left", box=None, padding=(0, 2, 0, 0))
-    columns = columns | ({"reward": "E(reward)"} if any(row["reward"] != "–" for row in found) else {})
-    for heading in columns.values():
-        table.add_column(heading)
-    for row in found:
-        cells = {key: clean(row[key]) for key in columns}
-        cells["verdict"].stylize(f"bold {COLOURS[row['verdict']]}")
-        table.add_row(*cells.values())
-    return table
-
-
-def samples(
-    prior: Draws, guide: Draws, exact: Draws | None, count: int = 5, width: int = 60, title: str = "samples"
-) -> Table:
-    """Prior draws, the guide's and the posterior's side by side, each with its reward."""
+def texts(prior: Draws, guide: Draws, title: str) -> Table:
+    """Draws of the prior, the guide and the posterior after the first prompt side by side, each with its reward."""
     table = Table(title=Text(title), title_justify="left", show_lines=True, expand=False)
-    columns = {"prior": prior, "guide": guide} | (
-        {"posterior (exact: the prior's that rejection keeps)": exact} if exact is not None else {}
-    )
+    columns = {"prior": prior.of_prompt(0), "guide": guide.of_prompt(0)}
+    exact = exact_among(columns["prior"])
+    if exact is not None:
+        columns["posterior (exact: the prior's that rejection keeps)"] = exact
     cells = []
     for name, draws in columns.items():
-        table.add_column(name, max_width=width, overflow="fold")
-        texts = draws.text()[0][:count]
+        table.add_column(name, max_width=WIDTH, overflow="fold")
+        completions = draws.text()[0][:TEXTS]
         rewards = draws.records.get("reward")
-        values = [None] * len(texts) if rewards is None else rewards.flatten().tolist()
-        cells.append([_cell(t, r) for t, r in zip(texts, values, strict=False)])
+        values = [None] * len(completions) if rewards is None else rewards.flatten().tolist()
+        cells.append([_cell(text, reward) for text, reward in zip(completions, values, strict=False)])
     for row in zip(*cells, strict=False):
         table.add_row(*row)
     return table
 
 
-def verdict(diagnosis: Diagnosis) -> Text:
-    found = diagnosis.verdict
-    return verdict_on(found.code, f"{found.sentence} {found.remedy}".rstrip())
+def texts_title(prompts: Sequence[Any]) -> str:
+    """Whose texts are shown: those of the first prompt, which may be a chat."""
+    title = "samples" if prompts[0] == "" else f"samples after {clean(str(prompts[0]), 40).plain!r}"
+    return title if len(prompts) == 1 else f"{title}, the first of {len(prompts)} prompts"
 
 
-def verdict_on(code: str, sentence: str) -> Text:
-    return Text.assemble((code, f"bold {COLOURS[code]}"), ": ", sentence)
+def verdict(judged: Verdict) -> Text:
+    sentence = f"{judged.sentence} {judged.remedy}".rstrip()
+    return Text.assemble((judged.code, f"bold {COLOURS[judged.code]}"), ": ", sentence)
+
+
+def _prompt(one: PromptFigures) -> Text:
+    """A line of one prompt; under a hard constraint of the KL that is finite there."""
+    name = clean(str(one.prompt), 40).plain
+    what, kl, se, prior = "KL(guide ‖ posterior)", one.kl_q_p, one.kl_q_p_se, one.kl_prior_p
+    if math.isinf(prior):
+        what, kl, se, prior = "KL(posterior ‖ guide)", one.kl_p_q, one.kl_p_q_se, one.kl_p_prior
+    return Text(
+        f"{name!r:42} {what} {kl:.3f} ± {se:.3f} of the prior's {prior:.3f}; bracket {one.elbo:.2f} to {one.upper:.2f}; "
+        f"{one.verdict}"
+    )
+
+
+def _pm(value: float | None, se: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return str(value)
+    return f"{round(value, 3) + 0.0:.3f} ± {se:.3f}"  # + 0.0: no minus before a zero
 
 
 def _cell(text: str, reward: float | None) -> Text:

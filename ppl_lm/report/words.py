@@ -19,7 +19,11 @@ BRACKET = {
     "iwae": ("IWAE", "nats", "the same from the mean of up to 64 weights: a tighter one"),
     "log_z": ("log Z", "nats", "the log evidence: of the prior times the likelihood"),
     "iwae_upper": ("reverse IWAE", "nats", "upper bound from the mean of weights, a posterior draw's among them"),
-    "upper": ("EUBO", "nats", "upper bound of log Z from posterior draws"),
+    "upper": (
+        "EUBO",
+        "nats",
+        "upper bound of log Z: E[log w] of the posterior, by the draws of the prior and of the guide together",
+    ),
     "elbo_gain": ("ELBO(guide) − ELBO(prior)", "nats", "how much closer the guide is than the prior was"),
 }
 REWARDS = {
@@ -36,7 +40,7 @@ WEIGHTS = {
     "exact_draws": ("exact draws", "draws", "of the posterior, behind the upper bounds"),
     "num_samples": ("draws", "draws", "of the prior and of the guide each, for every prompt"),
 }
-DRAWN = {  # of `drawn`
+DRAWS_FIGURES = {  # of a sampler's draws
     "reward": ("E[reward] of the posterior", "", "by these draws, in the reward's own unit"),
     "length": ("E[length] of the posterior", "tokens", "the end token included"),
     "log_prior": ("E[log p0] of the posterior", "nats", "how probable the prior finds its texts"),

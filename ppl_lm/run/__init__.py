@@ -1,4 +1,4 @@
-"""Running: the fit loop, and run folders."""
+"""Running: fits, measurements and draws by name, and the folders in which they are kept."""
 
 import lazy_loader
 

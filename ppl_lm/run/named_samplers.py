@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro import poutine
 
 from ppl_lm.criticism.chains import r_hat
 from ppl_lm.infer.draws import Draws
@@ -16,7 +15,8 @@ from ppl_lm.infer.samplers.markov_chains import mcmc
 from ppl_lm.infer.samplers.quasi_rejection_sampling import quality, quasi_rejection
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
-from ppl_lm.infer.traces.sites import sample_sites
+from ppl_lm.infer.samplers.settings import SMCSettings
+from ppl_lm.infer.traces.observations import rules_out_texts
 from ppl_lm.infer.traces.text_site import text_law
 from ppl_lm.infer.twists.functions import prefix_likelihood, tempered
 from ppl_lm.lm import meter
@@ -32,39 +32,38 @@ LEAST = 128  # bests of n, from whose draws their own law is estimated
 
 def _importance(*what: Any, num_samples: int) -> tuple[Draws, str]:
     """the guide's draws, each with its log weight"""
-    made = importance(*what, num_samples=num_samples)
-    return made, "the guide's draws, as they come; the log weight (nats) is what makes them the posterior's"
+    draws = importance(*what, num_samples=num_samples)
+    return draws, "the guide's draws, as they come; the log weight (nats) is what makes them the posterior's"
 
 
 def _rejection(model: Any, _: Any, prompts: Prompts, num_samples: int) -> tuple[Draws, str]:
     """exact posterior draws, from prior draws and the reward's bound"""
-    made = rejection(model, None, prompts, num_samples=num_samples)
-    assert made.proposals is not None
-    return made, f"exact posterior draws, from {made.proposals.num_samples} proposals of the prior for each prompt"
+    draws = rejection(model, None, prompts, num_samples=num_samples)
+    assert draws.proposals is not None
+    return draws, f"exact posterior draws, from {draws.proposals.num_samples} proposals of the prior for each prompt"
 
 
 def _quasi_rejection(*what: Any, num_samples: int) -> tuple[Draws, str]:
     """the guide's draws, kept up to a bound that some weights may exceed"""
     bound = importance(*what, num_samples=PILOT).log_weight.flatten(0, 1).amax(0)
-    made = quasi_rejection(*what, num_samples=num_samples, log_bound=bound)
-    assert made.proposals is not None
-    found = quality(made.proposals, bound)
-    return made, (
-        f"nearly the posterior's draws: their total variation from it is at most "
-        f"{float(found.total_variation_bound.max()):.2g} by these weights, "
-        f"{float(found.acceptance_rate.min()):.1%} of {made.proposals.num_samples} proposals accepted; the log weight (nats) "
-        "corrects what is left"
+    draws = quasi_rejection(*what, num_samples=num_samples, log_bound=bound)
+    assert draws.proposals is not None
+    bounded = quality(draws.proposals, bound)
+    distance, rate = float(bounded.total_variation_bound.max()), float(bounded.acceptance_rate.min())
+    return draws, (
+        f"nearly the posterior's draws: their total variation from it is at most {distance:.2g} by these weights, "
+        f"{rate:.1%} of {draws.proposals.num_samples} proposals accepted; the log weight (nats) corrects what is left"
     )
 
 
 def _best_of_n(*what: Any, num_samples: int) -> tuple[Draws, str]:
     """of 8 draws of the guide the one with the best evidence"""
-    made = best_of_n(*what, num_samples=max(num_samples, LEAST)).map(lambda v: v[:, :num_samples])
-    return made, "each the best of 8 draws of the guide: not the posterior; the log weight (nats) corrects them"
+    draws = best_of_n(*what, num_samples=max(num_samples, LEAST)).map(lambda v: v[:, :num_samples])
+    return draws, "each the best of 8 draws of the guide: not the posterior; the log weight (nats) corrects them"
 
 
 def _markov(kernel: Kernel, least: int = STEPS, warmup: int = WARMUP) -> Callable[..., tuple[Draws, str]]:
-    def made(*what: Any, num_samples: int) -> tuple[Draws, str]:
+    def chains(*what: Any, num_samples: int) -> tuple[Draws, str]:
         steps = max(least, math.ceil(num_samples / CHAINS))
         draws = mcmc(*what, num_samples=steps, warmup=warmup, num_chains=CHAINS, kernel=kernel)
         worst, rate = r_hat(draws), float(draws.stats["acceptance_rate"].mean())
@@ -74,28 +73,23 @@ def _markov(kernel: Kernel, least: int = STEPS, warmup: int = WARMUP) -> Callabl
         )
         return draws, how
 
-    return made
+    return chains
 
 
 def _smc(model: Any, guide: Any, prompts: Prompts, num_samples: int) -> tuple[Draws, str]:
     """texts that grow together: sequential Monte Carlo"""
     runs = max(RUNS, math.ceil(num_samples / PARTICLES))
     twist = None
-    if guide is None and not evidence_is_hard(model, prompts) and not evidence_asks_a_network(model, prompts):
+    if guide is None and not rules_out_texts(model, prompts[:1]) and not evidence_asks_a_network(model, prompts):
         twist = tempered(prefix_likelihood(model), text_law(model, prompts).event_shape[0])
-    draws = smc(model, guide, prompts, num_samples=PARTICLES, num_runs=runs, twist=twist, threshold=THRESHOLD)
+    settings = SMCSettings(twist=twist, threshold=THRESHOLD)
+    draws = smc(model, guide, prompts, num_samples=PARTICLES, num_runs=runs, settings=settings)
     how = f"{runs} runs of {PARTICLES} texts"
     if twist is not None:
         how += " that grew together, resampled by the evidence of what is written, tempered"
     else:  # of half a text a yes or no says nothing, and a fitted guide knows more of what is to come than its reward
         how += ", none resampled as it grew: only whole texts are weighed here, as by importance"
     return draws, f"{how}; the log weight (nats) makes them the posterior's"
-
-
-def evidence_is_hard(model: Any, prompts: Prompts) -> bool:
-    """Whether an observed site says that it rules texts out (`infer={"hard": True}`)."""
-    sites = sample_sites(poutine.trace(model).get_trace(prompts[:1])).values()
-    return any(site["infer"].get("hard") for site in sites)
 
 
 def evidence_asks_a_network(model: Any, prompts: Prompts) -> bool:

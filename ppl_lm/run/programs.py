@@ -1,15 +1,62 @@
-"""From what a user types to programs and their arguments: `tilted`, or `path/to/file.py:name`."""
+"""From what a user types to programs, bound to their arguments: `tilted`, or `path/to/file.py:name`."""
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from ppl_lm.infer.binding import Bound, bind
 from ppl_lm.likelihood.reward import preserved_rng
 from ppl_lm.likelihood.rewards import contains, length, vader
 from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.prompts import Prompts
 from ppl_lm.run.names import from_file, is_file, shipped
+from ppl_lm.run.settings import Settings
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A run's programs, bound, with their prior and prompts, and the settings that they were built from."""
+
+    settings: Settings
+    model: Bound
+    guide: Bound
+    prior: LanguageModel
+    prompts: Prompts
+
+
+def build(settings: Settings, fitted: Path | None = None) -> Programs:
+    """Loads the LM and binds the programs; with `fitted`, the guide's network is read from that folder.
+
+    :raises ValueError: on anything that does not exist or does not fit together, by name."""
+    if not 0 < settings.beta < math.inf:
+        raise ValueError(f"beta={settings.beta}; the reward's temperature must be above 0")
+    model, guide = resolve(settings.model, "models"), resolve(settings.guide, "guides")
+    reward = resolve_reward(settings.reward)
+    if settings.device is not None:
+        try:
+            torch.empty(0, device=settings.device)
+        except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: by device and build
+            raise ValueError(
+                f"device={settings.device!r} cannot be used here; give cpu, or cuda where there is one: {error}"
+            ) from None
+    load: Any = {} if settings.lm is None else {"name_or_folder": settings.lm}
+    prior = LanguageModel.from_pretrained(**load, max_new_tokens=settings.max_new_tokens, device=settings.device)
+    network = None
+    if fitted is not None:
+        import ppl_lm.lm.table  # noqa: F401  so that a fitted table loads
+
+        network = LanguageModel.from_pretrained(fitted, settings.max_new_tokens, device=settings.device)
+        network.vocabulary.require_same(prior.vocabulary, f"{fitted.name} and the prior")
+    target, approximation = model_and_guide(model, guide, prior, network, reward, settings.beta)
+    prompts = prior.prompts({"prompt": settings.prompts, **settings.columns})
+    prior(prompts)  # refuses prompts that do not fit the context
+    return Programs(settings, target, approximation, prior, prompts)
 
 
 def resolve_reward(name: str) -> Callable[..., Any]:

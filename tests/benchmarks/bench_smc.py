@@ -69,14 +69,18 @@ def test_where_the_time_goes(threads, monkeypatch):
         prior = ppl_lm.LanguageModel.from_pretrained(max_new_tokens=TOKENS)
         target = ppl_lm.bind(tilted, prior, reward=ppl_lm.rewards.vader, beta=0.2)
         length = ppl_lm.bind(tilted, prior, reward=ppl_lm.rewards.length, beta=10.0)
-        prefix = ppl_lm.tempered(ppl_lm.prefix_likelihood(target), TOKENS)
+        prefix = ppl_lm.twists.tempered(ppl_lm.twists.prefix_likelihood(target), TOKENS)
+
+        def grown(model, twist=None):
+            ppl_lm.smc(model, None, [""], num_samples=PARTICLES, settings=ppl_lm.SMCSettings(twist=twist))
+
         made = {
-            "no reward until the end": lambda: ppl_lm.smc(length, None, [""], num_samples=PARTICLES),
-            "a cheap twist": lambda: ppl_lm.smc(length, None, [""], num_samples=PARTICLES, twist=short),
-            "a network": lambda: ppl_lm.smc(length, None, [""], num_samples=PARTICLES, twist=twist),
-            "VADER of every prefix": lambda: ppl_lm.smc(target, None, [""], num_samples=PARTICLES, twist=prefix),
+            "no reward until the end": lambda: grown(length),
+            "a cheap twist": lambda: grown(length, short),
+            "a network": lambda: grown(length, twist),
+            "VADER of every prefix": lambda: grown(target, prefix),
         }
-        twist = ppl_lm.twist_like(prior)
+        twist = ppl_lm.twists.twist_like(prior)
         print(f"\nSMC, {PARTICLES} particles × {TOKENS} tokens, {threads} threads, {platform.machine()}, "
               f"torch {torch.__version__}, transformers {transformers.__version__}; medians of {REPEATS}")  # fmt: skip
         found = {name: shares(run, monkeypatch) for name, run in made.items()}

@@ -40,8 +40,8 @@ class Diagnosis:
         return [exact_among(self.prior.of_prompt(b)) for b in range(self.prior.log_guide.shape[-1])]
 
     def as_json(self) -> dict[str, Any]:
-        told = {"sentence": self.verdict.sentence, "remedy": self.verdict.remedy}
-        return {**self.average, **told, "prompts": self.figures}
+        words = {"sentence": self.verdict.sentence, "remedy": self.verdict.remedy}
+        return {**self.average, **words, "prompts": self.figures}
 
 
 def exact_among(prior: Draws) -> Draws | None:
@@ -93,10 +93,10 @@ def diagnose(
     for b in range(from_guide.log_guide.shape[-1]):
         p, q = from_prior.of_prompt(b), from_guide.of_prompt(b)
         exact = exact_among(p)
-        made, verdict = _figures(
+        figures_of_prompt, verdict = _figures(
             _scored(p), q, exact, log_evidence(q, exact), bound, 1 / from_guide.log_guide.shape[-1]
         )
-        figures.append({"prompt": q.prompts.texts[0], **made, "verdict": verdict.code})
+        figures.append({"prompt": q.prompts.texts[0], **figures_of_prompt, "verdict": verdict.code})
         verdicts.append(verdict)
     average = over_prompts(
         figures,
@@ -124,16 +124,16 @@ def _figures(
     prior: Draws, guide: Draws, exact: Draws | None, evidence: Evidence, bound: float | None, share: float
 ) -> tuple[dict[str, Any], Verdict]:
     """:param prior: the prior's draws, with `log_guide` under the guide."""
-    made: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     pool = Pool.of(prior, guide)
 
     def put(name: str, estimate: tuple[Any, Any]) -> None:
-        made[name], made[f"{name}_se"] = map(float, estimate)
+        figures[name], figures[f"{name}_se"] = map(float, estimate)
 
     for name in ("elbo", "iwae", "iwae_upper"):
         put(name, (getattr(evidence, name), getattr(evidence, f"{name}_se")))
     put("upper", pool.eubo())
-    made["upper_exact"] = evidence.upper_exact
+    figures["iwae_upper_exact"] = evidence.upper_exact
     put("log_z", pool.evidence())
     put("kl_q_p", pool.kl_guide())
     put("kl_p_q", pool.kl_posterior())
@@ -141,19 +141,19 @@ def _figures(
     put("kl_p_prior", pool.kl_posterior_prior())
     put("kl_q_prior", mean((guide.log_guide - guide.log_prior).flatten(0, 1)))
     base, base_se = map(float, mean(pool.log_likelihood[0]))
-    made["elbo_gain"] = made["elbo_gain_se"] = None  # where both are -inf
+    figures["elbo_gain"] = figures["elbo_gain_se"] = None  # where both are -inf
     if base > -math.inf:
-        put("elbo_gain", (made["elbo"] - base, math.hypot(made["elbo_se"], base_se)))
+        put("elbo_gain", (figures["elbo"] - base, math.hypot(figures["elbo_se"], base_se)))
     put("missing", pool.missing())
     put("entropy", pool.entropy_guide())
     put("entropy_posterior", pool.entropy())
     rows = [row[row > -torch.inf] for row in pool.log_likelihood]
     few = [len(row) < 2 for row in rows]
-    made["log_likelihood_prior"] = -math.inf if few[0] else float(rows[0].mean())
+    figures["log_likelihood_prior"] = -math.inf if few[0] else float(rows[0].mean())
     put("log_likelihood", (-math.inf, 0.0) if few[1] else mean(rows[1]))
-    made["log_likelihood_posterior"] = pool.posterior(pool.log_likelihood)[0]
-    made["seen"], made["bounded"] = pool.seen(bound), bound is not None
-    made["possible"] = float((guide.log_weight > -torch.inf).double().mean())
+    figures["log_likelihood_posterior"] = pool.posterior(pool.log_likelihood)[0]
+    figures["seen"], figures["bounded"] = pool.seen(bound), bound is not None
+    figures["possible"] = float((guide.log_weight > -torch.inf).double().mean())
     if "reward" in guide.records:
         put("reward", mean(guide["reward"].flatten(0, 1)))
         put("reward_prior", mean(prior["reward"].flatten(0, 1)))
@@ -161,10 +161,10 @@ def _figures(
         put("reward_posterior", pool.posterior(rewards))
     log_w = guide.log_weight.flatten()
     put("ess", (kong_ess(log_w), ess_se(log_w)))
-    made["khat"], made["khat_se"] = psis_khat(log_w), khat_se(log_w)
-    made["max_weight"] = float(max_weight(log_w))
-    made["num_samples"] = guide.num_samples
-    made["exact_draws"] = 0 if exact is None else exact.num_samples
+    figures["khat"], figures["khat_se"] = psis_khat(log_w), khat_se(log_w)
+    figures["max_weight"] = float(max_weight(log_w))
+    figures["num_samples"] = guide.num_samples
+    figures["exact_draws"] = 0 if exact is None else exact.num_samples
     cost = prior.cost + guide.cost  # of drawing for all prompts together
-    made["lm_tokens"], made["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
-    return made, judge(**made)
+    figures["lm_tokens"], figures["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
+    return figures, judge(**figures)

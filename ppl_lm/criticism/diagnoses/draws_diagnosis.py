@@ -1,4 +1,4 @@
-"""`drawn`: what draws are worth, whatever sampler made them: figures with errors for each prompt, and a verdict."""
+"""`diagnose_draws`: what draws are worth, whatever sampler made them: figures with errors for each prompt, and a verdict."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ppl_lm.criticism.averages import over_prompts
 from ppl_lm.criticism.chains import columns, jackknife, worst
 from ppl_lm.criticism.diagnoses.draws_verdicts import CODES_OF_DRAWS, judge_draws
 from ppl_lm.criticism.effective_size import effective
-from ppl_lm.criticism.expectation import expectation
+from ppl_lm.criticism.expectations import expectation
 from ppl_lm.criticism.statistics import Statistic, numbers, recorded
 from ppl_lm.criticism.weights import (
     ess_se,
@@ -70,62 +70,66 @@ def diagnose_draws(draws: Draws, statistics: Mapping[str, Statistic] | None = No
         raise ValueError(f"statistics {taken} have the names of figures; give them other ones")
     draws = recorded(draws, statistics)
     batch = draws.log_guide.shape[-1]
-    made = [_figures(draws.of_prompt(b), 1 / batch) for b in range(batch)]
-    worst = max(made, key=lambda figures: CODES_OF_DRAWS.index(figures["verdict"]))
-    average = over_prompts(made, largest=WORST, shared=("num_samples", "chains"), without=("prompt",))
+    by_prompt = [_figures(draws.of_prompt(b), 1 / batch) for b in range(batch)]
+    worst = max(by_prompt, key=lambda figures: CODES_OF_DRAWS.index(figures["verdict"]))
+    average = over_prompts(by_prompt, largest=WORST, shared=("num_samples", "chains"), without=("prompt",))
     average |= {"lm_tokens": draws.cost.lm_tokens, "reward_calls": draws.cost.reward_calls}
-    total = sum(figures["ess"] or 0.0 for figures in made)
+    total = sum(figures["ess"] or 0.0 for figures in by_prompt)
     average["lm_tokens_per_effective_draw"] = draws.cost.lm_tokens / total if total else None
     average |= {"verdict": worst["verdict"], "sentence": worst["sentence"]}
     if batch > 1:
-        count = sum(figures["verdict"] == worst["verdict"] for figures in made)
+        count = sum(figures["verdict"] == worst["verdict"] for figures in by_prompt)
         average["sentence"] = f"{count} of {batch} prompts, first {worst['prompt']!r}: {worst['sentence']}"
-    return {**average, "prompts": made}
+    return {**average, "prompts": by_prompt}
 
 
 def _figures(draws: Draws, share: float) -> dict[str, Any]:
     """Of one prompt, or of all where only their joint weight exists."""
     kind = draws.kind
-    made: dict[str, Any] = dict.fromkeys(key for key in FIGURES if key != "prompts")
-    made |= {"prompt": draws.prompts.texts[0], "kind": kind, "num_samples": draws.num_samples}
+    figures: dict[str, Any] = dict.fromkeys(key for key in FIGURES if key != "prompts")
+    figures |= {"prompt": draws.prompts.texts[0], "kind": kind, "num_samples": draws.num_samples}
     log_w = draws.log_weight.flatten(0, 1)  # (S, 1)
-    possible = made["possible"] = float((log_w > -torch.inf).double().mean())
-    made |= {"chains": len(draws.log_guide), "ess": effective(draws), "ess_se": 0.0 if kind == "exact" else None}
+    possible = figures["possible"] = float((log_w > -torch.inf).double().mean())
+    figures |= {"chains": len(draws.log_guide), "ess": effective(draws), "ess_se": 0.0 if kind == "exact" else None}
     behind = {"weighted": draws, "runs": draws.by_run(), "exact": draws.proposals}.get(kind)
     if behind is not None and possible and behind.num_samples > 1:
-        made["log_z"], made["log_z_se"] = map(float, log_mean(behind.log_weight.flatten(0, 1)))
-    if kind in ("weighted", "runs") and behind is not None and made["log_z"] is not None:
+        figures["log_z"], figures["log_z_se"] = map(float, log_mean(behind.log_weight.flatten(0, 1)))
+    if kind in ("weighted", "runs") and behind is not None and figures["log_z"] is not None:
         one = behind.log_weight.flatten(0, 1)  # of independent draws, or runs
-        se = ((one - made["log_z"]).exp() - one).std(0) / len(one) ** 0.5  # one influence function: same draws
-        made["kl_q_p"] = made["log_z"] - float(one.mean())
-        made["kl_q_p_se"] = float(se.nan_to_num(math.inf))
+        se = ((one - figures["log_z"]).exp() - one).std(0) / len(one) ** 0.5  # one influence function: same draws
+        figures["kl_q_p"] = figures["log_z"] - float(one.mean())
+        figures["kl_q_p_se"] = float(se.nan_to_num(math.inf))
         if draws.proposals is not None:  # quasi-rejection: its law is normalised by an estimate from the proposals
-            made["log_z"], made["log_z_se"] = map(float, log_mean(draws.proposals.log_weight.flatten(0, 1)))
-            made["kl_q_p"] = made["log_z"] - float(one.mean())
-            made["kl_q_p_se"] = math.hypot(float(one.std(0)) / len(one) ** 0.5, made["log_z_se"])
+            figures["log_z"], figures["log_z_se"] = map(float, log_mean(draws.proposals.log_weight.flatten(0, 1)))
+            figures["kl_q_p"] = figures["log_z"] - float(one.mean())
+            figures["kl_q_p_se"] = math.hypot(float(one.std(0)) / len(one) ** 0.5, figures["log_z_se"])
     if kind in ("weighted", "runs") and possible:
-        made["khat"], made["max_weight"] = psis_khat(log_w[:, 0]), float(max_weight(log_w))
+        figures["khat"], figures["max_weight"] = psis_khat(log_w[:, 0]), float(max_weight(log_w))
     if kind == "weighted" and possible:
-        made["khat_se"] = khat_se(log_w[:, 0])
-        made["ess_se"] = float(ess_se(log_w)) if len(log_w) > 1 else None
+        figures["khat_se"] = khat_se(log_w[:, 0])
+        figures["ess_se"] = float(ess_se(log_w)) if len(log_w) > 1 else None
     if kind == "chains":
         each = columns(draws)
-        for key, found in (("r_hat", ("rhat", "rank")), ("ess_bulk", ("ess", "bulk")), ("ess_tail", ("ess", "tail"))):
-            made[key], made[f"{key}_se"] = worst(each, *found), jackknife(each, *found)
-        made["ess_se"] = made["ess_bulk_se"]
+        for key, statistic in (
+            ("r_hat", ("rhat", "rank")),
+            ("ess_bulk", ("ess", "bulk")),
+            ("ess_tail", ("ess", "tail")),
+        ):
+            figures[key], figures[f"{key}_se"] = worst(each, *statistic), jackknife(each, *statistic)
+        figures["ess_se"] = figures["ess_bulk_se"]
         if "acceptance_rate" in draws.stats:
-            made["acceptance_rate"] = float(draws.stats["acceptance_rate"].mean())
+            figures["acceptance_rate"] = float(draws.stats["acceptance_rate"].mean())
     for name, value in numbers(draws).items():
         name = f"{name}_recorded" if name in FIGURES else name  # a record must not pass for a figure
-        made[name], made[f"{name}_se"] = _mean(value, draws) if possible else (None, None)
+        figures[name], figures[f"{name}_se"] = _mean(value, draws) if possible else (None, None)
     x = torch.cat([draws[name].flatten(0, 1).flatten(1) for name in draws.texts], -1)  # (S, tokens)
-    made["unique"] = len(x.unique(dim=0)) / len(x)
+    figures["unique"] = len(x.unique(dim=0)) / len(x)
     cost = draws.cost  # of drawing for all prompts together
-    made["lm_tokens"], made["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
-    made["lm_tokens_per_effective_draw"] = cost.lm_tokens * share / made["ess"] if made["ess"] else None
+    figures["lm_tokens"], figures["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
+    figures["lm_tokens_per_effective_draw"] = cost.lm_tokens * share / figures["ess"] if figures["ess"] else None
     known = ("kind", "num_samples", "chains", "possible", "ess", "khat", "r_hat", "kl_q_p")
-    verdict = judge_draws(**{k: made[k] for k in known})
-    return made | {"verdict": verdict.code, "sentence": verdict.sentence}
+    verdict = judge_draws(**{k: figures[k] for k in known})
+    return figures | {"verdict": verdict.code, "sentence": verdict.sentence}
 
 
 def _mean(value: Tensor, draws: Draws) -> tuple[float, float | None]:

@@ -6,9 +6,9 @@ from ppl_lm.criticism.diagnoses.verdicts import Verdict
 from ppl_lm.criticism.weights import khat_threshold
 
 CONVERGED = 1.05  # R-hat below which chains are taken to agree
-FEWEST = 100  # draws by which weights or chains can be judged at all
-RUNS = 8  # independent runs by which draws that came about together can be judged
-WORTH = 30  # independent draws that a standard error needs
+MIN_DRAWS = 100  # draws by which weights or chains can be judged at all
+MIN_RUNS = 8  # independent runs by which draws that came about together can be judged
+MIN_ESS = 30  # independent draws that a standard error needs
 CODES_OF_DRAWS = (
     "exact",
     "good",
@@ -54,7 +54,7 @@ def judge_draws(
                 f"The chains do not agree (R-hat {r_hat:.2f}, to be below {CONVERGED}): these are not the posterior's draws "
                 "yet. Run them longer, or give a closer guide.",
             )
-        if ess is None or ess < WORTH:
+        if ess is None or ess < MIN_ESS:
             return Verdict(
                 "unreliable", f"The chains agree, but their {num_samples} draws are {worth}: run them longer."
             )
@@ -66,19 +66,21 @@ def judge_draws(
         far = f" A text picked from a run by its weight is within {max(kl_q_p, 0):.2f} nats of the posterior."
         if kl_q_p == math.inf:
             far = " In some runs no text at all was possible."
-    if kind in ("runs", "conditional_runs") and chains < RUNS:
-        return Verdict("unknown", f"What {chains} runs are worth cannot be told from so few; make {RUNS} or more.")
+    if kind in ("runs", "conditional_runs") and chains < MIN_RUNS:
+        return Verdict("unknown", f"What {chains} runs are worth cannot be told from so few; make {MIN_RUNS} or more.")
     if kind in ("runs", "conditional_runs") and ess is None:
         return Verdict("unknown", f"None of their numbers ever changes: what {chains} runs are worth cannot be told.")
-    if num_samples < FEWEST:
-        return Verdict("unknown", f"{num_samples} draws are too few to judge their weights by; draw {FEWEST} or more.")
+    if num_samples < MIN_DRAWS:
+        return Verdict(
+            "unknown", f"{num_samples} draws are too few to judge their weights by; draw {MIN_DRAWS} or more."
+        )
     if khat is not None and khat >= khat_threshold(num_samples):
         return Verdict(
             "unreliable",
             f"k-hat {khat:.2f} says that the weights have a heavy tail: even weighted, the draws under-cover part of the "
             f"posterior. Give a closer guide.{far}",
         )
-    if ess is None or ess < WORTH:
+    if ess is None or ess < MIN_ESS:
         return Verdict(
             "unreliable", f"{num_samples} weighted draws are {worth}: draw more, or give a closer guide.{far}"
         )

@@ -11,7 +11,6 @@ from ppl_lm.criticism.weights import khat_threshold, kong_ess, psis_khat
 from ppl_lm.infer.draws import Draws, concatenate
 
 FAR = math.log(100.0)  # nats by which the posterior must exceed the guide where the guide is said to miss it
-FEWEST = 30  # posterior draws that the prior's must be worth, for the posterior to be taken as seen
 
 
 def pooled(prior: Draws, guide: Draws) -> Draws:

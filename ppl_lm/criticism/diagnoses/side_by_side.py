@@ -26,14 +26,14 @@ def samples(
     texts; `reward`, None where the model records none; and if it is the guide's its `log_weight`, nats, None where it is -inf.
     The posterior's are exact draws (`exact` is True), or else resampled by their weights; there are none where no draw is
     possible."""
-    made = []
+    by_prompt = []
     for b, figures in list(enumerate(diagnosis.figures))[:MOST]:
         texts = {
             name: [] if draws is None else _texts(draws, model, guide, name == "guide", max_plate_nesting)
             for name, draws in laws(diagnosis, b, COUNT).items()
         }
-        made.append({"prompt": figures["prompt"], "exact": diagnosis.exact[b] is not None, **texts})
-    return made
+        by_prompt.append({"prompt": figures["prompt"], "exact": diagnosis.exact[b] is not None, **texts})
+    return by_prompt
 
 
 def variety(diagnosis: Diagnosis, seed: int = 0) -> dict[str, dict[str, Any] | None]:
@@ -50,8 +50,8 @@ def laws(diagnosis: Diagnosis, b: int, count: int) -> dict[str, Draws | None]:
     """`count` draws of prompt b by `prior`, `guide` and `posterior`: exact ones as far as there are, or else draws of the
     prior and of the guide together, resampled by their weights; None where none is possible."""
     prior, guide, exact = diagnosis.prior.of_prompt(b), diagnosis.guide.of_prompt(b), diagnosis.exact[b]
-    found = {"prior": prior, "guide": guide, "posterior": exact or _resampled(pooled(prior, guide), count)}
-    return {name: None if draws is None else draws.map(lambda v: v[:, :count]) for name, draws in found.items()}
+    by_law = {"prior": prior, "guide": guide, "posterior": exact or _resampled(pooled(prior, guide), count)}
+    return {name: None if draws is None else draws.map(lambda v: v[:, :count]) for name, draws in by_law.items()}
 
 
 def some(draws: Draws, count: int) -> Draws:
@@ -61,10 +61,10 @@ def some(draws: Draws, count: int) -> Draws:
 
 
 def _together(parts: list[Draws | None], seed: int) -> dict[str, Any] | None:
-    made = [diversity(draws, seed=seed) for draws in parts if draws is not None]
-    if not made:
+    by_prompt = [diversity(draws, seed=seed) for draws in parts if draws is not None]
+    if not by_prompt:
         return None
-    return over_prompts(made, shared=("num_samples",), without=("prompts",))
+    return over_prompts(by_prompt, shared=("num_samples",), without=("prompts",))
 
 
 def _resampled(draws: Draws, count: int) -> Draws | None:
@@ -83,7 +83,7 @@ def _texts(draws: Draws, model: Any, guide: Any, weighted: bool, nesting: int) -
     x = draws[name][0, :, 0]  # (S, *inner, T)
     x = x if one else x.flatten(1, -2)[:, 0]  # of several texts the first
     reward = draws.records.get("reward")
-    made = []
+    rows = []
     for s, row in enumerate(x):
         tokens = pieces(draws.prompts.vocabulary, row.cpu())
         text: dict[str, Any] = {"tokens": tokens, "gains": None, "reward": None}
@@ -94,5 +94,5 @@ def _texts(draws: Draws, model: Any, guide: Any, weighted: bool, nesting: int) -
         if weighted:
             log_w = float(draws.log_weight[0, s, 0])
             text["log_weight"] = log_w if math.isfinite(log_w) else None
-        made.append(text)
-    return made
+        rows.append(text)
+    return rows

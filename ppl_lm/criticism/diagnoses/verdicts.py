@@ -188,20 +188,20 @@ def of_prompts(average: Verdict, verdicts: Sequence[Verdict], names: Sequence[st
     )
 
 
-def doubt(made: Mapping[str, Any]) -> str:
+def doubt(diagnosis: Mapping[str, Any]) -> str:
     """Why figures are worth less than their standard errors say, in a sentence; "" where they are not.
 
-    :param made: `diagnosis.json`, of a guide or of draws."""
-    if "kind" in made:
-        if made["verdict"] not in ("unknown", "unreliable", "not_converged"):
+    :param diagnosis: `diagnosis.json`, of a guide or of draws."""
+    if "kind" in diagnosis:
+        if diagnosis["verdict"] not in ("unknown", "unreliable", "not_converged"):
             return ""
         return (
             "These draws are not to be relied on: what is said of the posterior below, with its errors, is not either."
         )
-    seen = made.get("seen")
+    seen = diagnosis.get("seen")
     if seen is None or seen >= SEEN:
         return ""
-    where = "After one of the prompts the" if len(made.get("prompts", ())) > 1 else "The"
+    where = "After one of the prompts the" if len(diagnosis.get("prompts", ())) > 1 else "The"
     return (
         f"{where} prior's draws are worth {seen:.0f} of the posterior's: log Z and every distance, with their errors, are of "
         "what these draws show, and the posterior may have more."

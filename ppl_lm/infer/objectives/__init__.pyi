@@ -11,4 +11,5 @@ from .divergences import (
     reverse_kl as reverse_kl,
     total_variation as total_variation,
 )
+from .protocol import FunctionObjective as FunctionObjective, Objective as Objective
 from .rl import GRPO as GRPO, expected_reward as expected_reward

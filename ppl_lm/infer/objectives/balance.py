@@ -20,6 +20,7 @@ class TrajectoryBalance:
     """
 
     name = "trajectory_balance"
+    allows_hard_constraints = mass_covering = is_negative_elbo = False
 
     def __init__(self, rate: float = 0.1):
         if not 0 < rate <= 1:
@@ -64,6 +65,9 @@ class SubTB:
     """
 
     name: ClassVar[str] = "subtb"
+    allows_hard_constraints: ClassVar[bool] = False
+    mass_covering: ClassVar[bool] = False
+    is_negative_elbo: ClassVar[bool] = False
     decay: float = 1.0
 
     def __post_init__(self) -> None:
@@ -75,12 +79,12 @@ class SubTB:
             raise ValueError(
                 "subtb is defined for one text without other latent sites, and max_plate_nesting=1; use trajectory_balance"
             )
-        made = terms.prefixes()
-        if not bool(made.log_weight[made.valid].isfinite().all()):
+        prefixes = terms.prefixes()
+        if not bool(prefixes.log_weight[prefixes.valid].isfinite().all()):
             raise ValueError("subtb: a prefix of a text is impossible as a text of its own; use trajectory_balance")
-        u, n = made.log_weight, made.log_weight.shape[-1]
+        u, n = prefixes.log_weight, prefixes.log_weight.shape[-1]
         apart = (torch.arange(n)[:, None] - torch.arange(n)).abs().to(u.device)
-        pair = made.valid.unsqueeze(-1) & made.valid.unsqueeze(-2) & (apart > 0)
+        pair = prefixes.valid.unsqueeze(-1) & prefixes.valid.unsqueeze(-2) & (apart > 0)
         weight = torch.where(pair, u.new_tensor(self.decay) ** (apart - 1).clamp_min(0), 0.0)
         weight = weight / weight.sum((-1, -2), keepdim=True).clamp_min(1e-300)  # a text of no tokens has no pairs
         difference = u.unsqueeze(-1) - u.unsqueeze(-2)

@@ -2,15 +2,62 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ppl_lm.lm.prompts import Prompts
 
-Baseline = Callable[[Tensor, Tensor], Tensor]  # one that remembers steps says so: `moves = True`
-LogZ = Callable[[Tensor, Prompts], Tensor]
+
+@runtime_checkable
+class Baseline(Protocol):
+    """What is subtracted from costs: from those of all particles and their importance ratios, (K, B) both, to (K, B). Of sites
+    with plates of their own, or outside the prompts', reverse KL gives (K, *plates, B).
+
+    It must not depend on the particle's own cost, or the gradient is biased. A plain function will do where one is asked
+    for: it remembers nothing."""
+
+    @property
+    def remembers_steps(self) -> bool:
+        """Whether each call moves what later calls give. Then it is called once for each step's draws."""
+        ...
+
+    def __call__(self, cost: Tensor, ratio: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class LogZ(Protocol):
+    """What log Z is taken to be: from log weights, (K, B), and the prompts, to (B,) or (K, B), nats. A plain function will do
+    where one is asked for."""
+
+    @property
+    def remembers_steps(self) -> bool:
+        """As of a `Baseline`."""
+        ...
+
+    def __call__(self, log_w: Tensor, prompts: Prompts, /) -> Tensor: ...
+
+
+BaselineFunction = Callable[[Tensor, Tensor], Tensor]
+LogZFunction = Callable[[Tensor, Prompts], Tensor]
+
+
+@dataclass(frozen=True)
+class Memoryless:
+    """A plain function as a `Baseline` or a `LogZ`."""
+
+    function: Callable[..., Tensor]
+    remembers_steps: ClassVar[bool] = False
+
+    def __call__(self, *args: Any) -> Tensor:
+        return self.function(*args)
+
+
+def as_estimate(value: Any) -> Any:
+    """A plain function with the field's default; a `Baseline` or `LogZ` as it is."""
+    return value if hasattr(value, "remembers_steps") else Memoryless(value)
 
 
 def no_baseline(cost: Tensor, ratio: Tensor) -> Tensor:
@@ -23,7 +70,7 @@ def leave_one_out(cost: Tensor, ratio: Tensor) -> Tensor:
     return (weighted.sum(0) - weighted) / (len(cost) - 1)
 
 
-def constant(value: float) -> Baseline:
+def constant(value: float) -> BaselineFunction:
     """The same for every text. For `forward_kl` the mean cost is -1 whatever the guide: with `constant(-1.0)` the gradient
     is (P/Z - q)/b · ∇ log q, DPG's baseline Z · q/b (Korbak et al. 2022, GDC++)."""
     return lambda cost, ratio: torch.full_like(cost, value)
@@ -39,7 +86,7 @@ class MovingAverage:
             raise ValueError(f"decay={decay}; give a number from 0, which keeps only the last step, to below 1")
         self.decay, self.known, self.weight = decay, 0.0, 0.0
 
-    moves = True
+    remembers_steps = True
 
     def __call__(self, cost: Tensor, ratio: Tensor) -> Tensor:
         before = self.known / self.weight if self.weight else 0.0
@@ -67,7 +114,7 @@ def log_sum_of_others(log_w: Tensor) -> Tensor:
     return torch.logaddexp(before, after)
 
 
-def known(log_z: Tensor) -> LogZ:
+def known(log_z: Tensor) -> LogZFunction:
     """log Z that is known, (B,) or (); by enumeration, say."""
     return lambda log_w, prompts: log_z.expand(log_w.shape[1])
 
@@ -86,7 +133,7 @@ class MovingLogZ:
         self.decay = decay
         self.known: dict[tuple[Any, ...], tuple[float, float]] = {}  # prompt -> log Σ of weighted Ẑ, log of Σ weights
 
-    moves = True
+    remembers_steps = True
 
     def __call__(self, log_w: Tensor, prompts: Prompts) -> Tensor:
         now, others = of_particles(log_w, prompts), of_others(log_w, prompts)

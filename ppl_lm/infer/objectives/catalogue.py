@@ -13,10 +13,12 @@ from ppl_lm.infer.objectives.divergences import (
     reverse_kl,
     total_variation,
 )
+from ppl_lm.infer.objectives.protocol import Objective, ObjectiveFunction, as_objective
 from ppl_lm.infer.objectives.rl import GRPO, expected_reward
-from ppl_lm.infer.terms import Objective
 
-OBJECTIVES: dict[str, Callable[[float], Objective]] = {  # from the reward's temperature; those with a memory made anew
+OBJECTIVES: dict[
+    str, Callable[[float], Objective | ObjectiveFunction]
+] = {  # from the reward's temperature; those with a memory made anew
     "reverse_kl": lambda beta: reverse_kl,
     "forward_kl": lambda beta: forward_kl,
     "jensen_shannon": lambda beta: jensen_shannon,
@@ -37,15 +39,14 @@ def objective(name: str, beta: float) -> Objective:
     """:raises ValueError: if there is none of that name; the message lists what there is."""
     if name not in OBJECTIVES:
         raise ValueError(f"objective={name!r} is unknown; give one of {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name](beta)
+    return as_objective(OBJECTIVES[name](beta))
 
 
-def hard_constraint(asked: Objective) -> ValueError:
+def hard_constraint(refused: Objective) -> ValueError:
     """That this objective cannot serve a posterior that rules texts out, and what can."""
-    name = getattr(asked, "name", getattr(asked, "__name__", type(asked).__name__))
-    works = ", ".join(n for n, make in OBJECTIVES.items() if getattr(make(1.0), "mends", False))
+    works = ", ".join(name for name in OBJECTIVES if objective(name, 1.0).allows_hard_constraints)
     return ValueError(
-        f"{name} cannot fit a hard constraint: it is infinite for a guide that ever draws an impossible text. Objectives "
-        f"that can: {works}. Or draw from this posterior with importance() or rejection(), on the command line with "
+        f"{refused.name} cannot fit a hard constraint: it is infinite for a guide that ever draws an impossible text. "
+        f"Objectives that can: {works}. Or draw from this posterior with importance() or rejection(), on the command line with "
         "ppl-lm sample MODEL --sampler rejection"
     )

@@ -20,18 +20,20 @@ class Divergence:
     draw was possible so far nothing is learned, and its value is inf.
 
     :param slope: f'(t) as a function of log t; `share`: f(t)/t, whose mean under q is the divergence.
-    :param mends: whether the slope stays finite where the posterior is 0, so that hard constraints can be fitted.
-    :param needs_z: whether the expected gradient depends on log Z.
-    :param covers: whether it asks for all of the posterior's mass before all of the guide's, so that KL(p ‖ q), and not the
-        ELBO, says how a fit goes.
+    :param needs_z: whether the expected gradient depends on log Z. The other fields are those of every `Objective`.
     """
 
     name: str
     slope: Callable[[Tensor], Tensor]
     share: Callable[[Tensor], Tensor]
-    mends: bool = True
     needs_z: bool = True
-    covers: bool = False
+    allows_hard_constraints: bool = True
+    mass_covering: bool = False
+
+    @property
+    def is_negative_elbo(self) -> bool:
+        """Of `reverse_kl` as it stands, and not of one that is given another slope."""
+        return self == reverse_kl
 
     def __call__(self, terms: Terms) -> Estimate:
         log_joint = terms.log_joint
@@ -49,25 +51,27 @@ def _js_share(log_t: Tensor) -> Tensor:
     return 0.5 * (math.log(2) - softplus(-log_t) - bounded)
 
 
-reverse_kl = Divergence("reverse_kl", lambda log_t: log_t, lambda log_t: log_t, mends=False, needs_z=False)
+reverse_kl = Divergence(
+    "reverse_kl", lambda log_t: log_t, lambda log_t: log_t, needs_z=False, allows_hard_constraints=False
+)
 forward_kl = Divergence(
     "forward_kl",
     lambda log_t: -(-log_t).exp(),
     lambda log_t: torch.where(log_t == torch.inf, 0.0, -log_t * (-log_t).exp()),
-    covers=True,
+    mass_covering=True,
 )
 jensen_shannon = Divergence("jensen_shannon", lambda log_t: 0.5 * (math.log(2) - softplus(-log_t)), _js_share)
 total_variation = Divergence(
     "total_variation", lambda log_t: 0.5 * log_t.sign(), lambda log_t: 0.5 * torch.expm1(-log_t).abs()
 )
 chi2 = Divergence(
-    "chi2", lambda log_t: -torch.expm1(-2 * log_t), lambda log_t: torch.expm1(-log_t).square(), covers=True
+    "chi2", lambda log_t: -torch.expm1(-2 * log_t), lambda log_t: torch.expm1(-log_t).square(), mass_covering=True
 )
 reverse_chi2 = Divergence(
     "reverse_chi2",
     lambda log_t: 2 * torch.expm1(log_t),
     lambda log_t: torch.expm1(log_t).square() * (-log_t).exp(),
-    mends=False,
+    allows_hard_constraints=False,
 )
 
 
@@ -89,4 +93,4 @@ def alpha_divergence(alpha: float = 0.5) -> Divergence:
             return torch.where(log_t == torch.inf, 1.0, 1 - inverse - log_t * inverse)
         return ((-alpha * log_t).exp() - (1 - alpha) - alpha * inverse) / (alpha * (alpha - 1))
 
-    return Divergence("alpha", slope, share, mends=alpha > 0, covers=alpha >= 1)
+    return Divergence("alpha", slope, share, allows_hard_constraints=alpha > 0, mass_covering=alpha >= 1)

@@ -33,6 +33,9 @@ class GRPO:
     """
 
     name: ClassVar[str] = "grpo"
+    allows_hard_constraints: ClassVar[bool] = False
+    mass_covering: ClassVar[bool] = False
+    is_negative_elbo: ClassVar[bool] = False
     beta: float
     normalise: bool = True
     kl_in_reward: bool = False

@@ -7,4 +7,5 @@ from .pyro_mcmc import SequenceKernel as SequenceKernel
 from .quasi_rejection_sampling import Quality as Quality, quality as quality, quasi_rejection as quasi_rejection
 from .rejection_sampling import rejection as rejection
 from .sequential import smc as smc
+from .settings import SMCSettings as SMCSettings
 from .twist import Twist as Twist

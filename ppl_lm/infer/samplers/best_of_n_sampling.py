@@ -44,16 +44,17 @@ def best_of_n(
             raise ValueError(f"{what}={value}; give at least {least}")
     pool = importance(model, guide, prompts, num_samples=num_samples * n, max_plate_nesting=max_plate_nesting)
     by_group = (pool.log_weight if soft else pool.log_likelihood).reshape(num_samples, n, -1)  # (S, n, B)
-    pick = _drawn(by_group) if soft else by_group.argmax(1)  # (S, B); equals are alike, so that any order will do
+    # (S, B); equals are alike, so that any order will do
+    pick = _pick_by_weight(by_group) if soft else by_group.argmax(1)
     rows = pick + n * torch.arange(num_samples, device=pick.device).unsqueeze(-1)
     column = torch.arange(pick.shape[1], device=pick.device)
-    made = pool.map(lambda v: v[:, rows[:, 0]] if pick.shape[1] == 1 else v[:, rows, column])
+    best = pool.map(lambda v: v[:, rows[:, 0]] if pick.shape[1] == 1 else v[:, rows, column])
     chosen = by_group.gather(1, pick.unsqueeze(1)).squeeze(1)  # (S, B)
     gain = _soft_gain(chosen, by_group) if soft else _gain(chosen, by_group)
-    return replace(made, log_guide=made.log_guide + gain, proposals=replace(pool, latents={}))
+    return replace(best, log_guide=best.log_guide + gain, proposals=replace(pool, latents={}))
 
 
-def _drawn(log_w: Float[Tensor, "S n B"]) -> Tensor:
+def _pick_by_weight(log_w: Float[Tensor, "S n B"]) -> Tensor:
     if bool((log_w == -torch.inf).all(1).any()):
         raise NoSupportError(
             f"all {log_w.shape[1]} draws of a sample are impossible under the posterior (the best log weight of the others "

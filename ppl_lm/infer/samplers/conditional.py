@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from ppl_lm.infer.draws import Draws, concatenate, only_text
-from ppl_lm.infer.samplers.population import Settings, grow
-from ppl_lm.infer.samplers.resampling import Rule, systematic
-from ppl_lm.infer.samplers.sequential import check, finish, laws
-from ppl_lm.infer.samplers.twist import Twist
+from ppl_lm.infer.samplers.population import grow
+from ppl_lm.infer.samplers.sequential import PLAIN, finish, laws, require_counts
+from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.lm import meter
 
@@ -22,11 +21,7 @@ def conditional_smc(
     planted: Draws,
     *,
     num_samples: int = 256,
-    twist: Twist | None = None,
-    candidates: int | None = None,
-    expand: int = 1,
-    resample: Rule = systematic,
-    threshold: float = 0.5,
+    settings: SMCSettings = PLAIN,
     max_plate_nesting: int = 1,
 ) -> Draws:
     """For each planted draw a run of `smc` with these settings, one of whose texts is that draw and survives every resampling
@@ -45,7 +40,6 @@ def conditional_smc(
             f"planted= must hold exact posterior draws (rejection), and these are {planted.kind}: around others a run's mean "
             "weight is no bound; particle_gibbs() moves draws that are not exact"
         )
-    settings = Settings(twist, candidates, expand, resample, threshold)
     return grow_around(planted, model, guide, settings, num_samples, max_plate_nesting)
 
 
@@ -53,12 +47,13 @@ def grow_around(
     planted: Draws,
     model: Callable[..., Any],
     guide: Callable[..., Any] | None,
-    settings: Settings,
+    settings: SMCSettings,
     num_samples: int,
     nesting: int,
 ) -> Draws:
     """`conditional_smc` around any draws, also impossible ones, as a chain may begin at."""
-    check(settings, guide, num_samples, 1)
+    require_counts(num_samples, 1)
+    settings.require_fits(guide)
     (name,) = only_text(planted)
     prompts = planted.prompts
     x = planted.latents[name].flatten(0, 1)  # (S, B, T)
@@ -68,13 +63,12 @@ def grow_around(
         parts = []
         possible = (planted.log_weight.flatten(0, 1) > -torch.inf).expand(len(x), len(prompts))
         for part, known in zip(x.split(size), possible.split(size), strict=True):
-            held = torch.where(
-                known.unsqueeze(-1), part, -1
-            )  # an impossible text, which a chain may begin at, is not held
-            grown = grow(prior, proposal, settings, num_samples, len(part), held.flatten(0, 1))
-            assert grown.slot is not None
-            lost = grown.log_w.gather(0, grown.slot.unsqueeze(0))[0] == -torch.inf
+            # an impossible text, which a chain may begin at, is not held
+            held = torch.where(known.unsqueeze(-1), part, -1)
+            population, history = grow(prior, proposal, settings, num_samples, len(part), held.flatten(0, 1))
+            assert population.slot is not None
+            lost = population.log_w.gather(0, population.slot.unsqueeze(0))[0] == -torch.inf
             if bool((lost & known.flatten()).any()):
                 raise ValueError("the twist finds a text impossible that was planted as the posterior's")
-            parts.append(finish(model, prompts, grown, len(prompts), nesting))
+            parts.append(finish(model, prompts, population, history, len(prompts), nesting))
     return replace(concatenate(parts, dim=0), cost=cost, kind="conditional_runs")

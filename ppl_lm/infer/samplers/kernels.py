@@ -10,7 +10,8 @@ from torch import Tensor
 from ppl_lm.infer.draws import Draws, only_text
 from ppl_lm.infer.samplers.conditional import grow_around
 from ppl_lm.infer.samplers.importance_sampling import draw
-from ppl_lm.infer.samplers.population import Settings
+from ppl_lm.infer.samplers.sequential import PLAIN
+from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.traces.text_site import Resumed
 from ppl_lm.lm.decoder import invert
 
@@ -55,28 +56,28 @@ def suffix(model: Callable[..., Any], guide: Any, prompts: Any, max_plate_nestin
     return propose
 
 
-def particle_gibbs(num_particles: int = 16, **settings: Any) -> Kernel:
+def particle_gibbs(num_particles: int = 16, settings: SMCSettings = PLAIN) -> Kernel:
     """A kernel for `mcmc`: conditional SMC around the chain's text, then one of the particles in proportion to its weight.
     Always accepted; leaves the posterior invariant for any number of particles, at least 2 (Andrieu et al. 2010).
 
-    :param settings: of `conditional_smc`: twist, candidates, expand, resample, threshold."""
+    :param settings: as of `smc`."""
 
     if num_particles < 2:
         raise ValueError(f"num_particles={num_particles}; give at least 2")
 
     def kernel(model: Callable[..., Any], guide: Any, prompts: Any, max_plate_nesting: int = 1) -> Propose:
         def propose(state: Draws) -> tuple[Draws, Tensor]:
-            made = grow_around(state, model, guide, Settings(**settings), num_particles, max_plate_nesting)  # (N, K, B)
-            chains, _, batch = made.log_guide.shape
-            log_w = made.log_weight.transpose(1, 2).flatten(0, 1)  # (N·B, K)
+            runs = grow_around(state, model, guide, settings, num_particles, max_plate_nesting)  # (N, K, B)
+            chains, _, batch = runs.log_guide.shape
+            log_w = runs.log_weight.transpose(1, 2).flatten(0, 1)  # (N·B, K)
             lost = (log_w == -torch.inf).all(-1, keepdim=True)  # the chain has met no possible text: any will do
             flat = torch.where(lost, 0.0, log_w).log_softmax(-1)
             u = torch.rand(len(flat), dtype=torch.float64, device=flat.device)
             pick = invert(flat, u).reshape(chains, batch)
             chain = torch.arange(chains, device=pick.device).unsqueeze(-1)
-            column = torch.arange(batch, device=pick.device)
-            chosen = made.map(lambda v: v[chain, pick, column].unsqueeze(0))
-            chosen = replace(chosen, kind="weighted", stats={})
+            prompt = torch.arange(batch, device=pick.device)
+            chosen = replace(runs, stats={}).map(lambda v: v[chain, pick, prompt].unsqueeze(0))
+            chosen = replace(chosen, kind="weighted")
             return chosen, state.log_weight[0] - chosen.log_weight[0]
 
         return propose

@@ -81,8 +81,8 @@ def mcmc(
         if i >= warmup:
             kept.append(state)
             rates.append(info.log_accept.exp())
-    made = concatenate([s.map(lambda v: v.transpose(0, 1)) for s in kept])  # (N, S, B)
-    return replace(made, cost=cost, kind="chains", stats={"acceptance_rate": torch.stack(rates, 1)})
+    chains = concatenate([s.map(lambda v: v.transpose(0, 1)) for s in kept])  # (N, S, B)
+    return replace(chains, cost=cost, kind="chains", stats={"acceptance_rate": torch.stack(rates, 1)})
 
 
 def require_support(state: Draws) -> None:

@@ -46,7 +46,7 @@ class Laws:
         rows: Int[Tensor, "n"],
     ):
         self.vocabulary: Vocabulary = prior.lm.vocabulary
-        self.prompts, self.rows, self.ask, self.candidates = prior.prompts, rows, twist, candidates
+        self.prompts, self.rows, self.twist, self.candidates = prior.prompts, rows, twist, candidates
         self.prior = Decoder.of(prior.lm, prior.prompts, rows)
         self.proposal = None
         if proposal is not None:
@@ -78,28 +78,28 @@ class Laws:
         t: int,
         log_target: Float[Tensor, "n"],
         log_p0: Float[Tensor, "n"],
-        column: Int[Tensor, "n"],
+        population: Int[Tensor, "n"],
         many: int = 1,
         forced: Int[Tensor, "n M"] | None = None,
     ) -> Tokens:
         """Draws `many` next tokens for each text, at position t.
 
         :param log_target: log γ_t-1 of the texts so far; `log_p0` their log p0.
-        :param column: to whose population each belongs.
+        :param population: that each belongs to.
         :param forced: what the next tokens have to be, where it is not -1."""
         log_p = self.prior.log_probs()  # (n, V)
         log_psi = None if self.network is None else self.network.logits()
         log_q = self._proposal(log_p, log_psi, x, t)
-        tokens = choose(log_q, column, many)  # (n, M)
+        tokens = choose(log_q, population, many)  # (n, M)
         if forced is not None:
             tokens = torch.where(forced >= 0, forced, tokens)
         lp, lq = log_p.gather(-1, tokens).double(), log_q.gather(-1, tokens).double()
         before = log_target.unsqueeze(-1)
         if bool(((lq == -torch.inf) & (lp > -torch.inf)).any()):
             raise ValueError(IMPOSSIBLE)
-        if self.ask is None:  # the guide's own law, or the prior's, is the intermediate target
+        if self.twist is None:  # the guide's own law, or the prior's, is the intermediate target
             return Tokens(tokens, lp, before + lq, torch.zeros_like(lq))
-        psi = self._asked(x, t, tokens) if log_psi is None else log_psi.gather(-1, tokens).double()
+        psi = self._log_psi(x, t, tokens) if log_psi is None else log_psi.gather(-1, tokens).double()
         after = log_p0.unsqueeze(-1) + lp + psi
         after = torch.where((lp == -torch.inf) | (psi == -torch.inf), -torch.inf, after)
         increment = torch.where((before == -torch.inf) | (after == -torch.inf), -torch.inf, after - before - lq)
@@ -110,14 +110,14 @@ class Laws:
         if self.proposal is not None:
             return self.proposal.log_probs()
         if self.candidates is not None:
-            few = log_p.topk(min(self.candidates, log_p.shape[-1])).indices  # (n, c)
-            psi = self._asked(x, t, few) if log_psi is None else log_psi.gather(-1, few)
-            return _few(log_p, few, psi.to(log_p.dtype))
+            likeliest = log_p.topk(min(self.candidates, log_p.shape[-1])).indices  # (n, c)
+            psi = self._log_psi(x, t, likeliest) if log_psi is None else log_psi.gather(-1, likeliest)
+            return _tilted_among(log_p, likeliest, psi.to(log_p.dtype))
         return log_p if log_psi is None else _tilted(log_p, log_p + log_psi)
 
-    def _asked(self, x: Tensor, t: int, tokens: Tensor) -> Tensor:
+    def _log_psi(self, x: Tensor, t: int, tokens: Tensor) -> Tensor:
         """log ψ_t of each text with each of its tokens, by a twist that is a function: (n, M), float64."""
-        assert self.ask is not None
+        assert self.twist is not None
         many, vocabulary = tokens.shape[-1], self.vocabulary
         grown = x.repeat_interleave(many, 0)
         grown[:, t] = tokens.flatten()
@@ -126,7 +126,7 @@ class Laws:
             grown[:, t + 1] = torch.where(open_, min(vocabulary.end_ids), vocabulary.pad_id)
         prompts = self.prompts.take(self.rows.repeat_interleave(many))
         length = torch.full((len(grown),), t + 1, device=x.device)
-        answer: Tensor = self.ask(prompts, grown, length)  # pyright: ignore[reportAssignmentType]
+        answer: Tensor = self.twist(prompts, grown, length)  # pyright: ignore[reportAssignmentType]
         if answer.shape != (len(grown),) or bool(answer.isnan().any()) or bool((answer == torch.inf).any()):
             raise ValueError(
                 f"the twist answered shape {tuple(answer.shape)} for {len(grown)} texts, {int(answer.isnan().sum())} of "
@@ -135,7 +135,7 @@ class Laws:
         return answer.double().reshape(-1, many)
 
 
-def choose(log_q: Float[Tensor, "n V"], column: Int[Tensor, "n"], many: int) -> Int[Tensor, "n M"]:
+def choose(log_q: Float[Tensor, "n V"], population: Int[Tensor, "n"], many: int) -> Int[Tensor, "n M"]:
     """`many` tokens of each row's law. One random number each, from torch's global generator."""
     u = torch.rand(len(log_q), many, dtype=torch.float64, device=log_q.device)
     return torch.stack([invert(log_q, u[:, m]) for m in range(many)], 1)
@@ -147,9 +147,9 @@ def _tilted(log_p: Tensor, log_gamma: Tensor) -> Tensor:
     return torch.where(lost, log_p, normalise(log_gamma)) if bool(lost.any()) else normalise(log_gamma)
 
 
-def _few(log_p: Tensor, few: Tensor, log_psi: Tensor) -> Tensor:
-    """q ∝ p0 ψ over the tokens that were asked for, and p0 times their mean ψ over the others."""
-    known = log_p.gather(-1, few)
+def _tilted_among(log_p: Tensor, candidates: Tensor, log_psi: Tensor) -> Tensor:
+    """q ∝ p0 ψ over the candidates, and p0 times their mean ψ over the others."""
+    known = log_p.gather(-1, candidates)
     mean = (known + log_psi).logsumexp(-1, keepdim=True) - known.logsumexp(-1, keepdim=True)
     mean = torch.where(mean == -torch.inf, 0.0, mean)  # none of them is possible: the others are all that is left
-    return _tilted(log_p, (log_p + mean).scatter(-1, few, known + log_psi))
+    return _tilted(log_p, (log_p + mean).scatter(-1, candidates, known + log_psi))

@@ -9,153 +9,191 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ppl_lm.infer.samplers.next_tokens import Laws
-from ppl_lm.infer.samplers.resampling import Rule, systematic
-from ppl_lm.infer.samplers.twist import Twist
+from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.lm.token_sequence import TokenSequence
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How texts grow; see `smc`."""
+class Population:
+    """K texts in each of P populations, a population being one run for one prompt: what the next step needs.
 
-    twist: Twist | None = None
-    candidates: int | None = None
-    expand: int = 1
-    resample: Rule = systematic
-    threshold: float = 0.5
+    :param live: whether a text is still open.
+    :param log_w: γ_t(x_≤t) / q, whose mean over a population is an unbiased estimate of Σ γ_t; nats.
+    :param log_target: log γ_t(x_≤t), γ_t = p0(x_≤t) ψ_t(x_≤t) the intermediate target that the weight is for, nats.
+    :param token_log_p: log p0 of each token.
+    :param slot: where a planted text is, (P,); None where there is none.
+    """
+
+    x: Int[Tensor, "K P T"]
+    live: Bool[Tensor, "K P"]
+    log_w: Float[Tensor, "K P"]
+    log_target: Float[Tensor, "K P"]
+    token_log_p: Float[Tensor, "K P T"]
+    slot: Int[Tensor, "P"] | None = None
 
 
 @dataclass(frozen=True)
-class Population:
-    """K texts in each of C columns, a column being one run for one prompt.
+class StepInfo:
+    """What one step did: what a diagnostic needs.
 
-    :param log_w: γ_t(x_≤t) / q, with the particles of a column averaged an unbiased estimate of Σ γ_t.
-    :param log_target: log γ_t(x_≤t), γ_t = p0(x_≤t) ψ_t(x_≤t) the intermediate target that the weight is for, nats.
-    :param token_log_p: log p0 of each token.
-    :param slot: where a planted text is, (C,); None where there is none.
-    """
+    :param ess: effective sample size (Σ w)² / Σ w² of the weights with the new token, before they are resampled; with `expand`,
+        of all continuations. 0 of a population without any weight.
+    :param resampled: whether the population was resampled then.
+    :param log_z_increment: log of its mean weight after the step less that before it, nats.
+    :param row: of each text that is still open, in order, which of the texts that were open before the step it goes on from."""
 
-    x: Int[Tensor, "K C T"]
-    live: Bool[Tensor, "K C"]
-    log_w: Float[Tensor, "K C"]
-    log_target: Float[Tensor, "K C"]
-    token_log_p: Float[Tensor, "K C T"]
-    slot: Int[Tensor, "C"] | None = None
+    ess: Float[Tensor, "P"]
+    resampled: Bool[Tensor, "P"]
+    log_z_increment: Float[Tensor, "P"]
+    row: Int[Tensor, "n"]
+
+
+@dataclass(frozen=True)
+class History:
+    """`StepInfo` of every token; once all texts have ended, that of a step that changes nothing."""
+
+    ess: Float[Tensor, "P T"]
+    resampled: Bool[Tensor, "P T"]
+    log_z_increment: Float[Tensor, "P T"]
 
 
 def grow(
     prior: TokenSequence,
     proposal: TokenSequence | None,
-    settings: Settings,
+    settings: SMCSettings,
     count: int,
     runs: int,
-    planted: Int[Tensor, "C T"] | None = None,
-) -> Population:
-    """Grows `count` texts in each column, C = runs · B, prompts fastest.
+    planted: Int[Tensor, "P T"] | None = None,
+) -> tuple[Population, History]:
+    """Grows `count` texts in each population, P = runs · B, prompts fastest.
 
-    :param planted: a text for each column that one particle has to become (conditional SMC)."""
-    vocabulary, steps = prior.lm.vocabulary, prior.event_shape[0]
-    columns, device = runs * len(prior.prompts), prior.prompts.ids.device
-    prompt = torch.arange(len(prior.prompts), device=device).repeat(runs).expand(count, columns)
-    zeros = torch.zeros(count, columns, dtype=torch.float64, device=device)
-    now = Population(
-        x=torch.full((count, columns, steps), vocabulary.pad_id, device=device),
-        live=torch.ones(count, columns, dtype=torch.bool, device=device),
+    :param planted: a text for each population that one particle has to become (conditional SMC); -1 where it may be any."""
+    vocabulary, length = prior.lm.vocabulary, prior.event_shape[0]
+    populations, device = runs * len(prior.prompts), prior.prompts.ids.device
+    prompt = torch.arange(len(prior.prompts), device=device).repeat(runs).expand(count, populations)
+    zeros = torch.zeros(count, populations, dtype=torch.float64, device=device)
+    state = Population(
+        x=torch.full((count, populations, length), vocabulary.pad_id, device=device),
+        live=torch.ones(count, populations, dtype=torch.bool, device=device),
         log_w=zeros,
         log_target=zeros,
-        token_log_p=zeros.unsqueeze(-1).repeat(1, 1, steps),
-        slot=None if planted is None else _anywhere(count, columns, device),
+        token_log_p=zeros.unsqueeze(-1).repeat(1, 1, length),
+        slot=None if planted is None else _anywhere(count, populations, device),
     )
-    moving = Laws(prior, proposal, settings.twist, settings.candidates, prompt.flatten())
-    for t in range(steps):
-        now, ancestors = _step(now, moving, settings, planted, t)
-        if t == steps - 1 or not bool(now.live.any()):
+    laws = Laws(prior, proposal, settings.twist, settings.candidates, prompt.flatten())
+    steps: list[StepInfo] = []
+    for t in range(length):
+        state, info = _step(state, laws, settings, planted, t)
+        steps.append(info)
+        if t == length - 1 or not bool(state.live.any()):
             break
-        moving.advance(ancestors, now.x[..., t][now.live])
-    return now
+        laws.advance(info.row, state.x[..., t][state.live])
+    return state, _history(steps, state, length)
+
+
+def _history(steps: list[StepInfo], state: Population, length: int) -> History:
+    left = length - len(steps)
+    ess = [info.ess for info in steps] + [ess_of(state.log_w)] * left
+    resampled = [info.resampled for info in steps] + [torch.zeros_like(steps[0].resampled)] * left
+    increment = [info.log_z_increment for info in steps] + [torch.zeros_like(steps[0].log_z_increment)] * left
+    return History(torch.stack(ess, -1), torch.stack(resampled, -1), torch.stack(increment, -1))
 
 
 def _step(
-    now: Population, laws: Laws, settings: Settings, planted: Tensor | None, t: int
-) -> tuple[Population, Int[Tensor, "n"]]:
-    """One more token for every open text, then resampling. Also which row of the laws each open text goes on from."""
-    count, columns = now.live.shape
-    live, many = now.live, settings.expand
-    column = torch.arange(columns, device=live.device).expand(count, columns)[live]
+    state: Population, laws: Laws, settings: SMCSettings, planted: Tensor | None, t: int
+) -> tuple[Population, StepInfo]:
+    """One more token for every open text, then resampling."""
+    count, populations = state.live.shape
+    live, many = state.live, settings.expand
+    population = torch.arange(populations, device=live.device).expand(count, populations)[live]
     forced, place = None, None
-    if planted is not None and now.slot is not None:
-        here = torch.zeros_like(live).scatter(0, now.slot.unsqueeze(0), True)
-        place = torch.zeros_like(
-            now.slot
-        )  # of the planted text among its continuations; what has ended is its only one
+    if planted is not None and state.slot is not None:
+        here = torch.zeros_like(live).scatter(0, state.slot.unsqueeze(0), True)
+        # `place` of the planted text among its continuations; what has ended is its only one
+        place = torch.zeros_like(state.slot)
         if many > 1:
-            place = torch.where((here & live).any(0), _anywhere(many, columns, live.device), place)
-        forced = torch.full((len(column), many), -1, device=live.device)
-        row, of = here[live].nonzero()[:, 0], column[here[live]]
+            place = torch.where((here & live).any(0), _anywhere(many, populations, live.device), place)
+        forced = torch.full((len(population), many), -1, device=live.device)
+        row, of = here[live].nonzero()[:, 0], population[here[live]]
         forced[row, place[of]] = planted[of, t]
-    new = laws.propose(now.x[live], t, now.log_target[live], now.token_log_p[live].sum(-1), column, many, forced)
+    log_p0 = state.token_log_p[live].sum(-1)
+    new = laws.propose(state.x[live], t, state.log_target[live], log_p0, population, many, forced)
 
-    def children(value: Tensor, fill: Any, grown: Tensor) -> Tensor:
-        """(K · expand, C): of an open text all continuations, of an ended one itself and blanks."""
-        made = value.new_full((count, many, columns), fill)
-        made[:, 0] = value
-        made.transpose(1, 2)[live] = grown
-        return made.flatten(0, 1)
+    def children(value: Tensor, fill: Any, continuations: Tensor) -> Tensor:
+        """(K · expand, P): of an open text all continuations, of an ended one itself and blanks."""
+        every = value.new_full((count, many, populations), fill)
+        every[:, 0] = value
+        every.transpose(1, 2)[live] = continuations
+        return every.flatten(0, 1)
 
-    log_target = children(now.log_target, -torch.inf, new.log_target)
-    log_w = now.log_w[live].unsqueeze(-1) + new.log_increment - math.log(many)
-    log_w = children(now.log_w, -torch.inf, log_w)
+    log_target = children(state.log_target, -torch.inf, new.log_target)
+    log_w = state.log_w[live].unsqueeze(-1) + new.log_increment - math.log(many)
+    log_w = children(state.log_w, -torch.inf, log_w)
     if bool(log_w.isnan().any()):
         raise ValueError(f"a weight is NaN at token {t}; check the twist and the guide")
     tokens = children(torch.zeros_like(live, dtype=torch.int64), 0, new.tokens)
-    open_ = live.repeat_interleave(many, 0) & ~laws.vocabulary.is_end(tokens) & (t < now.x.shape[-1] - 1)
-    index, log_w, slot = _select(log_w, open_, now, settings, place)
+    open_ = live.repeat_interleave(many, 0) & ~laws.vocabulary.is_end(tokens) & (t < state.x.shape[-1] - 1)
+    ess = ess_of(log_w)
+    index, log_w, slot, resampled = _select(log_w, open_, state, settings, place)
     parent = index // many
     pick = lambda v: v.gather(0, parent if v.dim() == 2 else parent.unsqueeze(-1).expand(-1, -1, v.shape[-1]))  # noqa: E731
     grew = pick(live)
     token = tokens.gather(0, index)
     log_p = children(torch.zeros_like(log_target[:count]), 0.0, new.log_p).gather(0, index)
-    x, token_log_p = pick(now.x), pick(now.token_log_p)
+    x, token_log_p = pick(state.x), pick(state.token_log_p)
     x[..., t] = torch.where(grew, token, x[..., t])
     token_log_p[..., t] = torch.where(grew, log_p, 0.0)
     live = open_.gather(0, index)
-    row = torch.full_like(parent, -1).masked_scatter(now.live, torch.arange(len(column), device=live.device))
-    return Population(x, live, log_w, log_target.gather(0, index), token_log_p, slot), pick(row)[live]
+    row = torch.full_like(parent, -1).masked_scatter(state.live, torch.arange(len(population), device=live.device))
+    info = StepInfo(ess, resampled, log_z_increment(state.log_w, log_w), pick(row)[live])
+    return Population(x, live, log_w, log_target.gather(0, index), token_log_p, slot), info
 
 
 def _select(
-    log_w: Float[Tensor, "N C"],
-    open_: Bool[Tensor, "N C"],
-    now: Population,
-    settings: Settings,
-    place: Int[Tensor, "C"] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(K, C): which of the continuations go on, and their weights; the population as it is where they are even.
+    log_w: Float[Tensor, "N P"],
+    open_: Bool[Tensor, "N P"],
+    state: Population,
+    settings: SMCSettings,
+    place: Int[Tensor, "P"] | None = None,
+) -> tuple[Int[Tensor, "K P"], Float[Tensor, "K P"], Int[Tensor, "P"] | None, Bool[Tensor, "P"]]:
+    """Which of the continuations go on, their weights, where the planted text is, and which populations were resampled: those
+    whose weights are even stay as they are.
 
     :param place: which of its continuations the planted text is."""
-    count, many = len(now.live), settings.expand
+    count, many = len(state.live), settings.expand
     still = torch.arange(count, device=log_w.device).unsqueeze(-1).expand(count, log_w.shape[1]) * many
-    index, kept, slot = still.clone(), log_w.gather(0, still), now.slot
-    needed = _needed(log_w, open_, now.live, settings)
+    index, kept, slot = still.clone(), log_w.gather(0, still), state.slot
+    needed = _needed(log_w, open_, state.live, settings)
     if not bool(needed.any()):
-        return index, kept, slot
+        return index, kept, slot, needed
     through = None if slot is None or place is None else (slot * many + place)[needed]
-    found = settings.resample(log_w[:, needed], count, through=through)
-    index[:, needed], kept[:, needed] = found.index, found.log_w
-    if slot is not None and found.slot is not None:
-        slot = slot.masked_scatter(needed, found.slot)
-    return index, kept, slot
+    resampled = settings.resample(log_w[:, needed], count, through=through)
+    index[:, needed], kept[:, needed] = resampled.index, resampled.log_w
+    if slot is not None and resampled.slot is not None:
+        slot = slot.masked_scatter(needed, resampled.slot)
+    return index, kept, slot, needed
 
 
-def _needed(log_w: Tensor, open_: Tensor, live: Tensor, settings: Settings) -> Bool[Tensor, "C"]:
+def _needed(log_w: Tensor, open_: Tensor, live: Tensor, settings: SMCSettings) -> Bool[Tensor, "P"]:
     """Which populations are resampled: those that have grown too many; those of uneven weights, as long as a text is open
     (later, the weights themselves say all), and not those without any weight."""
     if settings.expand > 1:
         return live.any(0) & (log_w > -torch.inf).any(0)
-    ess = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
-    return (ess.nan_to_num(torch.inf) < settings.threshold * len(live)) & open_.any(0)
+    ess = ess_of(log_w)
+    return (ess > 0) & (ess < settings.threshold * len(live)) & open_.any(0)
 
 
-def _anywhere(count: int, columns: int, device: torch.device) -> Int[Tensor, "C"]:
-    """A place among `count` for each column, uniform."""
-    return torch.randint(count, (columns,), device=device)
+def ess_of(log_w: Float[Tensor, "N P"]) -> Float[Tensor, "P"]:
+    """Effective sample size of each population, (Σ w)² / Σ w²; 0 where there is no weight."""
+    return (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp().nan_to_num(0.0)
+
+
+def log_z_increment(before: Float[Tensor, "K P"], after: Float[Tensor, "K P"]) -> Float[Tensor, "P"]:
+    """What a step adds to the log of the mean weight, nats: -inf where it takes all weight, 0 where there was none."""
+    earlier, later = before.logsumexp(0), after.logsumexp(0)
+    return torch.where(earlier == -torch.inf, 0.0, later - earlier)
+
+
+def _anywhere(count: int, populations: int, device: torch.device) -> Int[Tensor, "P"]:
+    """A place among `count` for each population, uniform."""
+    return torch.randint(count, (populations,), device=device)

@@ -47,7 +47,7 @@ class SequenceKernel(MCMCKernel):
         self._prompts, self._warmup, self._steps, self._counted = prompts, warmup_steps, 0, 0
         self._propose = self.kernel(self.model, self.guide, prompts, self.max_plate_nesting)
         start, self._start = self._start, None
-        self._enter(self._drawn() if start is None else self._at(start))
+        self._enter(self._fresh() if start is None else self._at(start))
         self._rates = torch.zeros_like(self._state.log_guide[0, 0])
         self.transforms = {name: _As(value.dtype) for name, value in self._state.latents.items()}
 
@@ -88,12 +88,12 @@ class SequenceKernel(MCMCKernel):
         self._state, self._params = state, {name: value[0, 0] for name, value in state.latents.items()}
 
     @torch.no_grad()
-    def _drawn(self) -> Draws:
+    def _fresh(self) -> Draws:
         return draw(self.model, self.guide, self._prompts, 2, self.max_plate_nesting)
 
     def _at(self, params: dict[str, Tensor]) -> Draws:
         with Given({name: torch.stack([value, value]) for name, value in params.items()}, self.max_plate_nesting):
-            state = self._drawn()
+            state = self._fresh()
         if state.latents.keys() != params.keys():
             raise ValueError(f"got values of {sorted(params)}; this program's latent sites are {sorted(state.latents)}")
         return state

@@ -97,11 +97,11 @@ def quasi_rejection(
     kept, mask, proposals = propose_until(
         propose, keep, num_samples, max_proposals, max(1, ROWS // max(1, len(prompts)))
     )
-    made = select(kept, mask, num_samples)
-    log_p_b = made.log_guide + torch.minimum(made.log_weight, bound.to(made.log_guide.device))
+    accepted = select(kept, mask, num_samples)
+    log_p_b = accepted.log_guide + torch.minimum(accepted.log_weight, bound.to(accepted.log_guide.device))
     log_p_b = log_p_b - quality(proposals, bound).log_z_b
     cost = proposals.cost if pilot is None else pilot.cost + proposals.cost
-    return replace(made, log_guide=log_p_b, kind="weighted", proposals=proposals, cost=cost)
+    return replace(accepted, log_guide=log_p_b, kind="weighted", proposals=proposals, cost=cost)
 
 
 def accept(draws: Draws, log_bound: Tensor) -> Tensor:

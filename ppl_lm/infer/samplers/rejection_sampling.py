@@ -12,7 +12,7 @@ from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.observations import likelihood_bound
 
-FEWEST = 64  # proposals at a time
+MIN_PROPOSALS = 64  # proposals at a time
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def propose_until(
     done, accepted = 0, torch.zeros(1, dtype=torch.long)
     while True:
         wanted = num_samples if not done else 1.1 * done * ((num_samples + 1) / (float(accepted.min()) + 1) - 1)
-        n = max(1, min(max(FEWEST, round(wanted)), size, max_proposals - done))
+        n = max(1, min(max(MIN_PROPOSALS, round(wanted)), size, max_proposals - done))
         part = propose(n)
         mask, bound = keep(part)  # (n, B)
         rows = mask.any(1)

@@ -1,6 +1,6 @@
 """Resampling: N weighted particles become `count`, without changing what any weighted sum is expected to be.
 
-Each rule takes log weights (N, C), one column a population, and returns as many particles for each. E[Σ_k w'_k f(z'_k)] =
+Each rule takes log weights (N, P), one column a population, and returns as many particles for each. E[Σ_k w'_k f(z'_k)] =
 Σ_n w_n f(z_n) for every f: so the mean weight stays an unbiased estimate of Z whenever a rule is used.
 """
 
@@ -17,25 +17,25 @@ SMALLEST = 1e-15  # a point is kept so far below the end of the line that it doe
 
 @dataclass(frozen=True)
 class Resampled:
-    """:param index: which of the N each is, (count, C). A population without any weight is returned as it stood.
-    :param log_w: their weights, nats, (count, C).
-    :param slot: where the particle `through` went, (C,); None where none was asked for."""
+    """:param index: which of the N each is, (count, P). A population without any weight is returned as it stood.
+    :param log_w: their weights, nats, (count, P).
+    :param slot: where the particle `through` went, (P,); None where none was asked for."""
 
-    index: Int[Tensor, "count C"]
-    log_w: Float[Tensor, "count C"]
-    slot: Int[Tensor, "C"] | None = None
+    index: Int[Tensor, "count P"]
+    log_w: Float[Tensor, "count P"]
+    slot: Int[Tensor, "P"] | None = None
 
 
 Rule = Callable[..., Resampled]
 """(log_w, count, u=None, through=None) -> Resampled.
 
-:param u: the uniform numbers in [0, 1) by which it chooses, (count + 1, C), float64; None draws them.
-:param through: (C,) a particle of each population that has to survive: the rule's law given that, and that one of its
+:param u: the uniform numbers in [0, 1) by which it chooses, (count + 1, P), float64; None draws them.
+:param through: (P,) a particle of each population that has to survive: the rule's law given that, and that one of its
     offspring, all of them alike, is looked at. This is what conditional SMC needs (Andrieu et al. 2010)."""
 
 
 def multinomial(
-    log_w: Float[Tensor, "N C"], count: int, u: Tensor | None = None, through: Tensor | None = None
+    log_w: Float[Tensor, "N P"], count: int, u: Tensor | None = None, through: Tensor | None = None
 ) -> Resampled:
     """Each of `count` drawn by itself, in proportion to the weights (Gordon et al. 1993)."""
     u = _uniform(log_w, count) if u is None else u
@@ -48,7 +48,7 @@ def multinomial(
 
 
 def stratified(
-    log_w: Float[Tensor, "N C"], count: int, u: Tensor | None = None, through: Tensor | None = None
+    log_w: Float[Tensor, "N P"], count: int, u: Tensor | None = None, through: Tensor | None = None
 ) -> Resampled:
     """One point in each of `count` equal parts of the line of weights, each by itself (Kitagawa 1996)."""
     u = _uniform(log_w, count) if u is None else u
@@ -63,7 +63,7 @@ def stratified(
 
 
 def systematic(
-    log_w: Float[Tensor, "N C"], count: int, u: Tensor | None = None, through: Tensor | None = None
+    log_w: Float[Tensor, "N P"], count: int, u: Tensor | None = None, through: Tensor | None = None
 ) -> Resampled:
     """One point in each of `count` equal parts of the line of weights, at the same place in all (Carpenter et al. 1999)."""
     u = _uniform(log_w, count) if u is None else u
@@ -77,7 +77,7 @@ def systematic(
 
 
 def without_replacement(
-    log_w: Float[Tensor, "N C"], count: int, u: Tensor | None = None, through: Tensor | None = None
+    log_w: Float[Tensor, "N P"], count: int, u: Tensor | None = None, through: Tensor | None = None
 ) -> Resampled:
     """None is taken twice: particle n with probability min(1, c w_n), c such that `count` are taken, and the weight
     w_n / min(1, c w_n): the heavy ones keep theirs, the others all get 1/c (Fearnhead & Clifford 2003; Lew et al. 2023).
@@ -85,12 +85,12 @@ def without_replacement(
     Does something only where there are more particles than `count`: see `expand` of `smc`."""
     u = _uniform(log_w, count) if u is None else u
     w = (log_w - log_w.amax(0)).exp().nan_to_num(0.0)
-    chance = _inclusion(w, count)  # (N, C)
+    chance = _inclusion(w, count)  # (N, P)
     line = chance.cumsum(0)
     within, slot = u[0], None
     if through is not None:
         slot, within = _point(line, u[0], through, count)
-    grid = torch.arange(count, device=u.device).unsqueeze(-1) + within.clamp_max(1 - SMALLEST)  # (count, C)
+    grid = torch.arange(count, device=u.device).unsqueeze(-1) + within.clamp_max(1 - SMALLEST)  # (count, P)
     index = torch.searchsorted(line.T.contiguous(), grid.T.contiguous(), right=True).T
     spare = index >= len(w)  # fewer particles with any weight than are wanted
     index = index.clamp_max(len(w) - 1)
@@ -102,7 +102,7 @@ def without_replacement(
 
 
 def _inclusion(w: Tensor, count: int) -> Tensor:
-    """min(1, c w) with Σ min(1, c w) = count, (N, C); 1 for all that have a weight where they are no more than that."""
+    """min(1, c w) with Σ min(1, c w) = count, (N, P); 1 for all that have a weight where they are no more than that."""
     ordered = w.sort(0, descending=True).values
     kept = torch.arange(len(w), device=w.device).unsqueeze(-1)
     tail = ordered.flip(0).cumsum(0).flip(0)  # Σ of the (kept + 1)th and smaller ones
@@ -119,18 +119,18 @@ def _uniform(log_w: Tensor, count: int) -> Tensor:
 
 
 def _mass(log_w: Tensor) -> Tensor:
-    """Normalised weights, (N, C); of a population without any weight, equal ones."""
+    """Normalised weights, (N, P); of a population without any weight, equal ones."""
     return torch.where((log_w == -torch.inf).all(0), 0.0, log_w).softmax(0)
 
 
 def _find(line: Tensor, points: Tensor) -> Tensor:
-    """In whose part of the line each point lies, (count, C)."""
+    """In whose part of the line each point lies, (count, P)."""
     scaled = points.clamp_max(1 - SMALLEST) * line[-1]
     return torch.searchsorted(line.T.contiguous(), scaled.T.contiguous(), right=True).T.clamp_max(len(line) - 1)
 
 
 def _point(line: Tensor, u: Tensor, through: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """A point uniform in the part of the line, (N, C) of length `count`, that is `through`'s: its whole number and the rest."""
+    """A point uniform in the part of the line, (N, P) of length `count`, that is `through`'s: its whole number and the rest."""
     end = line.gather(0, through.unsqueeze(0))[0]
     begin = torch.where(through > 0, line.gather(0, (through - 1).clamp_min(0).unsqueeze(0))[0], 0.0)
     z = begin + u * (end - begin)

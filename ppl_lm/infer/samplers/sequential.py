@@ -9,14 +9,15 @@ from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, NoSupportError, as_draws, concatenate
 from ppl_lm.infer.samplers.importance_sampling import require_prompts
-from ppl_lm.infer.samplers.population import Population, Settings, grow
-from ppl_lm.infer.samplers.resampling import Rule, systematic
-from ppl_lm.infer.samplers.twist import Twist
+from ppl_lm.infer.samplers.population import History, Population, ess_of, grow, log_z_increment
+from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.particles import run
 from ppl_lm.infer.traces.text_site import TextIs, text_law
 from ppl_lm.lm import meter
 from ppl_lm.lm.token_sequence import TokenSequence
+
+PLAIN = SMCSettings()
 
 
 @torch.no_grad()
@@ -27,11 +28,7 @@ def smc(
     *,
     num_samples: int = 256,
     num_runs: int = 1,
-    twist: Twist | None = None,
-    candidates: int | None = None,
-    expand: int = 1,
-    resample: Rule = systematic,
-    threshold: float = 0.5,
+    settings: SMCSettings = PLAIN,
     max_plate_nesting: int = 1,
 ) -> Draws:
     """`num_samples` weighted texts for each prompt that grew together: sequential Monte Carlo (Doucet et al. 2001; twisted:
@@ -42,51 +39,38 @@ def smc(
     the proposal and the resampling. Each prompt is forwarded once a network, and one token a step for each text still open;
     a text that has ended keeps its weight and takes part in the resampling.
 
+    `stats` says how each run went, token by token, (C, 1, B, T), since all draws of a run share it: `ess`, the effective sample
+    size before resampling; `resampled`; `log_z_increment`, nats, which sum to the log of the run's mean weight. The last
+    token's hold what the evidence does to the whole texts, too. `ppl_lm.plot.smc_steps` shows them.
+
     :param guide: proposes; without a twist its own law is the intermediate target, so that weights arise at the end alone.
         None: the twist-induced proposal, q ∝ p0 ψ_t; the prior where there is no twist to ask.
     :param num_runs: independent runs, the chains of the draws; `log_evidence` takes its bounds from them.
-    :param twist: a network from `twist_like` (its logits are log ψ_t), an automaton's mask, or a function such as
-        `prefix_likelihood(model)`; see `ppl_lm.twists`.
-    :param candidates: without a guide, of how many of the prior's likeliest tokens the proposal asks the twist; the others are
-        proposed as the prior has them. None: all tokens of a network, none of a function.
-    :param expand: how many next tokens each text is continued by before `num_samples` are chosen among them: SMC steering,
-        with resample=without_replacement (Lew et al. 2023).
-    :param resample: multinomial, stratified, systematic or without_replacement, from `ppl_lm.resampling`.
-    :param threshold: resample where the effective sample size is below this share of `num_samples`: 0 never, above 1 always.
+    :param settings: the twist, and when and how to resample.
     :raises NoSupportError: if every text of a prompt is impossible under the posterior in all runs.
     :raises ValueError: if the model has another latent site than one text a prompt, or a weight is NaN.
     """
-    settings = Settings(twist, candidates, expand, resample, threshold)
-    check(settings, guide, num_samples, num_runs)
+    require_counts(num_samples, num_runs)
+    settings.require_fits(guide)
     with meter.measure() as cost:
         prior, proposal = laws(model, guide, prompts)
         batch, parts, done = len(prior.prompts), [], 0
-        size = max(1, ROWS // (num_samples * expand * batch))  # runs at a time
+        size = max(1, ROWS // (num_samples * settings.expand * batch))  # runs at a time
         while done < num_runs:
             runs = min(size, num_runs - done)
-            grown = grow(prior, proposal, settings, num_samples, runs)
-            parts.append(finish(model, prompts, grown, batch, max_plate_nesting))
+            population, history = grow(prior, proposal, settings, num_samples, runs)
+            parts.append(finish(model, prompts, population, history, batch, max_plate_nesting))
             done += runs
-    made = replace(concatenate(parts, dim=0), cost=cost)
-    require_support(made)
-    return made
+    draws = replace(concatenate(parts, dim=0), cost=cost)
+    require_support(draws)
+    return draws
 
 
-def check(settings: Settings, guide: Any, num_samples: int, num_runs: int) -> None:
-    wanted = {"num_samples": num_samples, "num_runs": num_runs, "expand": settings.expand}
-    for what, value in wanted.items():
-        if value < (2 if what == "num_samples" else 1):
-            raise ValueError(f"{what}={value}; give at least {2 if what == 'num_samples' else 1}")
-    if not settings.threshold >= 0:
-        raise ValueError(
-            f"threshold={settings.threshold}; give a share of num_samples: 0 never resamples, above 1 always"
-        )
-    if settings.candidates is not None and (settings.candidates < 1 or settings.twist is None):
-        raise ValueError(f"candidates={settings.candidates}; give at least 1, and a twist to ask")
-    if settings.candidates is not None and guide is not None:
-        raise ValueError(
-            f"candidates={settings.candidates} is of the proposal that a twist makes; leave it out, or the guide"
-        )
+def require_counts(num_samples: int, num_runs: int) -> None:
+    """:raises ValueError: by name, if there are too few."""
+    for name, value, least in (("num_samples", num_samples, 2), ("num_runs", num_runs, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value}; give at least {least}")
 
 
 def laws(model: Any, guide: Any, prompts: Any) -> tuple[TokenSequence, TokenSequence | None]:
@@ -104,35 +88,50 @@ def laws(model: Any, guide: Any, prompts: Any) -> tuple[TokenSequence, TokenSequ
     return prior, proposal
 
 
-def finish(model: Any, prompts: Any, grown: Population, batch: int, nesting: int = 1) -> Draws:
+def finish(
+    model: Any, prompts: Any, population: Population, history: History, batch: int, max_plate_nesting: int = 1
+) -> Draws:
     """Grown texts as draws, (runs, K, B): the model's own joint density takes the place of the last intermediate target."""
-    count, columns, steps = grown.x.shape
-    runs = columns // batch
+    count, populations, steps = population.x.shape
+    runs = populations // batch
 
     def by_particle(v: Tensor) -> Tensor:  # (K, runs · B, ...) -> (K · runs, B, ...)
         return v.reshape(count * runs, batch, *v.shape[2:])
 
-    x, token_log_p = by_particle(grown.x), by_particle(grown.token_log_p)
-    plates = (len(x), *[1] * (nesting - 1), *x.shape[1:])  # those of the program, between particles and prompts
+    x, token_log_p = by_particle(population.x), by_particle(population.token_log_p)
+    plates = (len(x), *[1] * (max_plate_nesting - 1), *x.shape[1:])  # the program's, between particles and prompts
     with TextIs(x.reshape(plates), token_log_p.reshape(plates)):
-        found = run(model, None, (prompts,), {}, count * runs, nesting)
-    made = as_draws(found, nesting)
-    if len(made.latents) != 1 or not made.is_local or made.latents[made.texts[0]].dim() != 4:
+        particles = run(model, None, (prompts,), {}, count * runs, max_plate_nesting)
+    draws = as_draws(particles, max_plate_nesting)
+    if len(draws.latents) != 1 or not draws.is_local or draws.latents[draws.texts[0]].dim() != 4:
         raise ValueError(
-            f"SMC grows one text a prompt; this program has the latent sites {sorted(made.latents)}: use importance() or "
+            f"SMC grows one text a prompt; this program has the latent sites {sorted(draws.latents)}: use importance() or "
             "mcmc(kernel=independence), which move them all"
         )
-    log_joint = made.log_prior[0] + made.log_likelihood[0]
-    begun = by_particle(grown.log_w)
-    log_w = begun + log_joint - by_particle(grown.log_target)
-    log_w = torch.where((begun == -torch.inf) | (log_joint == -torch.inf), -torch.inf, log_w)
+    log_joint = draws.log_prior[0] + draws.log_likelihood[0]
+    before = by_particle(population.log_w)
+    log_w = before + log_joint - by_particle(population.log_target)
+    log_w = torch.where((before == -torch.inf) | (log_joint == -torch.inf), -torch.inf, log_w)
     if bool(log_w.isnan().any()):
         raise ValueError("a weight is NaN; check the program, its reward and the twist")
-    log_guide = torch.where(log_w == -torch.inf, torch.inf, log_joint - log_w).unsqueeze(
-        0
-    )  # such that log_w is the weight
-    made = replace(made, log_guide=log_guide, kind="runs", stats={"log_weight_before_evidence": begun.unsqueeze(0)})
-    return made.map(lambda v: v[0].unflatten(0, (count, runs)).transpose(0, 1))
+    log_guide = torch.where(log_w == -torch.inf, torch.inf, log_joint - log_w)  # such that log_w is the weight
+    draws = replace(
+        draws,
+        log_guide=log_guide.unsqueeze(0),
+        kind="runs",
+        stats={"log_weight_before_evidence": before.unsqueeze(0)},
+    )
+    draws = draws.map(lambda v: v[0].unflatten(0, (count, runs)).transpose(0, 1))
+    return replace(draws, stats=draws.stats | _by_token(population.log_w, log_w.reshape(count, -1), history, batch))
+
+
+def _by_token(before: Tensor, after: Tensor, history: History, batch: int) -> dict[str, Tensor]:
+    """The history of each run, (runs, 1, B, T), with what the evidence does to the weights, (K, P), at its last token."""
+    ess, increment = history.ess.clone(), history.log_z_increment.clone()
+    ess[:, -1] = ess_of(after)
+    increment[:, -1] += log_z_increment(before, after)
+    stats = {"ess": ess, "resampled": history.resampled, "log_z_increment": increment}
+    return {name: value.unflatten(0, (-1, batch)).unsqueeze(1) for name, value in stats.items()}
 
 
 def require_support(draws: Draws) -> None:

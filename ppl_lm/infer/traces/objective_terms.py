@@ -26,20 +26,24 @@ def as_terms(
     :raises ValueError: if only a joint weight of all prompts exists, or the model has parameters of its own."""
     if not particles.is_local:
         raise ValueError(
-            "a latent site lies outside the prompt plate: only reverse_kl is defined for such programs, others need "
-            "every latent site in it"
+            "a latent site lies outside the prompt plate: only reverse_kl without a source is defined for such "
+            "programs; another objective, or texts of a source, need every latent site in it"
         )
     for name, site in particles.model_sites.items():
         own = is_sequence(site) and any(p.requires_grad for p in site["fn"].lm.parameters())
         if own or (name in particles.log_p and particles.log_p[name].requires_grad):
-            raise ValueError(f"site {name!r} of the model has parameters of its own: only reverse_kl learns them")
+            raise ValueError(
+                f"site {name!r} of the model has parameters of its own: only reverse_kl without a source learns them; "
+                "freeze them for another objective, or for texts of a source"
+            )
     shape = (particles.count, len(particles.prompts))
     text = particles.first_text()
     ones = torch.ones(shape, dtype=torch.float64, device=text["value"].device)
     scale = scale_and_mask(ones, text["scale"], text["mask"]).expand(shape)
     if not bool((scale > 0).all()):
         raise ValueError(
-            "a text is masked or scaled by 0: only reverse_kl is defined there; take its prompt out of the batch"
+            "a text is masked or scaled by 0: only reverse_kl without a source is defined there; take its prompt out of "
+            "the batch"
         )
     inverse = 1 / scale
     for name, site in particles.guide_sites.items():
@@ -47,7 +51,8 @@ def as_terms(
         mine = scale_and_mask(ones.new_ones(of), site["scale"], site["mask"])
         if not torch.equal(mine, scale.reshape(scale.shape[0], *[1] * (len(of) - 2), scale.shape[1]).expand(of)):
             raise ValueError(
-                f"site {name!r} has another scale or mask than the text {text['name']!r}: only reverse_kl is defined then"
+                f"site {name!r} has another scale or mask than the text {text['name']!r}: only reverse_kl without a source "
+                "is defined then"
             )
     texts = [name for name, site in particles.guide_sites.items() if is_sequence(site)]
     (only,) = texts if len(particles.guide_sites) == 1 else (None,)
@@ -57,12 +62,12 @@ def as_terms(
             return None
         return of[only].double().reshape(*shape, -1) * inverse.unsqueeze(-1)
 
-    made = Terms(
+    terms = Terms(
         prompts=particles.prompts,
         log_prior=particles.log_prior() * inverse,
         log_likelihood=particles.log_evidence() * inverse,
         log_guide=particles.log_guide() * inverse,
-        log_proposal=None if particles.drawn is None else particles.log_drawn(),
+        log_proposal=None if particles.proposal_log_q is None else particles.log_proposal(),
         estimate_log_z=estimate_log_z,
         baseline=baseline,
         max_ratio=max_ratio,
@@ -70,13 +75,13 @@ def as_terms(
         token_log_prior=tokens(particles.token_log_p),
         token_log_guide=tokens(particles.token_log_q),
         token_log_proposal=None
-        if particles.drawn is None or only is None
-        else particles.drawn[only].reshape(*shape, -1),
+        if particles.proposal_log_q is None or only is None
+        else particles.proposal_log_q[only].reshape(*shape, -1),
         prefixes=None
         if only is None or particles.token_log_q[only].dim() != 3
         else lambda: _prefixes(particles, only, inverse),
     )
-    return made, scale
+    return terms, scale
 
 
 @torch.no_grad()

@@ -5,11 +5,13 @@ from math import prod
 from typing import Any
 
 import torch
-from pyro import poutine
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.infer.traces.layout import prompts_first
-from ppl_lm.infer.traces.sites import Site, is_record, sample_sites
+from ppl_lm.infer.traces.particles import by_prompt
+from ppl_lm.infer.traces.sites import Site, is_record, log_shift, score_site, sites_of
+from ppl_lm.infer.traces.text_site import TextIs
 from ppl_lm.likelihood.optimality import Optimality
 
 
@@ -21,7 +23,7 @@ def likelihood_bound(model: Callable[..., Any], prompts: Any, joint: bool = Fals
     :param joint: of all prompts together, as a latent site outside the prompt plate needs it; else of each prompt.
     """
     total = 0.0
-    for site in sample_sites(poutine.trace(model).get_trace(prompts)).values():
+    for site in sites_of(model, prompts).values():
         if not site["is_observed"] or is_record(site):
             continue
         bound = site["infer"].get("log_bound")
@@ -34,6 +36,21 @@ def likelihood_bound(model: Callable[..., Any], prompts: Any, joint: bool = Fals
         copies = prod(f.size for f in site["cond_indep_stack"] if f.vectorized and (joint or f.dim != -1))
         total += float(bound) * copies * float(site["scale"])
     return total
+
+
+@torch.no_grad()
+def rules_out_texts(model: Callable[..., Any], prompts: Any) -> bool:
+    """Whether an observed site says that it makes some texts impossible (`infer={"hard": True}`)."""
+    return any(site["infer"].get("hard") for site in sites_of(model, prompts).values())
+
+
+def log_likelihood_of_text(model: Callable[..., Any], prompts: Any, x: Int[Tensor, "B T"]) -> Float[Tensor, "B"]:
+    """log p(evidence | x) of one text for each prompt, nats, float64, for exp(r/β)."""
+    with TextIs(x):
+        sites = sites_of(model, prompts)
+    observed = {name: site for name, site in sites.items() if site["is_observed"] and not is_record(site)}
+    terms = [score_site(name, site, {}) + log_shift(site) for name, site in observed.items()]
+    return by_prompt([term.unsqueeze(0) for term in terms], 1, len(x))[0]
 
 
 def replicates(sites: dict[str, Site], nesting: int) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.util import MultiFrameTensor
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
@@ -19,6 +18,7 @@ from torch import Tensor
 from ppl_lm.infer.binding import require_separate
 from ppl_lm.infer.traces.sites import (
     Site,
+    TextSite,
     check_shape,
     is_record,
     is_sequence,
@@ -28,7 +28,7 @@ from ppl_lm.infer.traces.sites import (
     sample_sites,
     score_site,
 )
-from ppl_lm.infer.traces.sources import Source
+from ppl_lm.infer.traces.sources import ProposalTrace, Source
 from ppl_lm.lm.prompts import Prompts
 
 PLATE = "particles"
@@ -45,8 +45,9 @@ class Particles:
     :param token_log_p: sequence site name -> (K, B, T) scaled and masked; likewise `token_log_q`. Their pad positions
         are 0, and a completion that is not canonical has -inf in `log_p` alone.
     :param again: the model on other values of its latent sites.
-    :param drawn: site name -> density that drew its values, by token for texts, NaN where not known; None: the guide's.
-    :param fresh: then which particles the guide drew as it is, (K, B), where that is all that is known.
+    :param proposal_log_q: site name -> density that drew its values, by token for texts, NaN where not known; None: the
+        guide's.
+    :param from_guide: then which particles the guide drew as it is, (K, B), where that is all that is known.
     :param repeated: whether an earlier step has seen these very draws.
     """
 
@@ -59,8 +60,8 @@ class Particles:
     token_log_q: dict[str, Tensor]
     again: Callable[[Trace, int], Trace]
     guide: Any
-    drawn: dict[str, Tensor] | None = None
-    fresh: Tensor | None = None
+    proposal_log_q: dict[str, Tensor] | None = None
+    from_guide: Tensor | None = None
     repeated: bool = False
 
     @property
@@ -83,9 +84,17 @@ class Particles:
                 return site
         raise ValueError("the guide has no text among its sites: use Pyro's own inference for such programs")
 
+    def texts(self) -> dict[str, TextSite]:
+        """The guide's texts by the name of their site, (K, *plates, B, T)."""
+        return {name: TextSite.of(site) for name, site in self.guide_sites.items() if is_sequence(site)}
+
+    def model_texts(self) -> dict[str, TextSite]:
+        """The same sites as the model has them."""
+        return {name: TextSite.of(site) for name, site in self.model_sites.items() if is_sequence(site)}
+
     def log_prior(self) -> Tensor:
         """log p of all latent sites, detached, float64, nats: (K, B), or (K, 1) where a site lies outside the prompt
-        plate, so that only a joint value of all prompts exists. Likewise `log_likelihood`, `log_guide`, `log_drawn`."""
+        plate, so that only a joint value of all prompts exists. Likewise `log_likelihood`, `log_guide`, `log_proposal`."""
         return self._by_prompt(self.log_p[name] for name in self.guide_sites if name in self.log_p)
 
     def log_likelihood(self) -> Tensor:
@@ -108,19 +117,22 @@ class Particles:
         return self._by_prompt(self.log_q.values())
 
     @torch.no_grad()
-    def log_drawn(self) -> Tensor:
+    def log_proposal(self) -> Tensor:
         """The density that drew the values: `log_guide` without what `poutine.scale` and `mask` make of it."""
-        if self.drawn is not None:
-            return self._by_prompt(d.sum(-1) if is_sequence(self.guide_sites[n]) else d for n, d in self.drawn.items())
+        if self.proposal_log_q is not None:
+            return self._by_prompt(
+                log_q.sum(-1) if is_sequence(self.guide_sites[name]) else log_q
+                for name, log_q in self.proposal_log_q.items()
+            )
         return self._by_prompt(log_density(site) for site in self.guide_sites.values())
 
     def share(self) -> Tensor:
         """What each particle counts in a mean under the guide, (K, B): 1/K, or self-normalised importance ratios."""
-        if self.fresh is not None:
-            return self.fresh.double() / self.fresh.sum(0)
-        if self.drawn is None:
+        if self.from_guide is not None:
+            return self.from_guide.double() / self.from_guide.sum(0)
+        if self.proposal_log_q is None:
             return torch.full_like(self.log_guide(), 1 / self.count)
-        return (self.log_guide() - self.log_drawn()).softmax(0)
+        return (self.log_guide() - self.log_proposal()).softmax(0)
 
     def _by_prompt(self, terms: Iterable[Tensor]) -> Tensor:
         return by_prompt(terms, self.count, len(self.prompts) if self.is_local else 1)
@@ -158,16 +170,6 @@ class Particles:
                     return f.name
         return None
 
-    def cost(self) -> MultiFrameTensor:
-        """log q - log p of every site, detached, summed by plates (Schulman et al. 2015: what lies in other cells of a
-        plate does not depend on this one)."""
-        terms = MultiFrameTensor()
-        for name, log_q in self.log_q.items():
-            terms.add((self.guide_sites[name]["cond_indep_stack"], log_q.detach()))
-        for name, log_p in self.log_p.items():
-            terms.add((self.model_sites[name]["cond_indep_stack"], -log_p.detach()))
-        return terms
-
 
 def run(
     model: Callable[..., Any],
@@ -192,16 +194,17 @@ def run(
         with nullcontext() if pathwise else _Detached():
             return poutine.trace(program).get_trace(*args, **kwargs)
 
-    nesting = max_plate_nesting + 1
+    nesting, proposed = max_plate_nesting + 1, None
     if guide is None:
         model_trace = trace_of(model)
         model_sites = sample_sites(model_trace)
         guide_sites = {n: s for n, s in model_sites.items() if not s["is_observed"]}
     else:
         require_separate(model, guide)
-        drawn = None if source is None else source(lambda program=None: trace_of(program or guide), args[0])
-        guide_trace = trace_of(guide, None if drawn is None else drawn.trace)
-        if drawn is not None and (lacks := set(sample_sites(guide_trace)) - set(sample_sites(drawn.trace))):
+        if source is not None:
+            proposed = source(lambda program=None: ProposalTrace.of(trace_of(program or guide)), args[0])
+        guide_trace = trace_of(guide, None if proposed is None else proposed.trace)
+        if proposed is not None and (lacks := set(sample_sites(guide_trace)) - set(sample_sites(proposed.trace))):
             raise ValueError(f"the source draws no site {min(lacks)!r}; it must draw every latent site of the guide")
         model_trace = trace_of(model, guide_trace)
         guide_sites = {n: s for n, s in sample_sites(guide_trace).items() if not s["is_observed"]}
@@ -210,14 +213,14 @@ def run(
         if missing:
             raise ValueError(f"the guide has no site {missing[0]!r}; it must draw every latent site of the model")
         check_model_guide_match(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace), nesting)
-    made = Particles(num_particles, guide_sites, model_sites, {}, {}, {}, {}, partial(trace_of, model), guide)
-    if guide is not None and drawn is not None:
-        made.drawn = {name: drawn.log_density(name) for name in guide_sites}
-        made.fresh, made.repeated = drawn.fresh, drawn.repeated
+    particles = Particles(num_particles, guide_sites, model_sites, {}, {}, {}, {}, partial(trace_of, model), guide)
+    if proposed is not None:
+        particles.proposal_log_q = {name: proposed.log_density(name) for name in guide_sites}
+        particles.from_guide, particles.repeated = proposed.from_guide, proposed.repeated
     for name, site in guide_sites.items():
-        made.log_q[name] = score_site(name, site, made.token_log_q)
+        particles.log_q[name] = score_site(name, site, particles.token_log_q)
         if pyro.settings.get("validate_poutine"):
-            check_shape(site, made.log_q[name], nesting)
+            check_shape(site, particles.log_q[name], nesting)
     for name, site in model_sites.items():
         if is_record(site):
             continue
@@ -225,17 +228,17 @@ def run(
         if twin is site or (
             twin is not None and same_law(site, twin)
         ):  # the prior as its own proposal: one pass serves both
-            made.log_p[name] = made.log_q[name]
-            if name in made.token_log_q:
-                made.token_log_p[name] = made.token_log_q[name]
+            particles.log_p[name] = particles.log_q[name]
+            if name in particles.token_log_q:
+                particles.token_log_p[name] = particles.token_log_q[name]
             continue
-        made.log_p[name] = score_site(name, site, made.token_log_p)
+        particles.log_p[name] = score_site(name, site, particles.token_log_p)
         if pyro.settings.get("validate_poutine"):
-            check_shape(site, made.log_p[name], nesting)
-    for name, value in (*made.log_q.items(), *made.log_p.items()):
+            check_shape(site, particles.log_p[name], nesting)
+    for name, value in (*particles.log_q.items(), *particles.log_p.items()):
         if bool(torch.isnan(value.detach()).any()):
             raise ValueError(f"site {name!r} has a log-probability that is NaN; check the program and its reward")
-    return made
+    return particles
 
 
 class _Detached(Messenger):

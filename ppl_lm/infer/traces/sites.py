@@ -1,8 +1,11 @@
 """One sample site of a Pyro trace: what kind it is, and its log-probability."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_site_shape
@@ -12,6 +15,39 @@ from ppl_lm.likelihood.optimality import Optimality
 from ppl_lm.lm.token_sequence import TokenSequence
 
 Site = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TextSite:
+    """A text of a run: the distribution that it is drawn from, and its value.
+
+    :param value: token ids, (*plates, B, T), the particles' plate first.
+    :param scale: of `poutine.scale` and of plates that subsample: a number, or a tensor that broadcasts to (*plates, B);
+        `mask` likewise, or None."""
+
+    law: TokenSequence
+    value: Tensor
+    scale: Any
+    mask: Any
+
+    @classmethod
+    def of(cls, site: Site) -> "TextSite":
+        return cls(site["fn"], site["value"], site["scale"], site["mask"])
+
+    @property
+    def is_trainable(self) -> bool:
+        return any(weight.requires_grad for weight in self.law.lm.parameters())
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Values of every token, (*plates, B, T), by the site's scale and mask."""
+        scale, mask = self.scale, self.mask
+        wide = scale.unsqueeze(-1) if isinstance(scale, Tensor) and scale.dim() else scale
+        return values * wide if mask is None else values * wide * torch.as_tensor(mask).unsqueeze(-1)
+
+
+def sites_of(program: Callable[..., Any], *args: Any) -> dict[str, Site]:
+    """Runs a program; its sample sites by name."""
+    return sample_sites(poutine.trace(program).get_trace(*args))
 
 
 def sample_sites(trace: Any) -> dict[str, Site]:
@@ -49,7 +85,7 @@ def score_site(name: str, site: Site, tokens: dict[str, Tensor]) -> Tensor:
     if not is_sequence(site):
         return scale_and_mask(fn.log_prob(value, *site["args"], **site["kwargs"]), scale, mask)
     with torch.no_grad():
-        by_token = fn.drawn_log_probs(value)
+        by_token = fn.sampled_log_probs(value)
         if by_token is None:
             by_token = fn.token_log_probs(value)
         wide: Any = scale.unsqueeze(-1) if isinstance(scale, Tensor) and scale.dim() else scale

@@ -1,4 +1,4 @@
-"""The one text site of a program: its law without a draw from it, and a value put in its place."""
+"""A text site of a program: its law without a draw from it, its law at given values, and a value put in its place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppl_lm.infer.traces.sites import is_record, is_sequence
+from ppl_lm.infer.traces.layout import Given
+from ppl_lm.infer.traces.particles import as_particles
+from ppl_lm.infer.traces.sites import TextSite, is_record, is_sequence
+from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.token_sequence import TokenSequence
 
 
@@ -29,11 +32,27 @@ def text_law(program: Callable[..., Any], prompts: Any) -> TokenSequence:
 
     :raises ValueError: if it draws something else first, or no text."""
     try:
-        with _Stop():
+        with _BeforeText():
             program(prompts)
-    except _Found as found:
-        return found.law
+    except _Left as left:
+        return left.site["fn"]
     raise ValueError("this program draws no text; SMC grows one text a prompt")
+
+
+def text_at(
+    program: Callable[..., Any], latents: dict[str, Tensor], prompts: Prompts, name: str, max_plate_nesting: int = 1
+) -> TextSite:
+    """The text site `name` of a program at given values of its latent sites, (S, B, *inner, *event), found by running the
+    program up to there: rewards are not called.
+
+    :raises ValueError: if it has no text of that name."""
+    count = len(latents[name])
+    try:
+        with _AtText(name), Given(latents, max_plate_nesting):
+            as_particles(program, count, max_plate_nesting)(prompts)
+    except _Left as left:
+        return TextSite.of(left.site)
+    raise ValueError(f"a program has no text at the site {name!r}; give the model and the guide of these draws")
 
 
 class TextIs(Messenger):
@@ -52,13 +71,15 @@ class TextIs(Messenger):
             msg["value"], msg["done"] = self.value, True
 
 
-class _Found(Exception):
-    def __init__(self, law: TokenSequence):
+class _Left(Exception):
+    """A program was left at this site."""
+
+    def __init__(self, site: Any):
         super().__init__()
-        self.law = law
+        self.site = site
 
 
-class _Stop(Messenger):
+class _BeforeText(Messenger):
     """Leaves a program where it would draw its text."""
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -69,4 +90,16 @@ class _Stop(Messenger):
                 f"site {msg['name']!r} is drawn before the text; SMC grows one text a prompt and knows no other latent site: "
                 "use importance() or mcmc(kernel=independence)"
             )
-        raise _Found(msg["fn"])
+        raise _Left(msg)
+
+
+class _AtText(Messenger):
+    """Leaves a program where this text has its value."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.name and is_sequence(msg) and not msg["is_observed"]:
+            raise _Left(msg)

@@ -30,7 +30,8 @@ def fit_twist(
 ) -> list[float]:
     """Fits a twist, in place, by Adam whose rate falls to zero; returns the losses.
 
-    `bind(twisted, prior, twist)` is then a guide, and `smc(model, None, prompts, twist=twist)` uses it at every token.
+    `bind(twisted, prior, twist)` is then a guide, and `smc(model, None, prompts, settings=SMCSettings(twist=twist))`
+    uses it at every token.
 
     :param twist: from `twist_like(prior)`, or any network whose logits are log ψ_t.
     :param num_samples: texts drawn at each step for each prompt.
@@ -50,11 +51,11 @@ def fit_twist(
     fall = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
     shift, losses = None, []
     for _ in range(steps):
-        drawn = importance(model, guide, prompts, num_samples=num_samples)
+        draws = importance(model, guide, prompts, num_samples=num_samples)
         if shift is None:
-            shift = _log_mean_phi(drawn)  # so that ψ = 1, where twists begin, is right on average
-        exact = None if positives is None else _some(positives, num_samples)
-        value = loss(rollouts(prior, twist, drawn, exact, shift))
+            shift = _log_mean_phi(draws)  # so that ψ = 1, where twists begin, is right on average
+        posterior = None if positives is None else _draw_again(positives, num_samples)
+        value = loss(rollouts(prior, twist, draws, posterior, shift))
         if not bool(value.isfinite()):
             raise ValueError(
                 f"the loss is {float(value.detach())}; lower learning_rate, or use ctl or sixo, which are bounded"
@@ -68,15 +69,15 @@ def fit_twist(
 
 
 def rollouts(
-    prior: Network, twist: LanguageModel, drawn: Draws, positives: Draws | None = None, shift: Any = 0.0
+    prior: Network, twist: LanguageModel, draws: Draws, positives: Draws | None = None, shift: Any = 0.0
 ) -> Rollouts:
     """What `twist` makes of texts, with gradients.
 
-    :param drawn: weighted to be p0's; with the likelihood on top σ's.
+    :param draws: weighted to be p0's; with the likelihood on top σ's.
     :param positives: exact posterior draws, which then alone are σ's.
     :param shift: taken from log φ, nats."""
-    log_prior = (drawn.log_prior - drawn.log_guide)[0].log_softmax(0)
-    log_posterior = (log_prior + drawn.log_likelihood[0]).log_softmax(0)
+    log_prior = (draws.log_prior - draws.log_guide)[0].log_softmax(0)
+    log_posterior = (log_prior + draws.log_likelihood[0]).log_softmax(0)
     if bool(log_posterior.isnan().any()):  # nothing is possible: then nothing is known of σ in these texts
         log_posterior = torch.where(log_posterior.isnan(), log_prior, log_posterior)
     if positives is not None:
@@ -85,12 +86,12 @@ def rollouts(
         log_prior = torch.cat([log_prior, nothing])
         log_posterior = torch.full_like(log_prior, -torch.inf)
         log_posterior[-count:] = -math.log(count)
-        drawn = concatenate([replace(drawn, records={}, stats={}), replace(positives, records={}, stats={})])
-    (name,) = only_text(drawn)
-    x = drawn.latents[name][0]  # (K, B, T)
+        draws = concatenate([replace(draws, records={}, stats={}), replace(positives, records={}, stats={})])
+    (name,) = only_text(draws)
+    x = draws.latents[name][0]  # (K, B, T)
     count, batch, steps = x.shape
     rows = torch.arange(batch, device=x.device).expand(count, batch).flatten()
-    prompts, flat = drawn.prompts.take(rows), x.flatten(0, 1)
+    prompts, flat = draws.prompts.take(rows), x.flatten(0, 1)
     alive = prior.vocabulary.alive(flat)
     logits = twist.next_token_logits(prompts, flat)  # (N, S, V)
     with torch.no_grad():
@@ -107,25 +108,25 @@ def rollouts(
     return Rollouts(
         prior=log_prior,
         posterior=log_posterior,
-        log_phi=drawn.log_likelihood[0] - shift,
+        log_phi=draws.log_likelihood[0] - shift,
         log_psi=pad(psi).gather(-1, at).reshape(shape),
         log_value=torch.where(alive, pad(value), 0.0).reshape(shape),
         alive=alive.reshape(shape),
     )
 
 
-def _log_mean_phi(drawn: Draws) -> Tensor:
-    log_w = (drawn.log_prior - drawn.log_guide)[0].log_softmax(0)
-    mean = (log_w + drawn.log_likelihood[0]).logsumexp(0)
+def _log_mean_phi(draws: Draws) -> Tensor:
+    log_w = (draws.log_prior - draws.log_guide)[0].log_softmax(0)
+    mean = (log_w + draws.log_likelihood[0]).logsumexp(0)
     if bool((mean == -torch.inf).any()):
         raise NoSupportError(
-            f"prompt {int((mean == -torch.inf).nonzero()[0])}: none of {drawn.num_samples} texts is possible; raise "
+            f"prompt {int((mean == -torch.inf).nonzero()[0])}: none of {draws.num_samples} texts is possible; raise "
             "num_samples, or give a guide that finds some"
         )
     return mean
 
 
-def _some(draws: Draws, count: int) -> Draws:
+def _draw_again(draws: Draws, count: int) -> Draws:
     """`count` of them, drawn anew, as one chain."""
     if draws.kind != "exact":
         raise ValueError("positives= must hold exact posterior draws (rejection); leave it out to weight the rollouts")

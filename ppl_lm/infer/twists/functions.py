@@ -8,14 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from ppl_lm.infer.enumeration import enumerate_posterior
 from ppl_lm.infer.samplers.twist import Function
-from ppl_lm.infer.traces.particles import by_prompt
-from ppl_lm.infer.traces.sites import is_record, log_shift, sample_sites, score_site
-from ppl_lm.infer.traces.text_site import TextIs, text_law
+from ppl_lm.infer.traces.observations import log_likelihood_of_text
+from ppl_lm.infer.traces.text_site import text_law
 from ppl_lm.lm.prompts import Prompts
 
 
@@ -23,11 +21,7 @@ def prefix_likelihood(model: Callable[..., Any]) -> Function:
     """ψ_t(x_≤t) = p(evidence | x_≤t), as if the text ended there: what the reward says of the part that is written."""
 
     def log_psi(prompts: Prompts, x: Tensor, n: Tensor) -> Tensor:
-        with TextIs(x):
-            sites = sample_sites(poutine.trace(model).get_trace(prompts))
-        observed = {k: s for k, s in sites.items() if s["is_observed"] and not is_record(s)}
-        terms = [score_site(name, site, {}) + log_shift(site) for name, site in observed.items()]
-        return by_prompt([term.unsqueeze(0) for term in terms], 1, len(x))[0]
+        return log_likelihood_of_text(model, prompts, x)
 
     return log_psi
 
@@ -59,7 +53,7 @@ def exact_twist(model: Callable[..., Any], prompts: Any) -> Function:
 
     def log_psi(prompts: Prompts, x: Tensor, n: Tensor) -> Tensor:
         out = torch.empty(len(x), dtype=torch.float64, device=x.device)
-        column = _same_prompt(rows_of, prompts)
+        column = _rows_among(rows_of, prompts)
         for length in n.unique().tolist():
             mine = (n == length).nonzero()[:, 0]
             begins = (known[:, None, :length] == x[None, mine, :length]).all(-1)  # (outcomes, mine)
@@ -70,7 +64,7 @@ def exact_twist(model: Callable[..., Any], prompts: Any) -> Function:
     return log_psi
 
 
-def _same_prompt(known: Prompts, asked: Prompts) -> Tensor:
-    """Which of the known prompts each of the asked ones is."""
+def _rows_among(known: Prompts, prompts: Prompts) -> Tensor:
+    """Which of the known prompts each of these is."""
     rows = {identity: b for b, identity in enumerate(known.identities())}
-    return torch.tensor([rows[identity] for identity in asked.identities()], device=known.ids.device)
+    return torch.tensor([rows[identity] for identity in prompts.identities()], device=known.ids.device)

@@ -43,8 +43,8 @@ def ctl(r: Rollouts) -> Tensor:
 def sixo(r: Rollouts) -> Tensor:
     """Noise-contrastive, posterior against prior: -Σ_t E_σ log s(log ψ_t) + E_p0 log s(-log ψ_t), s the logistic function.
     Optimum ψ_t = σ(x_≤t) / p0(x_≤t) (Lawson et al. 2022)."""
-    told = torch.nn.functional.logsigmoid(r.log_psi), torch.nn.functional.logsigmoid(-r.log_psi)
-    return -_sum(r.posterior.exp().unsqueeze(-1) * told[0] + r.prior.exp().unsqueeze(-1) * told[1])
+    log_true, log_false = torch.nn.functional.logsigmoid(r.log_psi), torch.nn.functional.logsigmoid(-r.log_psi)
+    return -_sum(r.posterior.exp().unsqueeze(-1) * log_true + r.prior.exp().unsqueeze(-1) * log_false)
 
 
 def soft_rl(r: Rollouts) -> Tensor:

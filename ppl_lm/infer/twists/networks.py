@@ -12,8 +12,8 @@ def twist_like(lm: LanguageModel, head_only: bool = False) -> LanguageModel:
     a head of zeros, so that it begins at ψ = 1, no twist at all.
 
     :param head_only: leave the body frozen: a linear function of the LM's last hidden state."""
-    made = lm.copy()
-    head: Any = made.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    twist = lm.copy()
+    head: Any = twist.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     if head is None:
         raise ValueError(
             "this network names no output embeddings, so its head cannot be replaced; make the twist a network of your own"
@@ -22,9 +22,9 @@ def twist_like(lm: LanguageModel, head_only: bool = False) -> LanguageModel:
     fresh = nn.Linear(head.in_features, head.out_features, head.bias is not None, weight.device, weight.dtype)
     for parameter in fresh.parameters():
         nn.init.zeros_(parameter)
-    made.model.config.tie_word_embeddings = False  # pyright: ignore
-    made.model.set_output_embeddings(fresh)  # pyright: ignore[reportCallIssue]
+    twist.model.config.tie_word_embeddings = False  # pyright: ignore
+    twist.model.set_output_embeddings(fresh)  # pyright: ignore[reportCallIssue]
     if head_only:
-        made.requires_grad_(False)
+        twist.requires_grad_(False)
         fresh.requires_grad_(True)
-    return made
+    return twist

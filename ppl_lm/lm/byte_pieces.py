@@ -30,11 +30,11 @@ def token_bytes(vocabulary: Vocabulary) -> dict[int, bytes]:
     written = tokenizer.batch_decode(pairs, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     unlike: list[str] = []
     for read in (byte_level, sentencepiece, str.encode):
-        made = {i: added[i].content.encode() if i in added else _read(read, piece) for i, piece in pieces.items()}
-        expected = [pieces[anchor] + made[i].decode(errors="replace") for i in pieces]
+        read_as = {i: added[i].content.encode() if i in added else _read(read, piece) for i, piece in pieces.items()}
+        expected = [pieces[anchor] + read_as[i].decode(errors="replace") for i in pieces]
         wrong = next((n for n, text in enumerate(written) if text != expected[n]), None)
         if wrong is None:
-            return {i: writes for i, writes in made.items() if writes}
+            return {i: in_bytes for i, in_bytes in read_as.items() if in_bytes}
         unlike.append(f"{pairs[wrong]} is {written[wrong]!r}, not {expected[wrong]!r}")
     raise ValueError(
         "this tokenizer's text is not its tokens' bytes one after another: read as byte-level BPE, as SentencePiece and as "

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ppl_lm.infer.traces.particles import Particles
-from ppl_lm.infer.traces.sites import Site, is_sequence
+from ppl_lm.infer.traces.sites import TextSite
 from ppl_lm.lm.token_sequence import TokenSequence
 
 PROBE = 2e-5  # learning rate of the steps that are measured
 SCALE = 0.01
-MOST = 0.05  # nats of KL: what a step at the peak may move the guide
+MOST_MOVED = 0.05  # nats of KL: what a step at the peak may move the guide
 TEXTS = 64  # on which a move is measured
 
 
@@ -25,7 +25,7 @@ class Rate:
     Networks differ by orders of magnitude in how far one step of Adam moves their distribution: KL(before ‖ after) =
     c · rate² nats a text, with c near 1 for a table of logits, 10⁴ to 10⁶ for small language models. If no peak is
     given, c is measured in the warm-up, and the peak is SCALE / c^⅓: between one rate for all networks (which ruins
-    large ones) and one KL for all (with which a step that could go further does not); never more than `MOST` nats.
+    large ones) and one KL for all (with which a step that could go further does not); never more than `MOST_MOVED` nats.
     """
 
     def __init__(self, peak: float | None, warmup: int):
@@ -49,7 +49,7 @@ class Rate:
         if self.peak is not None or step < 2:
             yield
             return
-        fresh = [_draw(site) for site in particles.guide_sites.values() if is_sequence(site)]
+        fresh = [_draw(text) for text in particles.texts().values()]
         before = [_next_tokens(*texts) for texts in fresh]
         yield
         moved = sum(_kl(old, _next_tokens(*texts)) for texts, old in zip(fresh, before, strict=True))
@@ -60,15 +60,15 @@ def peak(c: float) -> float:
     """The learning rate for a network that a step moves by c · rate² nats of KL; SCALE, as for a table, where it moves
     less, or is not what is fitted."""
     c = max(c, 1.0)
-    return min(SCALE / c ** (1 / 3), math.sqrt(MOST / c))
+    return min(SCALE / c ** (1 / 3), math.sqrt(MOST_MOVED / c))
 
 
 @torch.no_grad()
-def _draw(site: Site) -> tuple[TokenSequence, Tensor]:
+def _draw(text: TextSite) -> tuple[TokenSequence, Tensor]:
     """Texts of the guide, (N, T), and their distribution. New ones: a step moves the distribution after rare tokens in the
     very texts that it is made of by orders of magnitude more."""
-    fn, shape = site["fn"], site["value"].shape[:-1]
-    fits = fn.lm.rows_per_pass(fn.prompts.ids.shape[-1], site["value"].shape[-1]) // 6  # see the copies in `_kl`
+    fn, shape = text.law, text.value.shape[:-1]
+    fits = fn.lm.rows_per_pass(fn.prompts.ids.shape[-1], text.value.shape[-1]) // 6  # see the copies in `_kl`
     size = max(1, min(TEXTS, shape.numel(), fits))
     few = fn.expand(torch.broadcast_shapes(shape, fn.batch_shape)).slice(torch.arange(size, device=fn.lm.device))
     return few, few.sample()

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.objectives.catalogue import hard_constraint
+from ppl_lm.infer.objectives.protocol import Objective
 from ppl_lm.infer.samplers.importance_sampling import importance
-from ppl_lm.infer.terms import Objective
 from ppl_lm.lm.prompts import Prompts
 
-MOST = 8192  # draws of the prior in search of a possible text, for a prompt that lacks one
-FEWEST = 5.0  # effective draws for each prompt, below which they give no standard error
+MOST_DRAWS = 8192  # draws of the prior in search of a possible text, for a prompt that lacks one
+LEAST_EFFECTIVE = 5.0  # effective draws for each prompt, below which they give no standard error
 
 
 class Gain:
@@ -28,14 +28,14 @@ class Gain:
     def __init__(self, model: Any, guide: Any, batch: Prompts, objective: Objective, max_plate_nesting: int):
         self.model, self.guide, self.batch = model, guide, batch
         self.settings = {"num_samples": max(64, 1024 // len(batch)), "max_plate_nesting": max_plate_nesting}
-        self.mends = getattr(objective, "mends", False)
+        self.allows_hard = objective.allows_hard_constraints
         log_w = self._of_prior().log_weight.flatten(0, 1)  # (S, B)
         if log_w.shape[1] != len(batch):
             raise ValueError("fit needs every site in the prompt plate; use SequenceELBO with pyro.infer.SVI")
         hard = not bool((log_w > -torch.inf).all())
-        if hard and not self.mends:
+        if hard and not self.allows_hard:
             raise hard_constraint(objective)
-        self.covers = getattr(objective, "covers", False) or hard
+        self.covers = objective.mass_covering or hard
         self.before, self.se = log_w.mean(0), _se((log_w - log_w.mean(0)).mean(1))
         if hard:
             self._require_possible(log_w)
@@ -45,13 +45,13 @@ class Gain:
 
     def _require_possible(self, log_w: Tensor) -> None:
         lacking = (log_w == -torch.inf).all(0).nonzero()[:, 0].cpu()
-        drawn = log_w.shape[0]
-        while len(lacking) and drawn < MOST:
+        count = log_w.shape[0]
+        while len(lacking) and count < MOST_DRAWS:
             more = importance(self.model, None, self.batch.take(lacking), **self.settings).log_weight.flatten(0, 1)
-            lacking, drawn = lacking[(more == -torch.inf).all(0).cpu()], drawn + log_w.shape[0]
+            lacking, count = lacking[(more == -torch.inf).all(0).cpu()], count + log_w.shape[0]
         if len(lacking):
             raise NoSupportError(
-                f"prompt {int(lacking[0])}: none of {drawn} draws of the prior is possible under the posterior, so there is "
+                f"prompt {int(lacking[0])}: none of {count} draws of the prior is possible under the posterior, so there is "
                 "nothing to learn from; loosen the constraint, or start from a prior that meets it more often"
             )
 
@@ -73,7 +73,7 @@ class Gain:
         if not self.covers:
             log_w = importance(self.model, self.guide, self.batch, **self.settings).log_weight.flatten(0, 1)
             value = (log_w - self.before).mean(1)
-            if bool(value.isfinite().all()) or not self.mends:
+            if bool(value.isfinite().all()) or not self.allows_hard:
                 return float(value.mean()), math.hypot(_se(value), self.se)
             self.covers = True  # an impossible text has shown itself only now: every ELBO is -inf
         draws = self._of_prior()
@@ -85,10 +85,10 @@ class Gain:
         share, moved = log_w[:, known].softmax(0), moved[:, known]
         value = torch.where(share > 0, share * moved, 0.0).sum(0)
         errors = (share.square() * torch.where(share > 0, moved - value, 0.0).square()).sum(0)
-        if float(1 / share.square().sum(0).mean()) >= FEWEST:
+        if float(1 / share.square().sum(0).mean()) >= LEAST_EFFECTIVE:
             return float(value.mean()), float(errors.sum().sqrt()) / len(value)
         # One weight's own spread says nothing of its error; that of many prompts' values does.
-        return float(value.mean()), _se(value) if len(value) >= FEWEST else math.inf
+        return float(value.mean()), _se(value) if len(value) >= LEAST_EFFECTIVE else math.inf
 
 
 def _se(values: Tensor) -> float:

@@ -1,0 +1,81 @@
+"""A program run at every value of its latent sites at once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import config_enumerate
+from torch import Tensor
+
+from ppl_lm.infer.traces.sites import Site, is_record, sample_sites
+from ppl_lm.likelihood.optimality import Optimality
+
+MAX_CELLS = 20_000_000
+
+
+@dataclass(frozen=True)
+class EnumeratedSites:
+    """Sites of a program at all N values of its latent sites, for each of B prompts. Log-probabilities are float64, nats.
+
+    :param latents: site name -> (N, B, *event); `records` likewise, what the model recorded.
+    :param log_joint: log p of all sites, (N, B), for exp(r/β); `log_q`: of the latent sites under the guide, or None."""
+
+    latents: dict[str, Tensor]
+    records: dict[str, Tensor]
+    log_joint: Tensor
+    log_q: Tensor | None
+
+
+def enumerate_sites(model: Callable[..., Any], guide: Callable[..., Any] | None, prompts: Any) -> EnumeratedSites:
+    """Runs the model over every value of its latent sites, and the guide at the same values.
+
+    :raises ValueError: if a latent site cannot be enumerated, a site lies elsewhere than in the prompt plate alone, or there
+        are too many values."""
+    marked = config_enumerate(model, default="parallel", expand=False)
+    trace = poutine.trace(poutine.enum(marked, first_available_dim=-2)).get_trace(prompts)
+    sites = sample_sites(trace)
+    latents = {name: site for name, site in sites.items() if not site["is_observed"]}
+    for name, site in latents.items():
+        if not site["infer"].get("_enumerate_dim"):
+            raise ValueError(f"site {name!r} ({type(site['fn']).__name__}) cannot be enumerated exactly")
+    for name, site in sites.items():
+        if not is_record(site) and {f.dim for f in site["cond_indep_stack"]} != {-1}:
+            raise ValueError(
+                f"site {name!r} lies outside the prompt plate, or in one inside it; enumerate_posterior() needs every site "
+                "in the prompt plate alone"
+            )
+    batch = len(prompts)
+    log_p = [_log_prob(site) for site in sites.values() if not is_record(site)]
+    shape = torch.broadcast_shapes(*(term.shape for term in log_p), (batch,))
+    if shape.numel() > MAX_CELLS:
+        raise ValueError(f"{shape.numel():,} values are too many to enumerate (at most {MAX_CELLS:,})")
+
+    def table(terms: list[Tensor]) -> Tensor:
+        return sum(term.double().expand(shape) for term in terms).reshape(-1, batch)  # pyright: ignore
+
+    def values(site: Site) -> Tensor:
+        value, event = site["value"], len(site["fn"].event_shape)
+        event_shape = value.shape[value.dim() - event :]
+        return value.expand(*shape, *event_shape).reshape(-1, batch, *event_shape)
+
+    log_q = None
+    if guide is not None:
+        replayed = sample_sites(poutine.trace(poutine.replay(guide, trace=trace)).get_trace(prompts))
+        log_q = table([_log_prob(site) for name, site in replayed.items() if name in latents])
+    return EnumeratedSites(
+        latents={name: values(site) for name, site in latents.items()},
+        records={name: values(site) for name, site in sites.items() if is_record(site)},
+        log_joint=table(log_p),
+        log_q=log_q,
+    )
+
+
+def _log_prob(site: Site) -> Tensor:
+    """Scaled and masked, for exp(r/β): what a bounded `Optimality` subtracts is added again."""
+    fn = site["fn"]
+    log_p = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+    shift = (fn.log_bound or 0.0) if isinstance(fn, Optimality) else 0.0
+    return scale_and_mask(log_p + shift, site["scale"], site["mask"])

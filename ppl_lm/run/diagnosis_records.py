@@ -1,0 +1,253 @@
+"""What `diagnosis.json` holds, typed: of a guide, or of the draws of a sampler. The keys are the names here, side by side;
+standard errors end in `_se`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+from ppl_lm.criticism.diagnoses.verdicts import Verdict
+
+OPTIONAL = ("elbo_gain", "khat", "log_likelihood", "reward")  # figures of a guide that there need not be
+
+
+G = TypeVar("G", bound="GuideFigures")
+D = TypeVar("D", bound="DrawsFigures")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuideFigures:
+    """Figures of a guide, of one prompt or averaged over them, nats where nothing else is said; see `ppl_lm.diagnose`.
+
+    :param reward: in the reward's own unit; likewise `reward_prior` and `reward_posterior`; None of models without one.
+    :param ess: draws; `missing`, `possible` and `max_weight`: shares."""
+
+    elbo: float
+    elbo_se: float
+    iwae: float
+    iwae_se: float
+    iwae_upper: float
+    iwae_upper_se: float
+    upper: float
+    upper_se: float
+    iwae_upper_exact: bool
+    log_z: float
+    log_z_se: float
+    kl_q_p: float
+    kl_q_p_se: float
+    kl_p_q: float
+    kl_p_q_se: float
+    kl_prior_p: float
+    kl_prior_p_se: float
+    kl_p_prior: float
+    kl_p_prior_se: float
+    kl_q_prior: float
+    kl_q_prior_se: float
+    elbo_gain: float | None
+    elbo_gain_se: float | None
+    missing: float
+    missing_se: float
+    entropy: float
+    entropy_se: float
+    entropy_posterior: float
+    entropy_posterior_se: float
+    log_likelihood_prior: float | None
+    log_likelihood: float | None
+    log_likelihood_se: float
+    log_likelihood_posterior: float | None
+    seen: float
+    bounded: bool
+    possible: float
+    reward: float | None = None
+    reward_se: float | None = None
+    reward_prior: float | None = None
+    reward_prior_se: float | None = None
+    reward_posterior: float | None = None
+    reward_posterior_se: float | None = None
+    ess: float
+    ess_se: float
+    khat: float | None
+    khat_se: float | None
+    max_weight: float
+    num_samples: int
+    exact_draws: int
+    lm_tokens: int
+    reward_calls: int
+
+    @classmethod
+    def from_json(cls: type[G], record: Mapping[str, Any]) -> G:
+        """Of a record that may hold more than these."""
+        known: dict[str, Any] = {f.name: record[f.name] for f in fields(cls) if f.name in record}
+        known = {name: _restored(name) if value is None else value for name, value in known.items()}
+        return cls(**known)
+
+    def as_json(self) -> dict[str, Any]:
+        """Without the figures of a reward where there is none."""
+        return {k: v for k, v in asdict(self).items() if v is not None or not k.startswith("reward")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFigures(GuideFigures):
+    """Those of one prompt, with the verdict's code."""
+
+    prompt: Any
+    verdict: str
+
+
+@dataclass(frozen=True)
+class GuideDiagnosis:
+    """:param diversity: `ppl_lm.diversity` of `prior`, `guide` and `posterior`; None of a law without draws.
+    :param command: by which it was asked for, "" where that was the fit's.
+    :param outcome: of the fit, and which guide it `kept`; None where the guide was measured on its own.
+    :param kept_verdict: on the guide that was kept, where the verdict is on a fit that went wrong."""
+
+    average: GuideFigures
+    verdict: Verdict
+    prompts: list[PromptFigures]
+    diversity: dict[str, dict[str, Any] | None]
+    seed: int
+    command: str = ""
+    outcome: str | None = None
+    kept: str | None = None
+    kept_verdict: str | None = None
+
+    @property
+    def hard(self) -> bool:
+        """Whether the posterior rules texts out: KL(guide ‖ posterior) is infinite then, and KL(posterior ‖ guide) decides."""
+        return self.average.kl_prior_p == math.inf
+
+    def as_json(self) -> dict[str, Any]:
+        optional = {"outcome": self.outcome, "kept": self.kept, "kept_verdict": self.kept_verdict}
+        return {
+            **self.average.as_json(),
+            **_verdict_json(self.verdict),
+            "remedy": self.verdict.remedy,
+            "prompts": [{"prompt": one.prompt, **one.as_json()} for one in self.prompts],
+            "diversity": self.diversity,
+            "seed": self.seed,
+            "command": self.command,
+            **{key: value for key, value in optional.items() if value is not None},
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "GuideDiagnosis":
+        return cls(
+            average=GuideFigures.from_json(record),
+            verdict=Verdict(record["verdict"], record["sentence"], record["remedy"]),
+            prompts=[PromptFigures.from_json(one) for one in record["prompts"]],
+            diversity=record["diversity"],
+            seed=record["seed"],
+            command=record["command"],
+            outcome=record.get("outcome"),
+            kept=record.get("kept"),
+            kept_verdict=record.get("kept_verdict"),
+        )
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A posterior mean with its Monte Carlo standard error; None where the draws give none."""
+
+    value: float | None
+    se: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawsFigures:
+    """Figures of a sampler's draws, of one prompt or averaged over them; see `ppl_lm.diagnose_draws`. None where one does not
+    apply.
+
+    :param means: of the reward, the length and whatever else the model recorded, by name."""
+
+    kind: str
+    num_samples: int
+    chains: int
+    possible: float
+    unique: float
+    acceptance_rate: float | None
+    ess: float | None
+    ess_se: float | None
+    max_weight: float | None
+    khat: float | None
+    khat_se: float | None
+    log_z: float | None
+    log_z_se: float | None
+    kl_q_p: float | None
+    kl_q_p_se: float | None
+    ess_bulk: float | None
+    ess_bulk_se: float | None
+    ess_tail: float | None
+    ess_tail_se: float | None
+    r_hat: float | None
+    r_hat_se: float | None
+    lm_tokens: int
+    reward_calls: int
+    lm_tokens_per_effective_draw: float | None
+    means: dict[str, Mean] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls: type[D], record: Mapping[str, Any]) -> D:
+        """Of a record that may hold more than these; whatever else has a standard error is a mean."""
+        names = {f.name for f in fields(cls)} - {"means"}
+        known: dict[str, Any] = {name: value for name, value in record.items() if name in names}
+        means = {k: Mean(v, record[f"{k}_se"]) for k, v in record.items() if f"{k}_se" in record and k not in names}
+        return cls(**known, means=means)
+
+    def as_json(self) -> dict[str, Any]:
+        record = asdict(self)
+        for name, mean in record.pop("means").items():
+            record |= {name: mean["value"], f"{name}_se": mean["se"]}
+        return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDrawsFigures(DrawsFigures):
+    """Those of one prompt, with the verdict's code and sentence."""
+
+    prompt: Any
+    verdict: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class DrawsDiagnosis:
+    """:param how: how the draws came about, in words."""
+
+    average: DrawsFigures
+    verdict: Verdict
+    prompts: list[PromptDrawsFigures]
+    sampler: str
+    seed: int
+    how: str
+
+    def as_json(self) -> dict[str, Any]:
+        asked = {"sampler": self.sampler, "seed": self.seed, "how": self.how}
+        prompts = [one.as_json() for one in self.prompts]
+        figures = {**self.average.as_json(), **_verdict_json(self.verdict), "prompts": prompts}
+        return {**asked, **figures, **asked}  # asked stands first, and no record of a model's passes for it
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "DrawsDiagnosis":
+        return cls(
+            average=DrawsFigures.from_json(record),
+            verdict=Verdict(record["verdict"], record["sentence"]),
+            prompts=[PromptDrawsFigures.from_json(one) for one in record["prompts"]],
+            sampler=record["sampler"],
+            seed=record["seed"],
+            how=record["how"],
+        )
+
+
+def diagnosis_from_json(record: Mapping[str, Any]) -> GuideDiagnosis | DrawsDiagnosis:
+    return (DrawsDiagnosis if "sampler" in record else GuideDiagnosis).from_json(record)
+
+
+def _restored(name: str) -> float | None:
+    """What null means, which JSON has for NaN and infinities: an infinite distance or bound, or nothing that is known."""
+    if name.startswith(OPTIONAL):
+        return None
+    return math.inf if name.startswith("kl_") else -math.inf if name in ("elbo", "iwae") else math.nan
+
+
+def _verdict_json(verdict: Verdict) -> dict[str, str]:
+    return {"verdict": verdict.code, "sentence": verdict.sentence}

@@ -1,0 +1,208 @@
+"""`fit`: one visible loop."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppl_lm.infer.binding import Bound
+from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.infer.traces.parameters import trainable_parameters
+from ppl_lm.lm.meter import measure
+from ppl_lm.lm.network import DivergedError
+from ppl_lm.lm.prompts import shuffled
+from ppl_lm.run.fitting.best_guide import WINDOW, BestGuide, keep_best
+from ppl_lm.run.fitting.gain import Gain
+from ppl_lm.run.fitting.learning_rate import Rate
+from ppl_lm.run.fitting.step_metrics import StepMetrics, guide_metrics
+
+
+@dataclass
+class Fit:
+    """What `fit` did. The guide's weights are those of the best guide seen.
+
+    :param outcome: `finished`, `worse_than_prior` (the last guide is further from the posterior than the prior was),
+        `diverged` (a gradient was not finite), or `interrupted`.
+    :param kept: which guide was kept: `last`, `best` (an earlier one) or `start` (the one that fitting began with,
+        a copy of the prior for `finetuned`).
+    :param gain: ELBO(kept guide) - ELBO(prior) in nats per prompt, on fresh draws; `last_gain` that of the last guide.
+    :param covers: whether instead both are KL(posterior ‖ prior) - KL(posterior ‖ guide), see `fit`.
+    :param metrics: one dictionary a step, as in `metrics.jsonl`.
+    """
+
+    outcome: str
+    kept: str
+    kept_step: int
+    steps: int
+    seconds: float
+    gain: float
+    gain_se: float
+    last_gain: float
+    last_gain_se: float
+    covers: bool = False
+    metrics: list[StepMetrics] = field(default_factory=list, repr=False)
+
+
+def fit(
+    model: Bound,
+    guide: Bound,
+    prompts: Any,
+    loss: SequenceELBO | None = None,
+    *,
+    batch_size: int = 16,
+    learning_rate: float | None = None,
+    warmup: int = 15,
+    clip: float = 3.0,
+    max_steps: int | None = None,
+    time_limit: float | None = None,
+    seed: int | None = None,
+    on_step: Callable[[StepMetrics], None] | None = None,
+    on_fault: Callable[[str], None] | None = None,
+) -> Fit:
+    """Fits a guide by SVI with one Adam over all its weights; keeps the best guide seen.
+
+    Watches the gain, ELBO(q) - ELBO(prior): it needs no log Z, and unlike the reward it rises only as q nears the posterior.
+    Where the objective asks for cover (`forward_kl`, `chi2`), or a hard constraint makes every ELBO -inf, the gain is
+    KL(p ‖ prior) - KL(p ‖ q) instead.
+
+    :param loss: what is minimised and how it is estimated, as for Pyro's `SVI`; None: `SequenceELBO(num_particles=128)`. One
+        with an objective, estimate or source that remembers steps is for one fit. Standard RL and GRPO are fitted too, but
+        kept only if they come closer to the posterior.
+    :param batch_size: prompts a step.
+    :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run. None: found in
+        the warm-up by how far a step moves the guide; see `ppl_lm.run.fitting.learning_rate`.
+    :param clip: largest norm of the gradient, in multiples of its median over the last `WINDOW` steps. A limit near the
+        usual norm would clip just the steps that unlearn a rare bad text, and bias where the fit ends.
+    :param max_steps: steps; `time_limit`: seconds. At least one of them; whichever comes first.
+    :param on_step: called with each step's metrics.
+    :param on_fault: called when a step after the first fails (a reward, say), before the error is raised again, with
+        which guide's weights were restored: `best` or `start`.
+    :raises ValueError: on bad arguments, before anything is drawn.
+    """
+    _check(loss, learning_rate, max_steps, time_limit, clip)
+    elbo = SequenceELBO(num_particles=128) if loss is None else loss
+    reader = model.lm or guide.lm
+    if reader is None:
+        raise ValueError("neither model nor guide holds a language model; fit such programs with Pyro's SVI")
+    batch = reader.prompts(prompts)
+    batch_size = min(batch_size, len(batch))
+    began = time.monotonic()
+    if seed is not None:
+        torch.manual_seed(seed)
+    weights = trainable_parameters(model, guide, batch[:1], elbo.max_plate_nesting)
+    if not weights:
+        raise ValueError(
+            "the guide has nothing to train; choose another, or draw from it as it is with importance(), on the command "
+            "line with ppl-lm sample MODEL --guide GUIDE"
+        )
+    gain = Gain(model, guide, batch, elbo.objective, elbo.max_plate_nesting)
+    optimiser = torch.optim.Adam(weights, betas=(0.9, 0.99))
+    schedule = Rate(learning_rate, warmup)
+    guides = BestGuide(weights)
+    metrics: list[StepMetrics] = []
+    tokens = 0
+    outcome = "finished"
+    updates = 1 if elbo.source is None else elbo.source.updates
+    try:
+        for step, rows in enumerate(_repeated(shuffled(len(batch), batch_size, seed or 0), updates)):
+            done = _progress(step, time.monotonic() - began, max_steps, time_limit)
+            if step > 0 and done >= 1:
+                break
+            rate = schedule(step, done)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            with measure() as cost:
+                particles = elbo.particles(model, guide, batch.take(rows))
+                optimiser.zero_grad()
+                elbo.differentiate(particles).backward()
+            norm = float(nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None]))
+            if len(metrics) >= WINDOW:
+                usual = statistics.median(m["grad_norm"] for m in metrics[-WINDOW:])
+                if usual > 0:
+                    nn.utils.clip_grads_with_norm_(weights, clip * usual, torch.tensor(norm))
+            seconds, tokens = time.monotonic() - began, tokens + cost.lm_tokens
+            row: StepMetrics = {
+                **guide_metrics(particles, gain, rows),
+                "step": step,
+                "seconds": seconds,
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "lm_tokens": cost.lm_tokens,
+                "done": done,
+                "tokens_per_second": tokens / max(seconds, 1e-9),
+            }
+            metrics.append(row)
+            guides.consider(metrics)  # before the step: these particles are of the weights as they are
+            if on_step is not None:
+                on_step(row)
+            if not math.isfinite(norm):
+                outcome = "diverged"
+                break
+            if guides.is_lost(metrics):
+                break
+            with schedule.watch(step, particles):
+                optimiser.step()
+    except KeyboardInterrupt:
+        outcome = "interrupted"
+    except DivergedError:
+        outcome = "diverged"
+    except Exception as error:
+        guides.load(guides.best)
+        if metrics and on_fault is not None:
+            try:
+                on_fault("start" if guides.step < 0 else "best")
+            except Exception as fault:  # must not hide what went wrong first
+                error.add_note(f"the best guide could not be saved: {fault}")
+        raise
+    kept, last, interrupted = keep_best(gain, guides, metrics)
+    if interrupted:
+        outcome = "interrupted"
+    if last.gain < -3 * last.se:
+        outcome = "worse_than_prior"
+    return Fit(
+        outcome=outcome,
+        kept=kept.name,
+        kept_step=kept.step,
+        steps=len(metrics),
+        seconds=time.monotonic() - began,
+        gain=kept.gain,
+        gain_se=kept.se,
+        last_gain=last.gain,
+        last_gain_se=last.se,
+        covers=gain.covers,
+        metrics=metrics,
+    )
+
+
+def _repeated(batches: Iterator[Tensor], times: int) -> Iterator[Tensor]:
+    """Each batch so many times in a row, for a source that reuses its texts."""
+    return (rows for rows in batches for _ in range(times))
+
+
+def _progress(step: int, seconds: float, max_steps: int | None, time_limit: float | None) -> float:
+    """Share of the run that is done: the further of steps and time. There is always a first step."""
+    if step == 0:
+        return 0.0
+    return max(step / max_steps if max_steps else 0.0, seconds / time_limit if time_limit else 0.0)
+
+
+def _check(
+    loss: SequenceELBO | None, learning_rate: float | None, max_steps: int | None, time_limit: float | None, clip: float
+) -> None:
+    if loss is not None and not isinstance(loss, SequenceELBO):
+        raise ValueError(f"loss={loss!r}; give a SequenceELBO, such as ppl_lm.SequenceELBO(num_particles=128)")
+    if learning_rate is not None and not (learning_rate > 0 and math.isfinite(learning_rate)):
+        raise ValueError(f"learning_rate={learning_rate}; give a number above 0")
+    if not clip > 0:
+        raise ValueError(f"clip={clip}; give a multiple of the usual norm, above 0")
+    if max_steps is None and time_limit is None:
+        raise ValueError("give max_steps= or time_limit= (seconds), or both")
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps={max_steps}; give at least 1")
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"time_limit={time_limit} seconds; give a number above 0")

@@ -1,0 +1,64 @@
+"""The fitted guide on disk: its language model as a Hugging Face folder, checked as it is saved."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pyro
+import torch
+from pyro.params.param_store import _MODULE_NAMESPACE_DIVIDER
+
+from ppl_lm.infer.binding import Bound
+from ppl_lm.lm.language_model import LanguageModel, quiet
+from ppl_lm.lm.prompts import Prompts
+
+
+def save_guide(folder: Path, guide: Bound, probes: Prompts) -> None:
+    """Writes the guide's language model to `folder`, and checks that what would be read back gives the same
+    log-probabilities.
+
+    :raises ValueError: if the guide has no trainable language model, or its copy on disk differs."""
+    lm = trained_language_model(guide)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".guide-"))
+    try:
+        with quiet():
+            lm.model.save_pretrained(temporary)  # type: ignore[operator]
+        lm.vocabulary.tokenizer.save_pretrained(temporary)
+        copy = LanguageModel.from_pretrained(
+            temporary, lm.max_new_tokens, device=lm.device, dtype=next(lm.parameters()).dtype
+        )
+        with torch.random.fork_rng(), torch.no_grad():
+            few = probes.take(torch.arange(min(4, len(probes))))
+            x = lm(few).sample()
+            worst = float((lm(few).log_prob(x) - copy(few).log_prob(x)).abs().max())
+        if not worst < 1e-3:
+            raise ValueError(f"the saved guide scores texts {worst:.2g} nats differently from the one in memory")
+        del copy  # its file is mapped into memory, which Windows would not rename
+        temporary.chmod(0o755)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_savable(model: Bound, guide: Bound) -> None:
+    """:raises ValueError: if something else is trained than one language model of the guide: it could not be saved."""
+    lm = trained_language_model(guide)
+    saved = {id(p) for p in lm.parameters()}
+    others = [
+        n for bound in (model, guide) for n, p in bound.named_parameters() if p.requires_grad and id(p) not in saved
+    ]
+    others += [n for n in pyro.get_param_store().keys() if _MODULE_NAMESPACE_DIVIDER not in n]  # noqa: SIM118
+    if others:
+        raise ValueError(
+            f"a run folder holds one fitted language model, but {others[0]!r} is trained too; fit such programs in Python "
+            "with ppl_lm.fit, and save them yourself"
+        )
+
+
+def trained_language_model(guide: Bound) -> LanguageModel:
+    """:raises ValueError: if the guide has none."""
+    for network in guide.networks.values():
+        if isinstance(network, LanguageModel) and any(p.requires_grad for p in network.parameters()):
+            return network
+    raise ValueError("the guide has nothing to train; choose another, or draw from it as it is")

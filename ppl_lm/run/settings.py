@@ -1,0 +1,29 @@
+"""`Settings`: what a run was asked to do."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a fit, or of draws by a sampler; saved in `config.json`.
+
+    :param lm: a folder or a hub name; None is the LM that ships with the package.
+    :param time_limit: seconds."""
+
+    model: str
+    guide: str = "finetuned"
+    objective: str = "reverse_kl"
+    lm: str | None = None
+    reward: str = "vader"
+    beta: float = 0.2
+    prompts: list[Any] = field(default_factory=lambda: [""])
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    max_new_tokens: int = 40
+    device: str | None = None
+    seed: int = 0
+    particles: int = 128
+    batch_size: int = 16
+    learning_rate: float | None = None
+    max_steps: int | None = None
+    time_limit: float | None = None
