@@ -35,5 +35,5 @@ def power(prompts: Any, prior: Any, alpha: float = 4.0) -> Tensor:
 @torch.no_grad()
 def _log_prob(law: Any, x: Tensor) -> Tensor:
     """log law(x), from the pass that drew x where that was this law's."""
-    by_token = law.drawn_log_probs(x)
+    by_token = law.sampled_log_probs(x)
     return law.log_prob(x) if by_token is None else by_token.sum(-1)

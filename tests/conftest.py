@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
 import pyro
 import pytest
 import torch
@@ -31,6 +32,14 @@ def clean():
     pyro.set_rng_seed(0)
     yield
     pyro.clear_param_store()
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations are not checked, as for users: what are they told who pass another type?"""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -45,8 +45,8 @@ def test_comes_out(name, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_decoding_comes_out(tmp_path, monkeypatch):
     """The one on a real language model, with few draws of each sampler."""
-    few = decoding.drawn_by(rejection, num_samples=20), decoding.drawn_by(importance, num_samples=200)
-    by_smc, chains = decoding.drawn_by(smc, num_samples=8, num_runs=4), decoding.chains(independence, 4, 10)
+    few = decoding.with_settings(rejection, num_samples=20), decoding.with_settings(importance, num_samples=200)
+    by_smc, chains = decoding.with_settings(smc, num_samples=8, num_runs=4), decoding.chains(independence, 4, 10)
     soft = dict(zip(decoding.AGREES, [*few, by_smc, few[1], chains], strict=True))
     monkeypatch.setattr(decoding, "SOFT", soft)
     monkeypatch.setattr(

@@ -354,7 +354,7 @@ def test_no_end_token_is_an_error_that_says_what_to_pass():
 
 
 @pytest.mark.parametrize("bad", [0, -1, 2.0, "8", None, True])
-def test_max_new_tokens_must_be_a_positive_whole_number(bad):
+def test_max_new_tokens_must_be_a_positive_whole_number(bad, unchecked):
     with pytest.raises(ValueError, match=f"max_new_tokens={bad!r}; give a whole number of tokens, at least 1"):
         LanguageModel(tiny.network("llama"), tiny.bpe(), bad)
 

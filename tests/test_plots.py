@@ -49,8 +49,7 @@ from ppl_lm.lm.table import table_lm
 from ppl_lm.lm.token_pieces import pieces
 from ppl_lm.lm.vocabulary import Vocabulary
 from ppl_lm.models import tilted
-from ppl_lm.plot.style import plain
-from ppl_lm.plot.untrusted import visible
+from ppl_lm.plot.untrusted import plain, visible
 from ppl_lm.plot.weight_tails import pareto_scale
 from ppl_lm.report.heat_map import heat_html
 

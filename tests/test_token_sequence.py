@@ -79,7 +79,7 @@ def test_what_is_not_canonical_is_impossible(case, bad):
     assert bool(gradient.isfinite().all())
 
 
-def test_values_of_another_shape_or_type_are_refused(case):
+def test_values_of_another_shape_or_type_are_refused(case, unchecked):
     d, _ = case
     for bad in (X[0, :-1], torch.cat([X[0], X[0]]), X[0].double(), X[0].int(), torch.tensor(1)):
         with pytest.raises(ValueError, match=r"completions here are int64 of shape \(..., 6\)"):

@@ -173,7 +173,7 @@ def test_what_the_priors_draws_show():
 @pytest.mark.parametrize(("seed", "shape"), [(101, {}), (102, {"sizes": (4, 8), "lengths": (2, 4)})])
 def test_planted_failures_are_called_what_they_are(seed, shape):
     """Eight posteriors here; `python -m ppl_lm.experiments verdicts` takes 200."""
-    rows = list(verdicts.found(seed, 8, **shape))
+    rows = list(verdicts.judged(seed, 8, **shape))
     right = [
         row["code"] == verdicts.PLANTED[row["planted"]][0] for row in rows if row["planted"] != "fitted by reverse KL"
     ]

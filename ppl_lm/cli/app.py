@@ -5,20 +5,29 @@ import sys
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from ppl_lm.cli import compare, diagnose, fit, report, sample
 
+
+class Command(TyperCommand):
+    """A command whose function gets the context that it asks for, a `typer.Context`; typer passes the one it derives from."""
+
+    context_class = typer.Context
+
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 for name, module in {"fit": fit, "sample": sample, "diagnose": diagnose, "report": report, "compare": compare}.items():
-    app.command(name)(module.command)
+    app.command(name, cls=Command)(module.command)
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
     if asked:
         from importlib.metadata import version
 
         print(version("ppl_lm"))
         raise typer.Exit
+    return asked
 
 
 @app.callback()

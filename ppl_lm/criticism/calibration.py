@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.stats import binom
 from torch import Tensor
 
 from ppl_lm.criticism.statistics import numbers
@@ -122,14 +124,9 @@ def _statistic(below: Float[Tensor, "N L"], total: int) -> Float[Tensor, "N"]:
 
 def _tails(total: int, num_draws: int) -> tuple[Tensor, Tensor]:
     """P(X ≤ k) and P(X ≥ k) of binomials with `total` trials and success probabilities 1/(L+1), …, L/(L+1): (total + 1, L)."""
-    p = torch.arange(1, num_draws + 1, dtype=torch.float64) / (num_draws + 1)
-    k = torch.arange(total + 1, dtype=torch.float64).unsqueeze(-1)
-    n = torch.tensor(float(total), dtype=torch.float64)
-    log_mass = (
-        torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1) + k * p.log() + (n - k) * (-p).log1p()
-    )
-    mass = log_mass.exp()
-    return mass.cumsum(0).clamp_max(1.0), mass.flip(0).cumsum(0).flip(0).clamp_max(1.0)
+    p = np.arange(1, num_draws + 1) / (num_draws + 1)
+    k = np.arange(total + 1)[:, None]
+    return torch.as_tensor(binom.cdf(k, total, p)), torch.as_tensor(binom.sf(k - 1, total, p))
 
 
 @cache

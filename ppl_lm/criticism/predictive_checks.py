@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
+from scipy.special import kolmogorov
 from torch import Tensor
 
 from ppl_lm.criticism.effective_size import effective
@@ -163,7 +164,4 @@ def uniform(pit: Float[Tensor, "N"], count: float) -> float:
     steps = torch.arange(n + 1, dtype=torch.float64) / n
     distance = float(torch.maximum(steps[1:] - ordered, ordered - steps[:-1]).max())
     scaled = (math.sqrt(count) + 0.12 + 0.11 / math.sqrt(count)) * distance
-    if scaled < 0.2:
-        return 1.0  # the series below needs too many terms, and is 1 to 12 digits
-    terms = [(-1) ** (k - 1) * math.exp(-2 * (k * scaled) ** 2) for k in range(1, 101)]
-    return min(1.0, max(0.0, 2 * sum(terms)))
+    return float(kolmogorov(scaled))

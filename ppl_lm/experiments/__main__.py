@@ -39,17 +39,17 @@ def main(
         raise typer.BadParameter(
             f"--lm and --time-limit are for {' and '.join(REAL)} alone; the others enumerate the texts of a tiny one"
         )
-    held = True
+    all_hold = True
     for name in asked:
         options = {"lm": lm, "time_limit": time_limit or 60.0} if name in REAL else {}
-        made = import_module(f"ppl_lm.experiments.{name}").run(seed, **options)
-        made.save(output_dir, name)
-        out.print(made.table())
-        for claim, holds in made.claims.items():
+        result = import_module(f"ppl_lm.experiments.{name}").run(seed, **options)
+        result.save(output_dir, name)
+        out.print(result.table())
+        for claim, holds in result.claims.items():
             out.print("holds:        " if holds else "DOES NOT HOLD:", claim)
         out.print(f"written: {output_dir / name}.json and .png\n")
-        held = held and all(made.claims.values())
-    raise typer.Exit(0 if held else 1)
+        all_hold = all_hold and all(result.claims.values())
+    raise typer.Exit(0 if all_hold else 1)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from ppl_lm.criticism.calibration import Calibration, sbc
-from ppl_lm.experiments.lab import Result, panels
+from ppl_lm.experiments.lab import Result, load, panels
 from ppl_lm.guides import prior as of_prior
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import Draws
@@ -16,7 +17,6 @@ from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.likelihood import rewards
 from ppl_lm.lm.experts import product
-from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.models import tilted
 
 REPLICATIONS, RANKED = 500, 19
@@ -46,8 +46,7 @@ def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
     The power is by repetition: with each 500 of the exact draws in turn, ranked among new draws from the same pool, or for
     exact ones among all others."""
     torch.manual_seed(seed)
-    load: Any = {"max_new_tokens": 24} if lm is None else {"name_or_folder": lm, "max_new_tokens": 24}
-    prior = LanguageModel.from_pretrained(**load)
+    prior = load(lm, 24)
     tempered = product([prior], [1 / FAULT])
     model, warm = (bind(tilted, p, reward=valence, beta=BETA) for p in (prior, tempered))
     pool, hot = (importance(m, None, [""], num_samples=POOL) for m in (model, warm))
@@ -71,29 +70,29 @@ def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
     for repetition in range(REPEATED):  # each exact draw is a replication once
         for name, (source, truth) in known.items():
             one = truth.map(lambda v, keep=row == repetition: v[:, keep])
-            tried[name].append(sbc(one, _drawn(source, source["log_q"] - source.log_guide), RANKED))
+            tried[name].append(sbc(one, _resampled(source, source["log_q"] - source.log_guide), RANKED))
         _, truth = known["the posterior"]
         one, others = (truth.map(lambda v, keep=keep: v[:, keep]) for keep in (row == repetition, row != repetition))
         tried["exact draws"].append(sbc(one, others, RANKED))
-    found = {name: made[0] for name, made in tried.items()}
+    first = {name: calibrations[0] for name, calibrations in tried.items()}
     share = float((pool.log_weight.softmax(1) * dropped(pool)).sum())
     rows = [
         {
             "draws": name,
-            **{f"p, {k}": p for k, p in made.p_values.items()},
-            "p, all": made.p_value,
+            **{f"p, {k}": p for k, p in calibration.p_values.items()},
+            "p, all": calibration.p_value,
             f"p, all < 0.01, of {REPEATED}": sum(again.p_value < 0.01 for again in tried[name]),
         }
-        for name, made in found.items()
+        for name, calibration in first.items()
     ]
     figure, axes = panels(4)
-    for panel, key in zip(axes, found["exact draws"].ranks, strict=True):
-        for name, made in found.items():
-            if key in made.ranks:
-                ranks = made.ranks[key].numpy()
+    for panel, key in zip(axes, first["exact draws"].ranks, strict=True):
+        for name, calibration in first.items():
+            if key in calibration.ranks:
+                ranks = calibration.ranks[key].numpy()
                 below = np.array([(ranks <= r).mean() for r in range(RANKED + 1)])
                 panel.plot(range(RANKED + 1), below - np.arange(1, RANKED + 2) / (RANKED + 1), label=name)
-        band = found["exact draws"].band.numpy() - np.arange(1, RANKED + 2) / (RANKED + 1)
+        band = first["exact draws"].band.numpy() - np.arange(1, RANKED + 2) / (RANKED + 1)
         panel.fill_between(range(RANKED + 1), *band, color="0.85", zorder=0)
         panel.set(xlabel=f"rank of {key}", title=key)
     axes[0].set_ylabel("ECDF less the uniform's")
@@ -101,15 +100,15 @@ def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
     passes = ("exact draws", "the posterior")
     return Result(
         f"Ranks of {REPLICATIONS} exact posterior draws among {RANKED} of each kind; a shift of "
-        f"{found['exact draws'].detectable:.2f} standard deviations would be found (p < 0.05) 4 times of 5; the mode that is "
+        f"{first['exact draws'].detectable:.2f} standard deviations would be found (p < 0.05) 4 times of 5; the mode that is "
         f"dropped has {share:.0%} of the mass",
         rows,
         {
-            **{f"{name} pass": found[name].p_value >= 0.01 for name in passes},
+            **{f"{name} pass": first[name].p_value >= 0.01 for name in passes},
             **{
-                f"{name}: found out (p < 0.01), 9 times of 10": made[0].p_value < 0.01
-                and sum(again.p_value < 0.01 for again in made) >= 0.9 * REPEATED
-                for name, made in tried.items()
+                f"{name}: found out (p < 0.01), 9 times of 10": calibrations[0].p_value < 0.01
+                and sum(again.p_value < 0.01 for again in calibrations) >= 0.9 * REPEATED
+                for name, calibrations in tried.items()
                 if name not in passes
             },
         },
@@ -122,6 +121,6 @@ def _ranked(draws: Draws, log_q: Callable[[Draws], torch.Tensor]) -> Draws:
     return replace(draws, records=draws.records | {"log_q": log_q(draws)})
 
 
-def _drawn(pool: Draws, log_w: torch.Tensor) -> Draws:
+def _resampled(pool: Draws, log_w: Float[torch.Tensor, "1 S 1"]) -> Draws:
     pick = torch.multinomial(log_w[0, :, 0].softmax(0), REPLICATIONS * RANKED, True)
     return pool.map(lambda v: v[:, pick])

@@ -3,7 +3,7 @@ KL-regularised RL has the posterior's entropy at every Î² (Korbak et al. 2022, Â
 
 import torch
 
-from ppl_lm.experiments.lab import Result, curves, entropy, panels, train
+from ppl_lm.experiments.lab import Result, curves, entropy, letters, panels, train
 from ppl_lm.guides import finetuned
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.objectives.divergences import reverse_kl
@@ -12,10 +12,6 @@ from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 
 BETAS = (0.1, 0.5, 2.0, 20.0)
-
-
-def letters(completions: list[str], **_: object) -> list[float]:
-    return [text.count("a") - 0.5 * text.count("b") for text in completions]
 
 
 def run(seed: int) -> Result:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ppl_lm.criticism.diagnoses.draws_diagnosis import diagnose_draws
 from ppl_lm.criticism.statistics import numbers
 from ppl_lm.criticism.weights import mean
-from ppl_lm.experiments.lab import Result, panels
+from ppl_lm.experiments.lab import Result, load, panels
 from ppl_lm.guides import finetuned
-from ppl_lm.infer.binding import bind
+from ppl_lm.infer.binding import Bound, bind
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.objectives import catalogue as objectives
@@ -39,7 +40,8 @@ EXACT = (6000, 200)  # exact draws of each posterior, that all others are held a
 PILOT = 4000  # draws of the prior, whose deviation is the unit of errors
 AGREES = ("rejection", "importance, prior", "SMC, prior", "importance, guide", "independence MH, guide")
 NUMBERS = ("reward", "length", "log_prior")
-Made = tuple[Draws, str]  # with the sampler's own word that they are not the posterior's, where it has one
+Sample = tuple[Draws, str]  # with the sampler's own word that they are not the posterior's, where it has one
+Sampler = Callable[[Bound, Bound | None, Prompts], Sample]
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,18 @@ class Task:
     :param exact: how many exact draws the others are held against."""
 
     name: str
-    target: Any
-    guide: Any
+    target: Bound
+    guide: Bound
     tokens: int
     seconds: float
-    samplers: dict[str, Callable[[Any, Any, Prompts], Made]]
+    samplers: dict[str, Sampler]
     exact: int
 
 
 def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
     """VADER's sentiment, at β = 0.2 with the language model that ships and at β = 0.1 with another; and a word that one text
     in a hundred has, which is where a fit pays."""
-    load: Any = {"max_new_tokens": 40} if lm is None else {"name_or_folder": lm, "max_new_tokens": 48}
-    prior, beta = LanguageModel.from_pretrained(**load), 0.2 if lm is None else 0.1
+    prior, beta = load(lm, 40 if lm is None else 48), 0.2 if lm is None else 0.1
     prompts = prior.prompts([""])
     soft = bind(tilted, prior, reward=rewards.vader, beta=beta)
     hard = bind(constrained, prior, constraint=rewards.contains(WORD))
@@ -75,20 +76,20 @@ def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
     ]
     rows = [row for task in tasks for row in _rows(task, prompts)]
     sentiment, word = ({row["by"]: row for row in rows if row["posterior"] == task.name} for task in tasks)
-    held = [sentiment[name] for name in AGREES]
+    agreeing = [sentiment[name] for name in AGREES]
     cost = " and ".join(f"{task.seconds:.0f} s, {task.tokens / 1e6:.1f} million tokens" for task in tasks)
     return Result(
         f"Draws of two posteriors; the guides were fitted by forward KL: {cost}",
         rows,
         {
             f"{'; '.join(AGREES)}: agree with exact draws (|z| < 4 in reward, length and log p0)": all(
-                row["largest |z|"] < 4 for row in held
+                row["largest |z|"] < 4 for row in agreeing
             ),
-            "and know each to 2% of the prior's deviation": all(row["error, % of sd"] < 2 for row in held),
+            "and know each to 2% of the prior's deviation": all(row["error, % of sd"] < 2 for row in agreeing),
             "the others agree, or say that they do not": all(row["largest |z|"] < 4 or row["says"] for row in rows),
             "a fitted guide takes fewer texts a draw than the prior, for both": all(
-                found["importance, guide"]["texts a draw"] < found["importance, prior"]["texts a draw"]
-                for found in (sentiment, word)
+                of["importance, guide"]["texts a draw"] < of["importance, prior"]["texts a draw"]
+                for of in (sentiment, word)
             ),
             "for the word the fit has paid before 100,000 draws": any(
                 row["pays from"] != "never" and float(row["pays from"].replace(",", "")) < 1e5
@@ -101,7 +102,14 @@ def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
 
 
 def _fitted(
-    name: str, target: Any, prior: LanguageModel, prompts: Prompts, limit: float, seed: int, samplers: Any, exact: int
+    name: str,
+    target: Bound,
+    prior: LanguageModel,
+    prompts: Prompts,
+    limit: float,
+    seed: int,
+    samplers: dict[str, Sampler],
+    exact: int,
 ) -> Task:
     """With a guide fitted by forward KL: one that is to propose must cover, which reverse KL does not ask for."""
     guide = bind(finetuned, prior.copy())
@@ -111,50 +119,50 @@ def _fitted(
     return Task(name, target, guide, cost.lm_tokens, fitted.seconds, samplers, exact)
 
 
-def _quasi(target: Any, guide: Any, prompts: Prompts) -> Made:
+def _quasi(target: Bound, guide: Bound | None, prompts: Prompts) -> Sample:
     """As they come, without the weights that would correct them."""
     bound = importance(target, guide, prompts, num_samples=2000).log_weight.flatten(0, 1).quantile(0.995, 0)
-    made = quasi_rejection(target, guide, prompts, num_samples=4000, log_bound=bound)
-    assert made.proposals is not None
-    tv = float(quality(made.proposals, bound).total_variation.max())
-    return replace(made, kind="exact"), "" if tv < 0.005 else f"TV {tv:.2g}"
+    draws = quasi_rejection(target, guide, prompts, num_samples=4000, log_bound=bound)
+    assert draws.proposals is not None
+    tv = float(quality(draws.proposals, bound).total_variation.max())
+    return replace(draws, kind="exact"), "" if tv < 0.005 else f"TV {tv:.2g}"
 
 
-def _smc(num_runs: int) -> Callable[..., Made]:
+def _smc(num_runs: int) -> Sampler:
     """Of 256 texts each, resampled by the sentiment of what is written, which counts in full at the end."""
 
-    def made(target: Any, _: Any, prompts: Prompts) -> Made:
+    def sampler(target: Bound, _: Bound | None, prompts: Prompts) -> Sample:
         twist = tempered(prefix_likelihood(target), text_law(target, prompts).event_shape[0])
         return smc(target, None, prompts, num_samples=256, num_runs=num_runs, settings=SMCSettings(twist=twist)), ""
 
-    return made
+    return sampler
 
 
-def chains(kernel: Any, count: int, steps: int) -> Callable[..., Made]:
+def chains(kernel: Callable[..., Any], count: int, steps: int) -> Sampler:
     return lambda model, guide, prompts: (
         mcmc(model, guide, prompts, num_samples=steps, warmup=steps // 2, num_chains=count, kernel=kernel),
         "",
     )
 
 
-def drawn_by(sampler: Callable[..., Draws], **settings: int) -> Callable[..., Made]:
+def with_settings(sampler: Callable[..., Draws], **settings: int) -> Sampler:
     return lambda model, guide, prompts: (sampler(model, guide, prompts, **settings), "")
 
 
 SOFT = {
-    "rejection": drawn_by(rejection, num_samples=4000),
-    "importance, prior": drawn_by(importance, num_samples=16384),
+    "rejection": with_settings(rejection, num_samples=4000),
+    "importance, prior": with_settings(importance, num_samples=16384),
     "suffix MH, prior": chains(suffix, 64, 200),
     "particle Gibbs, prior": chains(particle_gibbs(16), 16, 40),
     "SMC, prior": _smc(64),
-    "importance, guide": drawn_by(importance, num_samples=16384),
+    "importance, guide": with_settings(importance, num_samples=16384),
     "independence MH, guide": chains(independence, 64, 400),
     "quasi-rejection, guide": _quasi,
 }
 HARD = {
-    "rejection": drawn_by(rejection, num_samples=100),
-    "importance, prior": drawn_by(importance, num_samples=16384),
-    "importance, guide": drawn_by(importance, num_samples=8192),
+    "rejection": with_settings(rejection, num_samples=100),
+    "importance, prior": with_settings(importance, num_samples=16384),
+    "importance, guide": with_settings(importance, num_samples=8192),
 }
 
 
@@ -197,16 +205,16 @@ def _row(draws: Draws, seconds: float, says: str, reference: Draws, spread: dict
     }  # fmt: skip
 
 
-def _figure(tasks: list[Task], *found: dict[str, dict[str, Any]]) -> Any:
+def _figure(tasks: list[Task], *rows_by_task: dict[str, dict[str, Any]]) -> Figure:
     figure, (left, *others) = panels(3)
-    for name, row in found[0].items():
+    for name, row in rows_by_task[0].items():
         colour = "C1" if row["says"] else "C0"
         left.errorbar(row["E[r]"], name, xerr=2 * row["± E[r]"], marker="o", capsize=3, color=colour)
-    left.axvline(found[0]["rejection"]["E[r]"], color="black", linewidth=1)
+    left.axvline(rows_by_task[0]["rejection"]["E[r]"], color="black", linewidth=1)
     left.invert_yaxis()
     left.set(xlabel="posterior E[reward], ± 2 SE", title=tasks[0].name)
     count = np.geomspace(10, 1e6, 100)
-    for axes, task, rows in zip(others, tasks, found, strict=True):
+    for axes, task, rows in zip(others, tasks, rows_by_task, strict=True):
         for name, row in rows.items():
             guided = name.endswith("guide")
             tokens = row["tokens a draw"] * count + (task.tokens if guided else 0)

@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 
-from ppl_lm.experiments.collapse import letters
-from ppl_lm.experiments.lab import Result, Trace, curves, measure, panels, train
+from ppl_lm.experiments.lab import Result, Trace, curves, letters, measure, panels, train
 from ppl_lm.guides import finetuned
-from ppl_lm.infer.binding import bind
+from ppl_lm.infer.binding import Bound, bind
 from ppl_lm.infer.enumeration import enumerate_posterior
 from ppl_lm.infer.objectives.divergences import forward_kl, reverse_kl
 from ppl_lm.infer.objectives.rl import expected_reward
@@ -18,17 +17,17 @@ from ppl_lm.models import tilted
 STEPS, RATE = 600, 0.03
 
 
-def likeliest(target: Any, guide: Any) -> Trace:
+def likeliest(target: Bound, guide: Bound) -> Trace:
     """Maximum likelihood of the text with the highest reward, as supervised fine-tuning on the best text would do."""
     with torch.no_grad():
-        found = enumerate_posterior(target, guide, [""])
-    best = found.latents["x"][found.records["reward"][:, 0].argmax(), 0]
+        truth = enumerate_posterior(target, guide, [""])
+    best = truth.latents["x"][truth.records["reward"][:, 0].argmax(), 0]
     adam, trace = torch.optim.Adam(guide.parameters(), lr=RATE), []
     for step in range(STEPS + 1):
         if step % 25 == 0:
             trace.append({"step": step, **measure(target, guide, [""])})
         adam.zero_grad()
-        (-guide.lm([""]).log_prob(best)).sum().backward()
+        (-guide.networks["lm"]([""]).log_prob(best)).sum().backward()
         adam.step()
     return trace
 
@@ -38,12 +37,12 @@ def run(seed: int) -> Result:
     lm = table_lm(4, 3, concentration=3.0, seed=seed)
     target = bind(tilted, lm, reward=letters, beta=1.0)
     guides = [bind(finetuned, lm.copy()) for _ in range(4)]
-    fits: Any = {"steps": STEPS, "rate": RATE, "num_particles": 128}
+    settings: Any = {"steps": STEPS, "rate": RATE, "num_particles": 128}
     traces = {
-        "RL, no matching": train(target, guides[0], [""], objective=expected_reward, **fits),
-        "RL, matching": train(target, guides[1], [""], objective=reverse_kl, **fits),
+        "RL, no matching": train(target, guides[0], [""], objective=expected_reward, **settings),
+        "RL, matching": train(target, guides[1], [""], objective=reverse_kl, **settings),
         "no RL, no matching": likeliest(target, guides[2]),
-        "no RL, matching": train(target, guides[3], [""], objective=forward_kl, **fits),
+        "no RL, matching": train(target, guides[3], [""], objective=forward_kl, **settings),
     }
     what = ["E[r]", "E[r] - β KL(q‖prior)", "log q(best text)", "-KL(p‖q)"]
     rows = [

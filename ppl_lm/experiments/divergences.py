@@ -3,21 +3,19 @@ beside them."""
 
 import math
 import time
-from typing import Any
 
 import pyro
 import torch
 
 from ppl_lm.criticism.diagnoses.diagnosis import diagnose
 from ppl_lm.criticism.weights import mean
-from ppl_lm.experiments.lab import Result, panels
+from ppl_lm.experiments.lab import Result, load, panels
 from ppl_lm.guides import finetuned
-from ppl_lm.infer.binding import bind
+from ppl_lm.infer.binding import Bound, bind
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.objectives.divergences import forward_kl, jensen_shannon, reverse_kl
 from ppl_lm.infer.objectives.rl import expected_reward
 from ppl_lm.likelihood import rewards
-from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.models import tilted
 from ppl_lm.run.fitting.loop import fit
 
@@ -27,15 +25,14 @@ MADE_OF = {"reverse KL": ("KL(q‖p)",), "Jensen-Shannon": ("KL(q‖p)", "KL(p�
 
 def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
     """VADER's sentiment: at β = 0.2 with the language model that ships, at β = 0.1 with another, as `ppl-lm fit tilted`."""
-    load: Any = {"max_new_tokens": 40} if lm is None else {"name_or_folder": lm, "max_new_tokens": 48}
-    prior, beta = LanguageModel.from_pretrained(**load), 0.2 if lm is None else 0.1
+    prior, beta = load(lm, 40 if lm is None else 48), 0.2 if lm is None else 0.1
     target, rows, rate = bind(tilted, prior, reward=rewards.vader, beta=beta), [], 1e-4
     for name in ("the prior", *OBJECTIVES, "standard RL"):
         guide, steps = bind(finetuned, prior.copy()), 0
         if name in OBJECTIVES:
             loss = SequenceELBO(num_particles=128, objective=OBJECTIVES[name])
-            made = fit(target, guide, [""], loss, time_limit=time_limit, seed=seed)
-            steps, rate = made.steps, max(row["learning_rate"] for row in made.metrics)
+            fit_record = fit(target, guide, [""], loss, time_limit=time_limit, seed=seed)
+            steps, rate = fit_record.steps, max(row["learning_rate"] for row in fit_record.metrics)
         elif name == "standard RL":
             steps = reinforce(target, guide, rate, time_limit, seed)
         torch.manual_seed(seed + 1)
@@ -68,7 +65,7 @@ def run(seed: int, lm: str | None = None, time_limit: float = 60.0) -> Result:
     )
 
 
-def reinforce(target: Any, guide: Any, rate: float, seconds: float, seed: int) -> int:
+def reinforce(target: Bound, guide: Bound, rate: float, seconds: float, seed: int) -> int:
     """Stock SVI on the expected reward alone, at the largest of the rates that `fit` found. `fit` itself would keep the prior,
     which is closer to the posterior."""
     torch.manual_seed(seed)
@@ -80,11 +77,11 @@ def reinforce(target: Any, guide: Any, rate: float, seconds: float, seed: int) -
     return steps
 
 
-def measure(target: Any, guide: Any) -> dict[str, float]:
-    made = diagnose(target, guide, target.lm.prompts([""]))
-    found, (entropy, entropy_se) = made.average, mean(-made.guide.log_guide.flatten(0, 1))
+def measure(target: Bound, guide: Bound) -> dict[str, float]:
+    diagnosis = diagnose(target, guide, [""])
+    figures, (entropy, entropy_se) = diagnosis.average, mean(-diagnosis.guide.log_guide.flatten(0, 1))
     return {
-        "KL(q‖p)": found["kl_q_p"], "± KL(q‖p)": found["kl_q_p_se"],
-        "KL(p‖q)": found["kl_p_q"], "± KL(p‖q)": found["kl_p_q_se"],
-        "entropy": float(entropy), "± entropy": float(entropy_se), "E[r]": found["reward"], "ESS": round(found["ess"]),
+        "KL(q‖p)": figures["kl_q_p"], "± KL(q‖p)": figures["kl_q_p_se"],
+        "KL(p‖q)": figures["kl_p_q"], "± KL(p‖q)": figures["kl_p_q_se"],
+        "entropy": float(entropy), "± entropy": float(entropy_se), "E[r]": figures["reward"], "ESS": round(figures["ess"]),
     }  # fmt: skip

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.experiments.lab import Result, panels, train
@@ -13,6 +14,7 @@ from ppl_lm.infer.binding import bind
 from ppl_lm.infer.enumeration import enumerate_posterior
 from ppl_lm.infer.objectives.baselines import MovingLogZ, of_others
 from ppl_lm.infer.objectives.divergences import forward_kl
+from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.table import TableForCausalLM, table_like, table_lm
 from ppl_lm.models import tilted
 
@@ -23,11 +25,11 @@ PROMPTS = ["a", "b"]
 class Deaf(TableForCausalLM):
     """p(next | position): it does not hear the prompt, and has to compromise."""
 
-    def rows(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def rows(self, ids: Int[Tensor, "N L"], mask: Int[Tensor, "N L"]) -> Int[Tensor, "N L"]:
         return mask.long().cumsum(-1)
 
 
-def one_for_all(log_w: Tensor, prompts: Any) -> Tensor:
+def one_for_all(log_w: Float[Tensor, "K B"], prompts: Prompts) -> Float[Tensor, "K B"]:
     """log of the mean weight of all prompts' particles but the k-th of each."""
     return of_others(log_w, prompts).logsumexp(1, keepdim=True).expand_as(log_w) - math.log(log_w.shape[1])
 

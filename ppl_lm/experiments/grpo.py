@@ -3,8 +3,7 @@ divided by the group's standard deviation, and k3 in the loss."""
 
 import torch
 
-from ppl_lm.experiments.collapse import letters
-from ppl_lm.experiments.lab import Result, curves, panels, train
+from ppl_lm.experiments.lab import Result, curves, letters, panels, train
 from ppl_lm.guides import finetuned
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.objectives.rl import GRPO

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from ppl_lm.experiments.lab import Result, panels, train
@@ -18,6 +19,9 @@ from ppl_lm.infer.objectives.divergences import reverse_kl
 from ppl_lm.infer.objectives.rl import expected_reward
 from ppl_lm.infer.terms import Estimate, Terms
 from ppl_lm.likelihood.optimality import Optimality
+from ppl_lm.likelihood.reward import Reward
+from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.table import table_lm
 
 DIGITS = "abcdefghij"
@@ -34,7 +38,7 @@ def valid(completions: list[str], **_: object) -> list[float]:
     return [float(n.isdigit() and str(int(n)) == n and int(n) <= 100) for n in map(number, completions)]
 
 
-def uniform(prompts: Any, prior: Any, reward: Any) -> Tensor:
+def uniform(prompts: Prompts, prior: LanguageModel, reward: Reward) -> Int[Tensor, "*S T"]:
     """p(x) ∝ exp(STRENGTH · valid(x)): the prior's own taste is divided out."""
     with pyro.plate("prompts", len(prompts)):
         law = prior(prompts)
@@ -68,15 +72,15 @@ def run(seed: int) -> Result:
             settings = {"objective": objectives[name], "num_particles": 256}
             train(target, guide, [""], steps=1000, rate=0.05, every=1000, **settings)
         with torch.no_grad():
-            made = enumerate_posterior(target, guide, [""])
-        assert made.log_q is not None
-        good = made.records["reward"][:, 0] > 0
-        share = made.log_q[good, 0].exp()  # (101,)
+            truth = enumerate_posterior(target, guide, [""])
+        assert truth.log_q is not None
+        good = truth.records["reward"][:, 0] > 0
+        share = truth.log_q[good, 0].exp()  # (101,)
         law = share / share.sum()
         skew = math.log(len(law)) + float(torch.where(law > 0, law * law.log(), 0.0).sum())
         rows.append({"fitted by": name, "valid": float(share.sum()), "KL(valid ones‖uniform)": skew})
         if name in SHOWN:
-            plot, values = axes[SHOWN.index(name)], lm.vocabulary.decode(made.latents["x"][good, 0])
+            plot, values = axes[SHOWN.index(name)], lm.vocabulary.decode(truth.latents["x"][good, 0])
             plot.bar([int(number(text)) for text in values], law.tolist(), width=1.0)
             plot.axhline(1 / len(law), color="black", linewidth=0.8)
             plot.set_title(f"{name}: {rows[-1]['valid']:.0%} valid", fontsize="small")

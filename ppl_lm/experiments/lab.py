@@ -15,8 +15,10 @@ from pyro.infer import SVI
 from rich.markup import escape
 from rich.table import Table
 
+from ppl_lm.infer.binding import Bound
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.enumeration import enumerate_posterior, kl
+from ppl_lm.lm.language_model import LanguageModel
 
 Trace = list[dict[str, float]]
 
@@ -37,8 +39,8 @@ class Result:
     def save(self, folder: Path, name: str) -> None:
         """`NAME.json`, `NAME.png`."""
         folder.mkdir(parents=True, exist_ok=True)
-        made = {"title": self.title, "rows": self.rows, "claims": self.claims}
-        (folder / f"{name}.json").write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        record = {"title": self.title, "rows": self.rows, "claims": self.claims}
+        (folder / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         self.figure.savefig(folder / f"{name}.png", dpi=120)
 
     def table(self) -> Table:
@@ -61,8 +63,20 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def load(lm: str | None, max_new_tokens: int) -> LanguageModel:
+    """The language model that ships, or another: a folder or a hub name."""
+    if lm is None:
+        return LanguageModel.from_pretrained(max_new_tokens=max_new_tokens)
+    return LanguageModel.from_pretrained(lm, max_new_tokens=max_new_tokens)
+
+
+def letters(completions: Sequence[str], **_: object) -> list[float]:
+    """A reward: 1 for each a, -1/2 for each b."""
+    return [text.count("a") - 0.5 * text.count("b") for text in completions]
+
+
 def train(
-    model: Any, guide: Any, prompts: Sequence[str], *, steps: int, rate: float, every: int = 25, **settings: Any
+    model: Bound, guide: Bound, prompts: Sequence[str], *, steps: int, rate: float, every: int = 25, **settings: Any
 ) -> Trace:
     """Stock `SVI` with Adam, its rate falling to zero; exact measures before, after, and `every` so many steps between.
 
@@ -83,22 +97,22 @@ def train(
 
 
 @torch.no_grad()
-def measure(model: Any, guide: Any, prompts: Sequence[str]) -> dict[str, float]:
+def measure(model: Bound, guide: Bound, prompts: Sequence[str]) -> dict[str, float]:
     """By enumeration, mean over prompts: both KLs, the guide's entropy and its expected reward."""
     truth = enumerate_posterior(model, guide, list(prompts))
     assert truth.log_q is not None
-    found = {
+    by_prompt = {
         "KL(q‖p)": truth.kl_q_p,
         "KL(p‖q)": truth.kl_p_q,
         "entropy": -kl(truth.log_q, torch.zeros_like(truth.log_q)),
     }
     if "reward" in truth.records:
-        found["E[r]"] = (truth.log_q.exp() * truth.records["reward"]).sum(0)
-    return {name: float(value.mean()) for name, value in found.items()}
+        by_prompt["E[r]"] = (truth.log_q.exp() * truth.records["reward"]).sum(0)
+    return {name: float(value.mean()) for name, value in by_prompt.items()}
 
 
 @torch.no_grad()
-def entropy(model: Any, prompts: Sequence[str]) -> float:
+def entropy(model: Bound, prompts: Sequence[str]) -> float:
     """Of the posterior, mean over prompts, nats."""
     log_p = enumerate_posterior(model, None, list(prompts)).log_posterior
     return float(-kl(log_p, torch.zeros_like(log_p)).mean())

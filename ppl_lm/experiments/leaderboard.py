@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.experiments.lab import Result, panels, train
 from ppl_lm.guides import twisted
-from ppl_lm.infer.binding import bind
+from ppl_lm.infer.binding import Bound, bind
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.enumeration import enumerate_posterior
 from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
@@ -52,12 +53,12 @@ def run(seed: int) -> Result:
     log_p, x, bound = truth.log_posterior[:, 0], truth.latents["x"][:, 0], 2 / BETA
     likelihood = prefix_likelihood(target)
 
-    def chains(proposal: Any, kernel: Any) -> Callable[[int], Draws]:
+    def chains(proposal: Bound | None, kernel: Callable[..., Any]) -> Callable[[int], Draws]:
         return lambda n: mcmc(
             target, proposal, [""], num_samples=max(2, n), warmup=max(1, n // 4), num_chains=CHAINS, kernel=kernel
         )
 
-    def grown(**settings: Any) -> Callable[[int], Draws]:
+    def by_smc(**settings: Any) -> Callable[[int], Draws]:
         return lambda n: smc(target, None, [""], num_samples=PARTICLES, num_runs=n, settings=SMCSettings(**settings))
 
     methods: dict[str, tuple[int, Callable[[int], Draws]]] = {  # tokens spent on fitting, and draws from n
@@ -69,9 +70,9 @@ def run(seed: int) -> Result:
         "independence MH": (0, chains(None, independence)),
         "suffix MH": (0, chains(None, suffix)),
         "particle Gibbs": (0, chains(None, particle_gibbs(8, SMCSettings(twist=likelihood)))),
-        "SMC, likelihood": (0, grown(twist=likelihood)),
-        "SMC, exact twist": (0, grown(twist=exact_twist(target, [""]), candidates=SIZE)),
-        "SMC, learned twist": (learning.lm_tokens, grown(twist=twist)),
+        "SMC, likelihood": (0, by_smc(twist=likelihood)),
+        "SMC, exact twist": (0, by_smc(twist=exact_twist(target, [""]), candidates=SIZE)),
+        "SMC, learned twist": (learning.lm_tokens, by_smc(twist=twist)),
         "local twist alone": (
             learning.lm_tokens,
             lambda n: _unweighted(importance(target, alone, [""], num_samples=n)),
@@ -84,9 +85,9 @@ def run(seed: int) -> Result:
         count = _affordable(draw)
         laws, tokens = [], 0
         for _ in range(REPEATS):
-            made = draw(count)
-            tokens += made.cost.lm_tokens
-            laws.append(_law(made, x))
+            draws = draw(count)
+            tokens += draws.cost.lm_tokens
+            laws.append(_law(draws, x))
         each = torch.stack(laws)  # (repeats, N)
         tv = 0.5 * (each - log_p.exp()).abs().sum(1)
         rows.append(
@@ -96,7 +97,7 @@ def run(seed: int) -> Result:
             }
         )  # fmt: skip
     rows.sort(key=lambda row: row["TV"])
-    found = {row["method"]: row for row in rows}
+    by_method = {row["method"]: row for row in rows}
     consistent = [row for row in rows if row["method"] not in NOT_THE_POSTERIOR]
     figure, (left,) = panels(1)
     figure.set_size_inches(8, 5)
@@ -109,16 +110,17 @@ def run(seed: int) -> Result:
         rows,
         {
             "the best of n, hard or soft, has a bias, and more of it than each method that is meant to be the posterior": min(
-                found[name]["bias"] for name in NOT_THE_POSTERIOR[:2]
+                by_method[name]["bias"] for name in NOT_THE_POSTERIOR[:2]
             )
             > max(row["bias"] for row in consistent),
             "SMC with a learned twist comes nearer than importance from the prior": (
-                found["SMC, learned twist"]["TV"] < found["importance"]["TV"]
+                by_method["SMC, learned twist"]["TV"] < by_method["importance"]["TV"]
             ),
-            "weights mend a fitted guide's bias": found["importance, fitted guide"]["bias"]
-            < found["the guide alone"]["bias"],
-            "and a locally applied twist's": found["SMC, learned twist"]["bias"] < found["local twist alone"]["bias"],
-            "and the exact one nearest of all": rows[0] is found["SMC, exact twist"],
+            "weights mend a fitted guide's bias": by_method["importance, fitted guide"]["bias"]
+            < by_method["the guide alone"]["bias"],
+            "and a locally applied twist's": by_method["SMC, learned twist"]["bias"]
+            < by_method["local twist alone"]["bias"],
+            "and the exact one nearest of all": rows[0] is by_method["SMC, exact twist"],
         },
         figure,
     )
@@ -137,7 +139,7 @@ def _unweighted(draws: Draws) -> Draws:
     return replace(draws, kind="chains")
 
 
-def _law(draws: Draws, x: Tensor) -> Tensor:
+def _law(draws: Draws, x: Int[Tensor, "N T"]) -> Float[Tensor, "N"]:
     """The share of each of the N texts among the draws."""
     texts = draws.latents["x"][:, :, 0].flatten(0, 1)  # (S, T)
     which = (texts.unsqueeze(1) == x).all(-1).long().argmax(-1)
@@ -150,7 +152,7 @@ def _law(draws: Draws, x: Tensor) -> Tensor:
     return torch.zeros(len(x), dtype=torch.float64).index_add(0, which, share)
 
 
-def _bias(laws: Tensor, p: Tensor) -> float:
+def _bias(laws: Float[Tensor, "repeats N"], p: Float[Tensor, "N"]) -> float:
     """½ Σ |E law - p| less what chance alone would make of a mean of so many: the square of each text's deviation, less that of
     its standard error."""
     gap = (laws.mean(0) - p).square() - laws.var(0) / len(laws)

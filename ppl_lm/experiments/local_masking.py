@@ -8,6 +8,7 @@ from typing import Any
 import networkx
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppl_lm.experiments.lab import Result, panels
@@ -49,15 +50,15 @@ def resampled(log_q: Float[Tensor, "N"], log_w: Float[Tensor, "N"], count: int) 
     K - 1 others, with 1 / (w + Σ w_j) as ∫ exp(-s (w + Σ w_j)) ds, and E exp(-s Σ w_j) = (Σ_x q exp(-s w))^(K-1).
 
     :param log_w: finite where q is not 0; up to a constant."""
-    drawn = log_q > -torch.inf
-    log_w = log_w[drawn] - (log_q + log_w)[drawn].logsumexp(0)
+    possible = log_q > -torch.inf
+    log_w = log_w[possible] - (log_q + log_w)[possible].logsumexp(0)
     u = torch.linspace(float(-log_w.max()) - 37, float(-log_w.min()) + 7, GRID, dtype=torch.float64)  # log s
     decay = -(u + log_w.unsqueeze(-1)).exp()  # (N, grid), -s w
-    others = (count - 1) * (log_q[drawn].unsqueeze(-1) + decay).logsumexp(0)  # (grid,)
+    others = (count - 1) * (log_q[possible].unsqueeze(-1) + decay).logsumexp(0)  # (grid,)
     integral = (decay + others + u).logsumexp(-1) + math.log(float(u[1] - u[0]))
-    found = torch.full_like(log_q, -torch.inf)
-    found[drawn] = log_q[drawn] + log_w + math.log(count) + integral
-    return found
+    log_law = torch.full_like(log_q, -torch.inf)
+    log_law[possible] = log_q[possible] + log_w + math.log(count) + integral
+    return log_law
 
 
 def picked(draws: Draws, texts: Int[Tensor, "N T"]) -> Float[Tensor, "N"]:
@@ -68,7 +69,7 @@ def picked(draws: Draws, texts: Int[Tensor, "N T"]) -> Float[Tensor, "N"]:
     return (share @ same / len(draws.log_weight)).log()
 
 
-def distances(log_p: Tensor, log_law: Tensor) -> dict[str, float]:
+def distances(log_p: Float[Tensor, "N"], log_law: Float[Tensor, "N"]) -> dict[str, float]:
     tv = 0.5 * (log_p.exp() - log_law.exp()).abs().sum()
     return {"KL(law‖truth)": float(kl(log_law, log_p)), "KL(truth‖law)": float(kl(log_p, log_law)), "TV": float(tv)}
 
@@ -100,21 +101,22 @@ def run(seed: int) -> Result:
         weighted = {f"{count} weighted, one picked": resampled(log_q, log_joint - log_q, count) for count in COUNTS[1:]}
         laws[target] = {TRUTH: log_p, TOKENS: log_q, **weighted}
         rows += [{"target": target, "law": law, **distances(log_p, log_law)} for law, log_law in laws[target].items()]
-    grown = smc(model, None, [""], num_samples=PARTICLES, num_runs=RUNS, settings=SMCSettings(twist=automaton.mask(lm)))
-    by_smc = distances(laws[AUTOMATON][TRUTH], picked(grown, x))
+    mask = SMCSettings(twist=automaton.mask(lm))
+    by_smc = smc(model, None, [""], num_samples=PARTICLES, num_runs=RUNS, settings=mask)
+    smc_distances = distances(laws[AUTOMATON][TRUTH], picked(by_smc, x))
     of_smc = f"SMC of {PARTICLES}, the mask its twist (estimated)"
     tv = {target: [row["TV"] for row in rows if row["target"] == target and row["law"] != TRUTH] for target in targets}
     return Result(
         "Token by token is not text by text, and what importance weights make of it",
-        [*rows, {"target": AUTOMATON, "law": of_smc, **by_smc}],
+        [*rows, {"target": AUTOMATON, "law": of_smc, **smc_distances}],
         {
             "masking token by token is not conditioning on the automaton (TV > 0.1)": tv[AUTOMATON][0] > 0.1,
             "nor are products and powers of each token those of texts (TV > 0.1)": min(v[0] for v in tv.values()) > 0.1,
             "picked by its weight from more draws, a text's law comes nearer, for each of the three": all(
-                more < fewer for found in tv.values() for fewer, more in zip(found, found[1:], strict=False)
+                more < fewer for values in tv.values() for fewer, more in zip(values, values[1:], strict=False)
             ),
             f"SMC of {PARTICLES} texts whose twist is the mask is at least three times nearer than masking alone": (
-                by_smc["TV"] < tv[AUTOMATON][0] / 3
+                smc_distances["TV"] < tv[AUTOMATON][0] / 3
             ),
             f"from {COUNTS[-1]} draws it is at least ten times nearer": all(v[-1] < v[0] / 10 for v in tv.values()),
         },
@@ -122,7 +124,7 @@ def run(seed: int) -> Result:
     )
 
 
-def _figure(tv: dict[str, list[float]], laws: dict[str, Tensor], texts: list[str]) -> Any:
+def _figure(tv: dict[str, list[float]], laws: dict[str, Tensor], texts: list[str]) -> Figure:
     figure, (left, right) = panels(2)
     for target, distance in tv.items():
         left.plot(COUNTS, distance, marker="o", label=target)

@@ -2,6 +2,7 @@
 price of texts that are none, Jensen-Shannon lies between (Go et al. 2023)."""
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from ppl_lm.experiments.lab import Result, curves, entropy, panels, train
@@ -20,7 +21,7 @@ OBJECTIVES = {
 class Bigram(TableForCausalLM):
     """p(next | last token): it cannot remember how a text began."""
 
-    def rows(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def rows(self, ids: Int[Tensor, "N L"], mask: Int[Tensor, "N L"]) -> Int[Tensor, "N L"]:
         return ids
 
 
@@ -39,8 +40,8 @@ def run(seed: int) -> Result:
         guide = bind(tabular, table_like(lm, network=Bigram))
         traces[name] = train(target, guide, [""], objective=objective, steps=800, rate=0.03, num_particles=128)
         rows.append({"objective": name, **traces[name][-1]})
-    exactly = bind(tabular, table_like(lm))
-    traces["reverse KL, a guide that can"] = train(target, exactly, [""], steps=800, rate=0.03, num_particles=128)
+    able = bind(tabular, table_like(lm))
+    traces["reverse KL, a guide that can"] = train(target, able, [""], steps=800, rate=0.03, num_particles=128)
     figure, (left, right) = panels(2)
     for row in rows:
         left.scatter(row["KL(q‖p)"], row["KL(p‖q)"], label=row["objective"])

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from ppl_lm.experiments.lab import Result, Trace, curves, panels, train
+from ppl_lm.experiments.lab import Result, Trace, curves, letters, panels, train
 from ppl_lm.guides import finetuned, prior
-from ppl_lm.infer.binding import bind
+from ppl_lm.infer.binding import Bound, bind
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.enumeration import enumerate_posterior
 from ppl_lm.infer.objectives.baselines import constant, known, no_baseline
@@ -25,25 +26,21 @@ from ppl_lm.models import tilted
 BETA, PARTICLES = 0.5, 32
 GRADIENTS, FITS, STEPS = 200, 6, 300  # gradients whose variance is taken; fits that are averaged, and their steps
 BASELINES = {"none": no_baseline, "Z·q/b": constant(-1.0)}
-FOLLOWS: dict[str, Callable[[Any], Proposal | None]] = {
+FOLLOWS: dict[str, Callable[[Bound], Proposal | None]] = {
     "never": lambda guide: Proposal(copy.deepcopy(guide)),
     "when better": lambda guide: Proposal.like(guide, every=10),
     "always": lambda guide: None,
 }
 
 
-def letters(completions: list[str], **_: object) -> list[float]:
-    return [text.count("a") - 0.5 * text.count("b") for text in completions]
-
-
-def variance(target: Any, guide: Any, log_z: Tensor, **settings: Any) -> float:
+def variance(target: Bound, guide: Bound, log_z: Float[Tensor, "B"], **settings: Any) -> float:
     """Of one step's gradient, summed over the parameters."""
-    elbo, found = SequenceELBO(PARTICLES, objective=forward_kl, log_z=known(log_z), **settings), []
+    elbo, gradients = SequenceELBO(PARTICLES, objective=forward_kl, log_z=known(log_z), **settings), []
     parameters = [p for p in guide.parameters() if p.requires_grad]
     for _ in range(GRADIENTS):
         loss = elbo.differentiable_loss(target, guide, [""])
-        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
-    return float(torch.stack(found).var(0).sum())
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    return float(torch.stack(gradients).var(0).sum())
 
 
 def run(seed: int) -> Result:
@@ -63,22 +60,22 @@ def run(seed: int) -> Result:
     ends: dict[tuple[str, str], tuple[float, float]] = {}
     for follows, make in FOLLOWS.items():
         for name, baseline in BASELINES.items():
-            made = []
+            fits = []
             for _ in range(FITS):
                 guide = bind(finetuned, lm.copy())
                 source = make(guide)
-                made.append(train(target, guide, [""], steps=STEPS, baseline=baseline, source=source, **settings))
+                fits.append(train(target, guide, [""], steps=STEPS, baseline=baseline, source=source, **settings))
             traces[follows, name] = [
                 {"step": at[0]["step"], "KL(p‖q)": statistics.mean(row["KL(p‖q)"] for row in at)}
-                for at in zip(*made, strict=True)
+                for at in zip(*fits, strict=True)
             ]
-            last = [trace[-1]["KL(p‖q)"] for trace in made]
+            last = [trace[-1]["KL(p‖q)"] for trace in fits]
             ends[follows, name] = statistics.mean(last), statistics.stdev(last) / math.sqrt(FITS)
         what = f"KL(p‖q) after {STEPS} steps, mean of {FITS}; the proposal follows {follows}"
-        found: dict[str, float] = {}
+        columns: dict[str, float] = {}
         for name in BASELINES:
-            found[name], found[f"± {name}"] = ends[follows, name]
-        rows.append({"what": what, **found, "ratio": found["Z·q/b"] / found["none"]})
+            columns[name], columns[f"± {name}"] = ends[follows, name]
+        rows.append({"what": what, **columns, "ratio": columns["Z·q/b"] / columns["none"]})
     figure, (left, right) = panels(2)
     curves(left, {key[0]: trace for key, trace in traces.items() if key[1] == "none"}, "KL(p‖q)", log=True)
     curves(right, {key[1]: trace for key, trace in traces.items() if key[0] == "never"}, "KL(p‖q)", log=True)

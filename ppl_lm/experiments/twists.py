@@ -4,18 +4,21 @@ evidence sharp with few particles (Zhao et al. 2024, tables 2 to 4 in miniature)
 from typing import Any
 
 import torch
+from jaxtyping import Float
 
 from ppl_lm.experiments.lab import Result, measure, panels, train
 from ppl_lm.experiments.misspecified import Bigram, palindrome
 from ppl_lm.guides import twisted
-from ppl_lm.infer.binding import bind
+from ppl_lm.infer.binding import Bound, bind
 from ppl_lm.infer.objectives.divergences import forward_kl, reverse_kl
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
 from ppl_lm.infer.samplers.settings import SMCSettings
+from ppl_lm.infer.samplers.twist import Twist
 from ppl_lm.infer.twists.fitting import fit_twist
 from ppl_lm.infer.twists.functions import exact_twist
 from ppl_lm.infer.twists.losses import ctl, fudge, log_variance, sixo, soft_rl
+from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.table import table_like, table_lm
 from ppl_lm.models import tilted
 
@@ -33,14 +36,14 @@ def run(seed: int) -> Result:
     rows: list[dict[str, Any]] = []
     learned = {}
 
-    def told(name: str, posterior: str, twist: Any) -> None:
-        found = measure(target, bind(twisted, lm, twist), [""])
+    def add(name: str, posterior: str, twist: LanguageModel) -> None:
+        figures = measure(target, bind(twisted, lm, twist), [""])
         rows.append(
-            {"twist": name, "posterior texts": posterior, "KL(q‖p)": found["KL(q‖p)"], "KL(p‖q)": found["KL(p‖q)"]}
+            {"twist": name, "posterior texts": posterior, "KL(q‖p)": figures["KL(q‖p)"], "KL(p‖q)": figures["KL(p‖q)"]}
         )
         learned[name, posterior] = twist
 
-    told("none", "", table_like(lm))
+    add("none", "", table_like(lm))
     for name, loss in LOSSES.items():
         for posterior, given in (("weighted", None), ("exact", positives)):
             if given is not None and loss not in (ctl, sixo):  # the others ask for none
@@ -49,13 +52,13 @@ def run(seed: int) -> Result:
             fit_twist(
                 target, twist, [""], loss=loss, steps=STEPS, num_samples=PARTICLES, learning_rate=RATE, positives=given
             )
-            told(name, posterior, twist)
+            add(name, posterior, twist)
     for name, objective in OBJECTIVES.items():  # the same networks as guides
         twist = table_like(lm, network=Bigram)
         train(
             target, bind(twisted, lm, twist), [""], objective=objective, steps=STEPS, rate=RATE, num_particles=PARTICLES
         )
-        told(name, "", twist)
+        add(name, "", twist)
     whole = table_like(lm)
     fit_twist(target, whole, [""], steps=STEPS, num_samples=PARTICLES, learning_rate=RATE)
     evidence = {
@@ -100,6 +103,6 @@ def run(seed: int) -> Result:
     )
 
 
-def _log_z(target: Any, twist: Any, **settings: Any) -> torch.Tensor:
-    made = smc(target, None, [""], num_samples=FEW, num_runs=RUNS, settings=SMCSettings(twist=twist, **settings))
-    return made.by_run().log_weight[0, :, 0]
+def _log_z(target: Bound, twist: Twist | None, **settings: Any) -> Float[torch.Tensor, "runs"]:
+    draws = smc(target, None, [""], num_samples=FEW, num_runs=RUNS, settings=SMCSettings(twist=twist, **settings))
+    return draws.by_run().log_weight[0, :, 0]

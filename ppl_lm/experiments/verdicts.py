@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.criticism.diagnoses.diagnosis import diagnose
 from ppl_lm.criticism.diagnoses.verdicts import CODES, GOOD_NATS, GOOD_SHARE
 from ppl_lm.experiments.lab import Result, panels, train
 from ppl_lm.guides import tabular
-from ppl_lm.infer.binding import bind
+from ppl_lm.infer.binding import Bound, bind
 from ppl_lm.infer.enumeration import enumerate_posterior, kl
 from ppl_lm.infer.objectives.divergences import reverse_kl
 from ppl_lm.infer.objectives.rl import expected_reward
@@ -29,12 +30,12 @@ CLOSE = 0.1  # nats within which a guide has to be called good
 class Target:
     """A posterior by enumeration of its N texts: log p0, the log likelihood and the log posterior, (N,), nats."""
 
-    model: Any
+    model: Bound
     lm: LanguageModel
-    x: Tensor
-    log_prior: Tensor
-    log_likelihood: Tensor
-    log_p: Tensor
+    x: Int[Tensor, "N T"]
+    log_prior: Float[Tensor, "N"]
+    log_likelihood: Float[Tensor, "N"]
+    log_p: Float[Tensor, "N"]
 
     @staticmethod
     def random(generator: torch.Generator, sizes: tuple[int, int], lengths: tuple[int, int]) -> "Target":
@@ -51,7 +52,7 @@ class Target:
         part = torch.randn(length, size, generator=generator, dtype=torch.float64)
         noise, share = torch.randn(997, generator=generator, dtype=torch.float64), uniform(0, 1)
 
-        def reward(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list[float]:
+        def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
             values = []
             for ids in completion_ids:
                 linear = sum(float(part[t, v]) for t, v in enumerate(ids)) / length**0.5
@@ -67,8 +68,8 @@ class Target:
         x = truth.latents["x"][:, 0]
         return Target(model, lm, x, log_prior, log_joint - log_prior, truth.log_posterior[:, 0].detach())
 
-    def guide(self, log_q: Tensor) -> Any:
-        """With this law over texts, (N,), as a table of next tokens."""
+    def guide(self, log_q: Float[Tensor, "N"]) -> Bound:
+        """With this law over texts, nats, as a table of next tokens."""
         lm = table_like(self.lm)
         start = self.lm.prompts([""]).ids.expand(len(self.x), 1)
         before = torch.cat([start, self.x[:, :-1]], 1)
@@ -84,14 +85,14 @@ class Target:
         return bind(tabular, table=lm)
 
 
-def collapsed(target: Target, generator: torch.Generator) -> Any:
+def collapsed(target: Target, generator: torch.Generator) -> Bound:
     """Trained on expected reward alone, by standard RL."""
     guide = bind(tabular, table=target.lm.copy())
     train(target.model, guide, [""], objective=expected_reward, steps=150, rate=0.3, num_particles=32, every=10**6)
     return guide
 
 
-def honest(target: Target, generator: torch.Generator) -> Any:
+def honest(target: Target, generator: torch.Generator) -> Bound:
     """Fitted by reverse KL for a few steps or for many."""
     guide = bind(tabular, table=target.lm.copy())
     steps = int(torch.randint(40, 250, (), generator=generator))
@@ -99,7 +100,7 @@ def honest(target: Target, generator: torch.Generator) -> Any:
     return guide
 
 
-def dropped_mode(target: Target, generator: torch.Generator) -> Any:
+def dropped_mode(target: Target, generator: torch.Generator) -> Bound | None:
     """The posterior without the texts that have some token at some place, 10% to 60% of its mass."""
     width, places = target.lm.vocabulary.size, target.x.shape[1]
     order = torch.randperm(width * places, generator=generator).tolist()
@@ -110,7 +111,7 @@ def dropped_mode(target: Target, generator: torch.Generator) -> Any:
     return None
 
 
-def truncated(target: Target, generator: torch.Generator) -> Any:
+def truncated(target: Target, generator: torch.Generator) -> Bound | None:
     """The posterior on its likeliest texts alone, without 10% to 50% of its mass."""
     keep = 0.5 + 0.4 * float(torch.rand((), generator=generator))
     order = target.log_p.argsort(descending=True)
@@ -122,7 +123,7 @@ def truncated(target: Target, generator: torch.Generator) -> Any:
     return target.guide(log_q)
 
 
-def temperature(target: Target, generator: torch.Generator) -> Any:
+def temperature(target: Target, generator: torch.Generator) -> Bound | None:
     """p^(1/τ) for the first τ of a random order at which it is clearly too far, and still nearer than the prior."""
     choices = torch.tensor([0.5, 0.6, 0.7, 1.4, 1.7, 2.0, 2.5])
     was = float(kl(target.log_prior, target.log_p))
@@ -133,13 +134,13 @@ def temperature(target: Target, generator: torch.Generator) -> Any:
     return None
 
 
-def pushed_away(target: Target, generator: torch.Generator) -> Any:
+def pushed_away(target: Target, generator: torch.Generator) -> Bound:
     """The prior tilted against the reward."""
     much = 0.3 + 0.7 * float(torch.rand((), generator=generator))
     return target.guide(target.log_prior - much * target.log_likelihood)
 
 
-PLANTED: dict[str, tuple[str, Callable[[Target, torch.Generator], Any]]] = {
+PLANTED: dict[str, tuple[str, Callable[[Target, torch.Generator], Bound | None]]] = {
     "fitted by reverse KL": ("good", honest),
     "trained on reward alone": ("collapsed", collapsed),
     "a mode dropped": ("misses_mass", dropped_mode),
@@ -149,7 +150,7 @@ PLANTED: dict[str, tuple[str, Callable[[Target, torch.Generator], Any]]] = {
 }
 
 
-def found(
+def judged(
     seed: int, targets: int, sizes: tuple[int, int] = (3, 6), lengths: tuple[int, int] = (3, 5)
 ) -> Iterator[dict[str, Any]]:
     """One row for each target and guide: what was planted, what `diagnose` said, the bound and the truth."""
@@ -162,19 +163,19 @@ def found(
             if guide is None:  # this posterior has no such failure
                 continue
             truth = enumerate_posterior(target.model, guide, [""])
-            made = diagnose(target.model, guide, [""], DRAWS)
-            figures = made.average
+            diagnosis = diagnose(target.model, guide, [""], DRAWS)
+            figures = diagnosis.average
             yield {
                 "target": number,
                 "planted": planted,
-                "code": made.verdict.code,
+                "code": diagnosis.verdict.code,
                 "kl": float(truth.kl_q_p.detach()),
                 "bound": figures["kl_q_p"] + 2 * figures["kl_q_p_se"],
             }
 
 
 def run(seed: int) -> Result:
-    rows = list(found(seed, TARGETS))
+    rows = list(judged(seed, TARGETS))
     table = []
     for planted, (wanted, _) in PLANTED.items():
         mine = [row for row in rows if row["planted"] == planted]

@@ -58,7 +58,7 @@ class Automaton:
             )
         reached = networkx.descendants(states, start) | {start}
         accepting = reached.intersection(ends)
-        left: Any = {}  # state -> tokens to an accepting one
+        left: dict[Hashable, float] = {}  # state -> tokens to an accepting one
         if accepting:
             left = networkx.multi_source_dijkstra_path_length(states.reverse(copy=False), accepting)
         if start not in left:
@@ -130,7 +130,7 @@ class Automaton:
     @classmethod
     def graph(
         cls,
-        graph: Any,
+        graph: networkx.DiGraph,
         start: Hashable,
         ends: Collection[Hashable],
         vocabulary: Vocabulary,

@@ -5,9 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Float64, Int
 from torch import Tensor
 
 from ppl_lm.likelihood.reward import Reward
+from ppl_lm.lm.prompts import Prompts
+from ppl_lm.lm.token_sequence import TokenSequence
 
 CHUNK = 256  # reference texts drawn at a time
 
@@ -37,7 +40,7 @@ class BestOfN(Reward):
     def __init__(
         self,
         reward: Callable[..., Any],
-        prior: Any,
+        prior: Callable[[Prompts], TokenSequence],
         n: int,
         num_references: int = 1024,
         timeout: float | None = None,
@@ -51,9 +54,9 @@ class BestOfN(Reward):
         self.inner = Reward(reward, timeout=timeout)
         self.prior, self.n, self.num_references, self.seed = prior, n, num_references, seed
         self.name, self.r_max = f"best_of_{n}({self.inner.name})", math.log(n)  # at the very top F = 1
-        self.references: dict[Any, Tensor] = {}
+        self.references: dict[tuple[Any, ...], Tensor] = {}
 
-    def score(self, prompts: Any, x: Tensor) -> Tensor:
+    def score(self, prompts: Prompts, x: Int[Tensor, "*#S T"]) -> Float64[Tensor, "*#S"]:
         rewards = self.inner.score(prompts, x)
         batch, prompts = prompts.batch_shape, prompts.flatten()
         keys = torch.arange(math.prod(batch)).reshape(batch).expand(rewards.shape).reshape(-1)
@@ -66,7 +69,7 @@ class BestOfN(Reward):
         return log_ratios.reshape(rewards.shape)
 
     @torch.no_grad()
-    def _of_prompt(self, prompts: Any, b: int) -> Tensor:
+    def _of_prompt(self, prompts: Prompts, b: int) -> Float64[Tensor, "N"]:
         """Rewards of the prior's draws for prompt b, sorted."""
         one = prompts.take(torch.tensor([b]))
         (key,) = one.identities()
@@ -81,7 +84,7 @@ class BestOfN(Reward):
         return self.references[key]
 
 
-def log_ratio(below: Tensor, upto: Tensor, n: int) -> Tensor:
+def log_ratio(below: Float64[Tensor, "*S"], upto: Float64[Tensor, "*S"], n: int) -> Float64[Tensor, "*S"]:
     """log [(upto^n - below^n) / (upto - below)] = (n - 1) log upto + log Σ_i (below/upto)^i, i from 0 to n - 1."""
     powers = (below / upto).unsqueeze(-1) ** torch.arange(n, dtype=torch.float64, device=below.device)
     return (n - 1) * upto.log() + powers.sum(-1).log()

@@ -1,8 +1,10 @@
 """`Optimality`: the reward likelihood as an observed site."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Shaped
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
@@ -17,14 +19,14 @@ class Optimality(TorchDistribution):
     The log evidence of a program with a bounded site is that of the shifted likelihood; `log_bound` is kept on the
     site, and `ppl_lm` reports log Z for exp(log_potential) throughout.
 
-    :param log_potential: r/β in nats, (*S,); -inf means impossible.
+    :param log_potential: r/β in nats; -inf means impossible.
     :param log_bound: r_max/β in nats.
     """
 
     arg_constraints: dict[str, Any] = {}
     support = constraints.boolean  # pyright: ignore[reportAssignmentType]
 
-    def __init__(self, log_potential: Tensor, log_bound: float | None = None):
+    def __init__(self, log_potential: Float[Tensor, "*S"], log_bound: float | None = None):
         if log_bound is not None and bool((log_potential > log_bound + 1e-9).any()):
             raise ValueError(
                 f"log_bound={log_bound:.4g} nats, but a log-potential reached {float(log_potential.max()):.4g}; "
@@ -34,10 +36,10 @@ class Optimality(TorchDistribution):
         self.log_bound = log_bound
         super().__init__(log_potential.shape, torch.Size(), validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "Optimality":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "Optimality":
         return Optimality(self.log_potential.expand(batch_shape), self.log_bound)
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    def log_prob(self, value: Shaped[Tensor, "*#S"]) -> Float[Tensor, "*#S"]:
         """log p(O = value) in nats, (*S,)."""
         value = value.to(self.log_potential.device).bool()
         if self.log_bound is None:
@@ -48,7 +50,7 @@ class Optimality(TorchDistribution):
         below = torch.where(value, -1.0, log_p)  # keeps the branch not taken out of the gradient: log(0) at the bound
         return torch.where(value, log_p, torch.log(-torch.expm1(below)))
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Float[Tensor, "*S"]:
         if self.log_bound is None:
             raise ValueError("an Optimality without log_bound is an unnormalised factor; declare r_max to sample it")
         p = (self.log_potential - self.log_bound).exp().expand(torch.Size(sample_shape) + self.batch_shape)

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float64, Int
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
 from ppl_lm.lm import meter
+from ppl_lm.lm.prompts import Prompts
 
 
 class RewardError(ValueError):
@@ -95,7 +96,7 @@ class Reward:
             return track_provenance(self.score(prompts, x), provenance)
         return self.function(*args, **kwargs)
 
-    def score(self, prompts: Any, x: Int[Tensor, "*S T"]) -> Float[Tensor, "..."]:
+    def score(self, prompts: Prompts, x: Int[Tensor, "*#S T"]) -> Float64[Tensor, "*#S"]:
         """The reward of each completion, float64, detached, on x's device.
 
         :param prompts: `Prompts` of batch shape (B,) or (K, B).
@@ -192,6 +193,8 @@ class Reward:
                 f"number for each completion, and is not broadcast (first completion {_short(texts[0])})"
             )
         items = returned.tolist() if isinstance(returned, (Tensor, np.ndarray)) else returned
+        if all(type(item) is float and item < inf for item in items):  # NaN is not
+            return list(items)
         return [self._checked_item(i, item, texts) for i, item in enumerate(items)]
 
     def _checked_item(self, i: int, item: Any, texts: list[str]) -> float:

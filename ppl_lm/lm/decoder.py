@@ -1,7 +1,7 @@
 """`Decoder`: the one stepping interface. Sampling, Markov chains and SMC are loops over it."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from ppl_lm.lm.cache import place
@@ -68,7 +68,7 @@ class Decoder:
         self._logits = self._logits[content]
 
 
-def invert(log_probs: Float[Tensor, "N V"], u: Float[Tensor, "N"]) -> Int[Tensor, "N"]:
+def invert(log_probs: Float[Tensor, "N V"], u: Float64[Tensor, "N"]) -> Int[Tensor, "N"]:
     """One token a row, at the quantile `u` in [0, 1), float64: a categorical draw where `u` is uniform (the exponential
     a token of `torch.multinomial` costs more than the model on a small LM). Never a token of probability zero.
 
@@ -85,10 +85,10 @@ def sample(
     lm: Network,
     prompts: Prompts,
     rows: Int[Tensor, "N"],
-    u: Float[Tensor, "N T"],
+    u: Float64[Tensor, "N T"],
     begun: Int[Tensor, "N T"] | None = None,
     start: Int[Tensor, "N"] | None = None,
-) -> tuple[Int[Tensor, "N T"], Float[Tensor, "N T"]]:
+) -> tuple[Int[Tensor, "N T"], Float64[Tensor, "N T"]]:
     """One completion for each entry of `rows`, of prompt `rows[i]`, with the log-probability of each drawn token.
 
     :param u: independent uniforms in [0, 1), float64, one for each token. The draw is a function of its own row alone,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -66,7 +67,7 @@ class _Product(nn.Module):
 
         return _Caches([fresh(model) for model in self.models])
 
-    def forward(self, past_key_values: Any = None, **inputs: Any) -> CausalLMOutputWithPast:
+    def forward(self, past_key_values: "_Caches | None" = None, **inputs: Any) -> CausalLMOutputWithPast:
         caches = [None] * len(self.models) if past_key_values is None else past_key_values.caches
         logits: Any = 0.0
         moved = []
@@ -90,6 +91,6 @@ class _Caches:
     def __init__(self, caches: list[Any]):
         self.caches = caches
 
-    def batch_select_indices(self, rows: Tensor) -> None:
+    def batch_select_indices(self, rows: Int[Tensor, "M"]) -> None:
         for cache in self.caches:
             cache.batch_select_indices(rows)

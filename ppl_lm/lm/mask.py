@@ -17,7 +17,7 @@ class States:
     state: Int[Tensor, "N"] | None = None
     tokens: int = 0
 
-    def batch_select_indices(self, rows: Tensor) -> None:
+    def batch_select_indices(self, rows: Int[Tensor, "M"]) -> None:
         assert self.state is not None
         self.state = self.state[rows]
 
@@ -29,14 +29,14 @@ class TokenMask(nn.Module):
     The states begin after the prompt, whose own tokens move nothing: it is what the first call holds in front of the
     `logits_to_keep` - 1 tokens of a text that is scored at once.
 
-    :param to: the next state of each state and token, (states, V); text begins in state 0, and the last state is where
+    :param to: the next state of each state and token; text begins in state 0, and the last state is where
         nothing is masked.
-    :param needs: how many more tokens each state needs after each token until its text has ended, (states, V).
+    :param needs: how many more tokens each state needs after each token until its text has ended.
     """
 
     networks = 0  # not counted as a language model's forward pass
 
-    def __init__(self, to: Tensor, needs: Tensor, max_new_tokens: int):
+    def __init__(self, to: Int[Tensor, "states V"], needs: Int[Tensor, "states V"], max_new_tokens: int):
         super().__init__()
         self.config = SimpleNamespace(vocab_size=to.shape[1])
         self.max_new_tokens = max_new_tokens
@@ -49,7 +49,11 @@ class TokenMask(nn.Module):
         return States()
 
     def forward(
-        self, input_ids: Tensor, past_key_values: States | None = None, logits_to_keep: int = 1, **_: Any
+        self,
+        input_ids: Int[Tensor, "N L"],
+        past_key_values: States | None = None,
+        logits_to_keep: int = 1,
+        **_: Any,
     ) -> CausalLMOutputWithPast:
         keep, past = logits_to_keep, past_key_values or States()
         if past.state is None:

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ppl_lm.lm import meter
@@ -67,7 +67,7 @@ class Network(nn.Module):
         self,
         *,
         ids: Int[Tensor, "N L"],
-        mask: Tensor | None,
+        mask: Bool[Tensor, "N cached_and_L"] | None,
         positions: Int[Tensor, "N L"],
         cache: Any = None,
         keep: int = 1,
@@ -98,7 +98,9 @@ class Network(nn.Module):
         log_probs = self.next_token_log_probs(prompts, x)
         return self._until_end(log_probs.gather(-1, x[:, : log_probs.shape[1], None]).squeeze(-1), x)
 
-    def score_with_ends(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> tuple[Tensor, Tensor]:
+    def score_with_ends(
+        self, prompts: Prompts, x: Int[Tensor, "N T"]
+    ) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
         """`score`, and from the same pass the log-probability that the text ends there instead, with the first of the end
         tokens; where it does end, with its own."""
         log_probs = self.next_token_log_probs(prompts, x)
@@ -137,13 +139,13 @@ class Network(nn.Module):
         return max(1, budget // (4 * floats))
 
 
-def normalise(logits: Tensor) -> Tensor:
+def normalise(logits: Float[Tensor, "*S V"]) -> Float[Tensor, "*S V"]:
     """Log-probabilities. Sampling and scoring both use this one function."""
     return logits.log_softmax(-1)
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Position ids that count real tokens only, whatever the padding. (N, L) bool -> (N, L) int64."""
+def positions(mask: Bool[Tensor, "N L"]) -> Int[Tensor, "N L"]:
+    """Position ids that count real tokens only, whatever the padding."""
     return (mask.long().cumsum(-1) - 1).clamp_min(0)
 
 

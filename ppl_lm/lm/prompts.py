@@ -56,10 +56,12 @@ class Prompts:
         for name, column in columns.items():
             if len(column) != len(texts):
                 raise ValueError(f"column {name!r} has {len(column)} rows, the column 'prompt' has {len(texts)}")
-        rows = []
+        rows, ids_of = [], {}  # equal texts are encoded once
         for i, text in enumerate(texts):
             if isinstance(text, str):
-                rows.append(vocabulary.encode(text))
+                if text not in ids_of:
+                    ids_of[text] = vocabulary.encode(text)
+                rows.append(ids_of[text])
             elif isinstance(text, Sequence) and text and all(isinstance(m, Mapping) for m in text):
                 rows.append(vocabulary.encode_chat(text))
             else:

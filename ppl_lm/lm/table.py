@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ppl_lm.lm.cache import Cache
 from ppl_lm.lm.language_model import LanguageModel
 
 MAX_ROWS = 4_000_000
@@ -49,7 +50,7 @@ class TableForCausalLM(PreTrainedModel):
         """Row of the first prefix of `length` tokens: prefixes are ordered by length, then as numbers in base V."""
         return sum(self.config.vocab_size**n for n in range(length))
 
-    def rows(self, ids: Int[Tensor, "N L"], mask: Tensor) -> Int[Tensor, "N L"]:
+    def rows(self, ids: Int[Tensor, "N L"], mask: Int[Tensor, "N L"]) -> Int[Tensor, "N L"]:
         """Row of the prefix that ends at each position, padding skipped."""
         size = self.config.vocab_size
         first = torch.tensor([self.first_row(n) for n in range(ids.shape[1] + 1)], device=ids.device)
@@ -62,10 +63,10 @@ class TableForCausalLM(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        input_ids: Int[Tensor, "N L"],
+        attention_mask: Int[Tensor, "N cached_and_L"] | None = None,
+        position_ids: Int[Tensor, "N L"] | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
         **_: Any,

@@ -1,12 +1,12 @@
 """`TokenSequence`: whole completions of a language model as a Pyro distribution."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float64, Int
 from pyro.distributions import TorchDistribution, constraints
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
@@ -51,7 +51,7 @@ class TokenSequence(TorchDistribution):
     def has_enumerate_support(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.lm.vocabulary.size ** self.event_shape[0] * self.event_shape[0] <= ENUMERABLE
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "TokenSequence":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "TokenSequence":
         wider = TokenSequence(self.lm, self.prompts, torch.Size(batch_shape))
         wider._provenance, wider._last_draw = self._provenance, self._last_draw
         return wider
@@ -60,7 +60,7 @@ class TokenSequence(TorchDistribution):
         """Rows `rows` of the flattened batch as a distribution of batch_shape (N,): a micro-batch of particles."""
         return TokenSequence(self.lm, self.prompts.take(self._prompt_rows(self.batch_shape)[rows]))
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Int[Tensor, "*S T"]:
+    def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Int[Tensor, "*S T"]:
         """Draws from torch's global generator, so that `pyro.set_rng_seed` alone makes a run repeatable."""
         return self._draw(torch.Size(sample_shape) + self.batch_shape)
 
@@ -70,7 +70,7 @@ class TokenSequence(TorchDistribution):
         :param start: 0 (a new draw) to the text's length in tokens less 1: no end token stands before it."""
         return self._draw(value.shape[:-1], value.reshape(-1, *self.event_shape), start.reshape(-1))
 
-    def _draw(self, shape: torch.Size, *begun: Tensor) -> Tensor:
+    def _draw(self, shape: torch.Size, *begun: Tensor) -> Int[Tensor, "*S T"]:
         rows = self._prompt_rows(shape)
         size = self.lm.rows_per_pass(self.prompts.ids.shape[-1] + self.event_shape[0], 1)
         u = torch.rand(len(rows), *self.event_shape, dtype=torch.float64, device=rows.device)
@@ -81,26 +81,30 @@ class TokenSequence(TorchDistribution):
         self._last_draw[:] = [(x, log_q, self._state_of_weights())]
         return x
 
-    def log_prob(self, value: Int[Tensor, "*S T"]) -> Float[Tensor, "*S"]:
+    def log_prob(self, value: Int[Tensor, "*#S T"]) -> Float64[Tensor, "*#S"]:
         """log p(value | prompt) in nats, float64, differentiable in the weights; -inf where impossible."""
         total = self.token_log_probs(value).sum(-1)
         impossible = ~self.lm.vocabulary.is_canonical(value)
         return total.masked_fill(impossible, -torch.inf) if bool(impossible.any()) else total
 
-    def token_log_probs(self, value: Int[Tensor, "*S T"]) -> Float[Tensor, "*S T"]:
+    def token_log_probs(self, value: Int[Tensor, "*#S T"]) -> Float64[Tensor, "*#S T"]:
         """log p(x_t | prompt, x_<t) in nats, float64, 0 after the end; `value` broadcasts against batch_shape.
 
         :raises ValueError: if `value` has another length or dtype than this distribution's outcomes.
         :raises DivergedError: if the model answers NaN."""
         return self._scored(value, lambda prompts, x: (self.lm.score(prompts, x),))[0]
 
-    def token_and_end_log_probs(self, value: Int[Tensor, "*S T"]) -> tuple[Tensor, Tensor]:
+    def token_and_end_log_probs(
+        self, value: Int[Tensor, "*#S T"]
+    ) -> tuple[Float64[Tensor, "*#S T"], Float64[Tensor, "*#S T"]]:
         """`token_log_probs`, and log p(the text ends here | prompt, x_<t), both (*S, T); see there. It ends with the
         first of the vocabulary's end tokens, or with its own where it does end."""
         token, end = self._scored(value, self.lm.score_with_ends)
         return token, end
 
-    def _scored(self, value: Tensor, score: Callable[[Prompts, Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
+    def _scored(
+        self, value: Int[Tensor, "*#S T"], score: Callable[[Prompts, Tensor], tuple[Tensor, ...]]
+    ) -> list[Float64[Tensor, "*#S T"]]:
         if value.shape[-1:] != self.event_shape or value.dtype != torch.int64:
             raise ValueError(
                 f"got a value of shape {tuple(value.shape)} and {value.dtype}; completions here are int64 of shape "
@@ -121,11 +125,11 @@ class TokenSequence(TorchDistribution):
             scores.append(track_provenance(by_token, provenance))
         return scores
 
-    def recall(self, value: Int[Tensor, "*S T"], token_log_probs: Float[Tensor, "*S T"]) -> None:
+    def recall(self, value: Int[Tensor, "*S T"], token_log_probs: Float64[Tensor, "*S T"]) -> None:
         """Takes over what a sampler has found already: `sampled_log_probs` of this very tensor."""
         self._last_draw[:] = [(value, token_log_probs, self._state_of_weights())]
 
-    def sampled_log_probs(self, value: Tensor) -> Tensor | None:
+    def sampled_log_probs(self, value: Int[Tensor, "*S T"]) -> Float64[Tensor, "*S T"] | None:
         """`token_log_probs` of the last draw as found while drawing it; None for any other value or after a change of
         weights. Saves a second pass; `self_check` proves both equal."""
         for x, log_q, weights in self._last_draw:

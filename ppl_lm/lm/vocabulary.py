@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ppl_lm.embedded import FOLDER
@@ -66,31 +67,31 @@ class Vocabulary:
             generation = None
         return cls.of(AutoTokenizer.from_pretrained(name_or_folder), config, generation)
 
-    def is_end(self, x: Tensor) -> Tensor:
-        """True where a token is an end token; any shape, bool."""
+    def is_end(self, x: Int[Tensor, "*S"]) -> Bool[Tensor, "*S"]:
+        """True where a token is an end token."""
         return torch.isin(x, torch.tensor(self.end_ids, dtype=x.dtype, device=x.device))
 
-    def lengths(self, x: Tensor) -> Tensor:
-        """Tokens of each completion, its end token included; T where no end token occurs. (*S, T) -> (*S,) int64."""
+    def lengths(self, x: Int[Tensor, "*S T"]) -> Int[Tensor, "*S"]:
+        """Tokens of each completion, its end token included; T where no end token occurs."""
         end = self.is_end(x)
         first = end.to(torch.uint8).argmax(-1)  # index of the first end token, 0 if there is none
         return torch.where(end.any(-1), first + 1, x.shape[-1])
 
-    def alive(self, x: Tensor) -> Tensor:
-        """True at the tokens that are part of a completion, its end token included. (*S, T) bool."""
+    def alive(self, x: Int[Tensor, "*S T"]) -> Bool[Tensor, "*S T"]:
+        """True at the tokens that are part of a completion, its end token included."""
         return torch.arange(x.shape[-1], device=x.device) < self.lengths(x).unsqueeze(-1)
 
-    def is_canonical(self, x: Tensor) -> Tensor:
-        """Ids in range, and pad at every position after the first end token. (*S, T) -> (*S,) bool."""
+    def is_canonical(self, x: Int[Tensor, "*S T"]) -> Bool[Tensor, "*S"]:
+        """Ids in range, and pad at every position after the first end token."""
         return (((x >= 0) & (x < self.size)) & (self.alive(x) | (x == self.pad_id))).all(-1)
 
-    def completion_ids(self, x: Tensor) -> list[list[int]]:
-        """Rows cut after their end token. (N, T) -> N lists."""
+    def completion_ids(self, x: Int[Tensor, "N T"]) -> list[list[int]]:
+        """Rows cut after their end token: N lists."""
         rows, lengths = x.tolist(), self.lengths(x).tolist()
         return [row[:n] for row, n in zip(rows, lengths, strict=True)]
 
-    def decode(self, x: Tensor) -> list[str]:
-        """Text of each completion, without special tokens; equal rows are decoded once. (N, T) -> N strings."""
+    def decode(self, x: Int[Tensor, "N T"]) -> list[str]:
+        """Text of each completion, without special tokens: N strings; equal rows are decoded once."""
         rows = [tuple(row) for row in self.completion_ids(x)]
         distinct = list(dict.fromkeys(rows))
         texts = self.tokenizer.batch_decode(list(map(list, distinct)), skip_special_tokens=True) if rows else []

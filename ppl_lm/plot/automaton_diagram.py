@@ -3,13 +3,14 @@
 from typing import Any
 
 import networkx
+from matplotlib.axes import Axes
 
 from ppl_lm.plot import canvas
 from ppl_lm.plot.canvas import INK, SIZE
 from ppl_lm.plot.layers import around, arrow, by_layers
 
 
-def automaton(graph: networkx.DiGraph, ax: Any = None) -> Any:
+def automaton(graph: networkx.DiGraph, ax: Axes | None = None) -> Axes:
     """States from the start (left, with an arrow) onwards; a text may end in a state with a double border."""
     from matplotlib.patches import Circle
 

@@ -1,7 +1,8 @@
-"""What drawings of `graphs` share: Axes whose data are points, so that texts fit, and text that is never markup. Texts are
-untrusted: shown without control characters."""
+"""What diagrams share: Axes without numbers whose data are points, so that texts fit, and text that is never markup."""
 
 from typing import Any
+
+from matplotlib.axes import Axes
 
 from ppl_lm.plot.untrusted import one_line
 
@@ -9,7 +10,7 @@ INK, GREY, SOFT = "#222222", "#8f8f8f", "#666666"
 SIZE = 9.5  # points, of text
 
 
-def axes(ax: Any, left: float, right: float, low: float, top: float) -> tuple[Any, float]:
+def axes(ax: Axes | None, left: float, right: float, low: float, top: float) -> tuple[Axes, float]:
     """Axes whose data are points at a scale of 1, and the scale at which texts and lines fit into them."""
     if ax is None:
         from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ def axes(ax: Any, left: float, right: float, low: float, top: float) -> tuple[An
     return ax, scale
 
 
-def text(ax: Any, x: float, y: float, words: str, size: float, **style: Any) -> None:
+def text(ax: Axes, x: float, y: float, words: str, size: float, **style: Any) -> None:
     ax.text(x, y, words, fontsize=size, parse_math=False, usetex=False, **{"color": INK, "zorder": 4, **style})
 
 

@@ -2,24 +2,24 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
 
 from ppl_lm.criticism.evidence import MIN_MEANS, Evidence
-from ppl_lm.plot.style import BOUNDS, GREY, axes, legend_below, number, plain, said
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from ppl_lm.plot.style import BOUNDS, GREY, axes, legend_below, number, with_notes
+from ppl_lm.plot.untrusted import plain
 
 
-def evidence(evidence: Mapping[str, Evidence | Mapping[str, Any]], ax: "Axes | None" = None) -> "Axes":
+def evidence(evidence: Mapping[str, Evidence | Mapping[str, Any]], ax: Axes | None = None) -> Axes:
     """The bracket of log Z by method, one row each: ELBO, IWAE, log Z, reverse IWAE and EUBO, each ± one standard error, nats,
     mean over prompts. Hollow upper bounds are approximate.
 
     :param evidence: method -> `Evidence`, or what `diagnosis.json` holds."""
     ax, notes = axes(ax), [] if evidence else ["no method is given"]
     hollow, particles, labelled = False, set(), set()
-    for row, (method, made) in enumerate(evidence.items()):
-        bounds, exact, count = _bounds(made)
+    for row, (method, bracket) in enumerate(evidence.items()):
+        bounds, exact, count = _bounds(bracket)
         particles.add(count)
         lacking = [name for key, (name, _, _) in BOUNDS.items() if not math.isfinite(bounds[key][0])]
         if lacking:
@@ -54,16 +54,16 @@ def evidence(evidence: Mapping[str, Evidence | Mapping[str, Any]], ax: "Axes | N
     ax.set_yticks(range(len(evidence)), [plain(method) for method in evidence])
     ax.set_ylim(max(len(evidence), 1) - 0.5, -0.5)
     ax.set_xlabel("log evidence bounds [nats per prompt], ± SE")
-    return said(ax, notes + ["hollow: approximate, from the guide's own draws"] * hollow)
+    return with_notes(ax, notes + ["hollow: approximate, from the guide's own draws"] * hollow)
 
 
-def _bounds(made: Evidence | Mapping[str, Any]) -> tuple[dict[str, tuple[float, float]], bool, int | None]:
+def _bounds(bracket: Evidence | Mapping[str, Any]) -> tuple[dict[str, tuple[float, float]], bool, int | None]:
     """Each bound with its error, whether the upper ones are exact, and the particles of IWAE where they are known."""
-    if isinstance(made, Evidence):
-        pairs = {key: (getattr(made, key), getattr(made, f"{key}_se")) for key in BOUNDS}
+    if isinstance(bracket, Evidence):
+        pairs = {key: (getattr(bracket, key), getattr(bracket, f"{key}_se")) for key in BOUNDS}
         mean = {key: (float(v.mean()), float(se.square().sum().sqrt()) / len(se)) for key, (v, se) in pairs.items()}
-        return mean, made.upper_exact, made.iwae_particles
-    known = made.get("num_samples")
-    count = min(64, max(1, int(known) // MIN_MEANS)) if known else None  # as log_evidence has it
-    pairs = {key: (number(made.get(key)), number(made.get(f"{key}_se"))) for key in BOUNDS}
-    return pairs, bool(made.get("upper_exact", True)), count
+        return mean, bracket.upper_exact, bracket.iwae_particles
+    num_samples = bracket.get("num_samples")
+    count = min(64, max(1, int(num_samples) // MIN_MEANS)) if num_samples else None  # as log_evidence has it
+    pairs = {key: (number(bracket.get(key)), number(bracket.get(f"{key}_se"))) for key in BOUNDS}
+    return pairs, bool(bracket.get("upper_exact", True)), count

@@ -1,18 +1,23 @@
-"""Graphs in layers: where nodes stand, and arrows between them."""
+"""What diagrams of graphs share: where nodes stand, in layers, and the arrows between them."""
 
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
 
 import networkx
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyArrowPatch, Patch
 
 from ppl_lm.plot.canvas import INK
 
 
-def around(place: dict[Any, tuple[float, float]], wide: float, high: float) -> tuple[float, float, float, float]:
+def around(place: dict[Hashable, tuple[float, float]], wide: float, high: float) -> tuple[float, float, float, float]:
+    """Left, right, low and top of the box that reaches so far beyond all places."""
     xs, ys = [x for x, _ in place.values()] or [0.0], [y for _, y in place.values()] or [0.0]
     return min(xs) - wide, max(xs) + wide, min(ys) - high, max(ys) + high
 
 
-def by_layers(graph: networkx.DiGraph, group: Any, across: bool = False) -> dict[Any, tuple[float, float]]:
+def by_layers(
+    graph: networkx.DiGraph, group: Callable[[Hashable], Sequence[str]], across: bool = False
+) -> dict[Hashable, tuple[float, float]]:
     """(column, row): rows by the longest path from a root, nodes of one group in columns of their own; `across`: columns by
     the fewest steps from the first node."""
     nodes = list(graph)
@@ -24,7 +29,7 @@ def by_layers(graph: networkx.DiGraph, group: Any, across: bool = False) -> dict
             place[node] = (float(steps[node]), float(taken.setdefault(steps[node], 0)))
             taken[steps[node]] += 1
         return place
-    rows: dict[Any, int] = {}
+    rows: dict[Hashable, int] = {}
     for node in networkx.lexicographical_topological_sort(graph, key=nodes.index):
         rows[node] = max((rows[p] + 1 for p in graph.predecessors(node)), default=0)
     plates = list(graph.graph["plates"])
@@ -40,12 +45,15 @@ def by_layers(graph: networkx.DiGraph, group: Any, across: bool = False) -> dict
 
 
 def arrow(
-    ax: Any, start: tuple[float, float], end: tuple[float, float], bend: float, scale: float, *patches: Any
+    ax: Axes,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    bend: float,
+    scale: float,
+    *ends: Patch,
+    style: str = "-",
 ) -> None:
-    """:param patches: those from whose border to whose border it goes, then perhaps a line style."""
-    from matplotlib.patches import FancyArrowPatch
-
-    *ends, style = patches if patches and isinstance(patches[-1], str) else (*patches, "-")
+    """:param ends: two patches, from whose border to whose border it goes; none: from `start` to `end`."""
     arrow = FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10 * scale, shrinkA=0, shrinkB=0, color=INK)
     if ends:
         arrow.patchA, arrow.patchB = ends  # pyright: ignore[reportAttributeAccessIssue]

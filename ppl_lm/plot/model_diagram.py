@@ -1,15 +1,14 @@
 """A program in plate notation."""
 
-from typing import Any
-
 import networkx
+from matplotlib.axes import Axes
 
 from ppl_lm.plot import canvas
 from ppl_lm.plot.canvas import GREY, INK, SIZE, SOFT
 from ppl_lm.plot.layers import around, arrow, by_layers
 
 
-def model(graph: networkx.DiGraph, ax: Any = None) -> Any:
+def model(graph: networkx.DiGraph, ax: Axes | None = None) -> Axes:
     """Plate notation: what is observed is filled, what is latent is not, what is computed has a dashed border; a plate is a
     box around its sites. Dashed arrows are dependences that may be (`known` is False)."""
     from matplotlib.patches import FancyBboxPatch
@@ -60,5 +59,5 @@ def model(graph: networkx.DiGraph, ax: Any = None) -> Any:
     for parent, child, known in graph.edges(data="known"):
         (x, y), (to, below) = place[parent], place[child]
         bend = 0.35 if x == to and y - below > 1.5 * (high + 2 * margin) else 0.0
-        arrow(ax, (x, y), (to, below), bend, scale, patches[parent], patches[child], "-" if known else "--")
+        arrow(ax, (x, y), (to, below), bend, scale, patches[parent], patches[child], style="-" if known else "--")
     return ax

@@ -1,17 +1,14 @@
 """How runs of SMC went, token by token."""
 
-from typing import TYPE_CHECKING
+from matplotlib.axes import Axes
 
 from ppl_lm.infer.draws import Draws
-from ppl_lm.plot.style import BLUE, GREY, ORANGE, RED, SKY, axes, legend_below, said
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from ppl_lm.plot.style import BLUE, GREY, ORANGE, RED, SKY, axes, legend_below, with_notes
 
 MOST = 40  # runs of which each has a line
 
 
-def smc_steps(draws: Draws, ax: "Axes | None" = None) -> "Axes":
+def smc_steps(draws: Draws, ax: Axes | None = None) -> Axes:
     """Effective sample size of each run by token, as a share of its texts, with a mark where it was resampled; on the right
     axis log Ẑ so far, nats, which ends at the run's estimate. The last token's also hold the evidence: a fall there alone is
     what no resampling has seen coming.
@@ -48,6 +45,6 @@ def smc_steps(draws: Draws, ax: "Axes | None" = None) -> "Axes":
     legend_below(ax, [*left_handles, *handles], [*left_labels, *labels])
     notes = [] if runs == len(ess) else [f"lines of the first {runs} of {len(ess)} runs"]
     lost = int((log_z[:, -1] == -float("inf")).sum())
-    return said(
+    return with_notes(
         ax, [*notes, *([f"{lost} of {len(ess)} runs have lost all weight: their log Ẑ is -inf"] if lost else [])]
     )

@@ -5,6 +5,7 @@ from math import log2
 from typing import Any
 
 import networkx
+from matplotlib.axes import Axes
 
 from ppl_lm.plot import canvas
 from ppl_lm.plot.canvas import GREY, INK, SIZE, SOFT
@@ -17,7 +18,7 @@ FOLDS = 3  # mass that grew or shrank 2**FOLDS times has the strongest colour
 ERRORS = 2.0  # standard errors that a mass may be away, as Wilson's interval has it
 
 
-def prefix_tree(tree: networkx.DiGraph, ax: Any = None) -> Any:
+def prefix_tree(tree: networkx.DiGraph, ax: Axes | None = None) -> Axes:
     """Texts read from left to right. Before each piece of text its mass as two bars: grey the prior's, below it the posterior's
     (or the guide's where there is no posterior), whose colour says how many times at the least the mass grew or shrank, two
     standard errors of both masses granted: what may be noise has no colour. Errors are no better than the draws, see

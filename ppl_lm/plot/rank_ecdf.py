@@ -1,17 +1,16 @@
 """Ranks of simulation-based calibration, as an ECDF with its band."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from ppl_lm.criticism.calibration import Calibration
-from ppl_lm.plot.style import CYCLE, GREY, axes, legend_below, plain, said
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from ppl_lm.plot.style import CYCLE, GREY, axes, legend_below, with_notes
+from ppl_lm.plot.untrusted import plain
 
 
-def calibration(calibration: Calibration, ax: "Axes | None" = None, name: str | None = None) -> "Axes":
+def calibration(calibration: Calibration, ax: Axes | None = None, name: str | None = None) -> Axes:
     """ECDF of the ranks less that of uniform ones; draws of the posterior's law stay in the band, at every rank at once, with
     95% probability for each number.
 
@@ -36,6 +35,6 @@ def calibration(calibration: Calibration, ax: "Axes | None" = None, name: str | 
     ax.locator_params(axis="x", integer=True)
     legend_below(ax, *ax.get_legend_handles_labels())
     count = len(next(iter(calibration.ranks.values())))
-    return said(
+    return with_notes(
         ax, [f"{count} replications would show a shift of {calibration.detectable:.2f} deviations 4 times of 5"]
     )

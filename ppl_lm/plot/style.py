@@ -1,14 +1,11 @@
-"""What all plots share: colours, Axes, notes and legends. Colours are Okabe and Ito's."""
+"""What pictures with axes of numbers share: colours (Okabe and Ito's), Axes, notes above them and legends below."""
 
 import math
 import textwrap
-import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
+from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY = [
     "#0072B2",
@@ -30,7 +27,7 @@ BOUNDS = {  # of the evidence, from below: what it is called, its marker and col
 }
 
 
-def axes(ax: "Axes | None", width: float = 6.0, height: float = 4.0) -> "Axes":
+def axes(ax: Axes | None, width: float = 6.0, height: float = 4.0) -> Axes:
     """The Axes as given, or those of a new figure of so many inches."""
     if ax is not None:
         return ax
@@ -39,14 +36,14 @@ def axes(ax: "Axes | None", width: float = 6.0, height: float = 4.0) -> "Axes":
     return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
-def said(ax: "Axes", notes: Sequence[str]) -> "Axes":
+def with_notes(ax: Axes, notes: Sequence[str]) -> Axes:
     """Notes on what is seen, and on what is not, above the plot."""
     if notes:
         ax.set_title("\n".join(textwrap.fill(note, 78) for note in notes), fontsize=9, loc="left")
     return ax
 
 
-def legend_below(ax: "Axes", handles: Sequence[Any], labels: Sequence[str], ncols: int = 2) -> None:
+def legend_below(ax: Axes, handles: Sequence[Any], labels: Sequence[str], ncols: int = 2) -> None:
     """A legend under the axis' label, where it hides nothing."""
     from matplotlib.transforms import ScaledTranslation
 
@@ -54,12 +51,6 @@ def legend_below(ax: "Axes", handles: Sequence[Any], labels: Sequence[str], ncol
     lower = ax.transAxes + ScaledTranslation(0, -0.5, figure.dpi_scale_trans)  # inches
     place: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "bbox_transform": lower}
     ax.legend(handles, labels, ncols=ncols, fontsize=SMALL, columnspacing=1.2, handletextpad=0.4, **place)
-
-
-def plain(text: str) -> str:
-    """Text that matplotlib shows as it is: no mathtext, no control characters, no label that a legend hides."""
-    shown = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in text).replace("$", r"\$")
-    return f" {shown}" if shown.startswith("_") else shown
 
 
 def number(value: Any) -> float:

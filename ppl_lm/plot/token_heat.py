@@ -4,14 +4,12 @@ what cannot be seen is spelt out."""
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ppl_lm.plot.style import axes, said
+from matplotlib.axes import Axes
+
+from ppl_lm.plot.style import axes, with_notes
 from ppl_lm.plot.untrusted import visible
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 
 POINTS = 9.0  # size of the text
 ADVANCE = 0.645  # width of a character in its size: DejaVu Sans Mono's 0.602, rounded up to whole pixels
@@ -20,10 +18,10 @@ UNKNOWN = (0.85, 0.85, 0.85, 1.0)
 
 
 def heat(
-    tokens: Sequence[str], values: Iterable[float], ax: "Axes | None" = None, scale: float | None = None
-) -> "Axes":
+    tokens: Sequence[str], values: Iterable[float | None], ax: Axes | None = None, scale: float | None = None
+) -> Axes:
     """Tokens as wrapped text, each on the colour of its value in nats: blue where it is above 0, red below. A value that is not
-    finite has the colour's end, NaN is grey. On given Axes, what does not fit is counted in the title.
+    finite has the colour's end, NaN and None are grey. On given Axes, what does not fit is counted in the title.
 
     :param scale: nats at the colours' ends; None: the largest value there is."""
     from matplotlib import colormaps
@@ -44,12 +42,12 @@ def heat(
     for spine in ax.spines.values():
         spine.set_visible(False)
     if not shown:
-        return said(ax, ["no token is given"])
+        return with_notes(ax, ["no token is given"])
     infinite = sum(not math.isfinite(v) for v in numbers)
     unknown = [f"{infinite} of {len(shown)} values are not finite"] if infinite else []
     unseen: list[str] = []
     for _ in range(5):  # the figure grows, and the title takes room
-        said(ax, unseen + unknown)
+        with_notes(ax, unseen + unknown)
         width, room = _room(ax)
         cells, lines = _wrapped(shown, max(1, int(width)))
         missing = lines + 0.1 - room
@@ -86,7 +84,7 @@ def heat(
     return ax
 
 
-def _room(ax: "Axes") -> tuple[float, float]:
+def _room(ax: Axes) -> tuple[float, float]:
     """Characters that fit beside and below each other, by the layout as it is now."""
     figure: Any = ax.figure
     figure.draw_without_rendering()
@@ -117,7 +115,7 @@ def _columns(text: str) -> int:
     return max(1, len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text))
 
 
-def as_numbers(tokens: Sequence[str], values: Iterable[float]) -> list[float]:
+def as_numbers(tokens: Sequence[str], values: Iterable[float | None]) -> list[float]:
     numbers = [math.nan if v is None else float(v) for v in values]
     if len(numbers) != len(tokens):
         raise ValueError(

@@ -2,19 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
 
-from ppl_lm.plot.style import BLUE, BOUNDS, GREY, SKY, SMALL, axes, legend_below, number, said
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from ppl_lm.plot.style import BLUE, BOUNDS, GREY, SKY, SMALL, axes, legend_below, number, with_notes
 
 
 def training(
-    metrics: Sequence[Mapping[str, Any]], diagnosis: Mapping[str, Any] | None = None, ax: "Axes | None" = None
-) -> "Axes":
+    metrics: Sequence[Mapping[str, Any]], diagnosis: Mapping[str, Any] | None = None, ax: Axes | None = None
+) -> Axes:
     """ELBO per prompt by step with its standard error and a running mean, nats; at its end the kept guide's evidence bracket,
     ELBO ≤ log Z ≤ EUBO, whose gaps are KL(q ‖ p) and KL(p ‖ q).
 
@@ -40,16 +39,18 @@ def training(
     ax.set_ylabel("nats per prompt")
     if ax.get_legend_handles_labels()[0]:
         legend_below(ax, *ax.get_legend_handles_labels())
-    return said(ax, notes)
+    return with_notes(ax, notes)
 
 
-def _bracket(ax: "Axes", diagnosis: Mapping[str, Any], last: float) -> list[str]:
+def _bracket(ax: Axes, diagnosis: Mapping[str, Any], last: float) -> list[str]:
     """Returns what could not be drawn."""
     x = last + 0.06 * max(last, 1.0)
-    made = {key: (number(diagnosis.get(key)), number(diagnosis.get(f"{key}_se"))) for key in ("elbo", "log_z", "upper")}
+    bounds = {
+        key: (number(diagnosis.get(key)), number(diagnosis.get(f"{key}_se"))) for key in ("elbo", "log_z", "upper")
+    }
     exact = bool(diagnosis.get("upper_exact", True))
     notes = []
-    for key, (value, se) in made.items():
+    for key, (value, se) in bounds.items():
         name, marker, colour = BOUNDS[key]
         if not math.isfinite(value):
             notes.append(f"{name} is not finite")
@@ -64,9 +65,9 @@ def _bracket(ax: "Axes", diagnosis: Mapping[str, Any], last: float) -> list[str]
         face = colour if key == "elbo" or exact else "none"
         ax.errorbar(x, value, error, color=colour, marker=marker, mfc=face, capsize=3, linestyle="none", label=label)
     low, high = ax.get_ylim()
-    middle = made["log_z"][0]
+    middle = bounds["log_z"][0]
     for key, gap, name in (("elbo", "kl_q_p", "KL(q ‖ p)"), ("upper", "kl_p_q", "KL(p ‖ q)")):
-        end, kl, se = made[key][0], number(diagnosis.get(gap)), number(diagnosis.get(f"{gap}_se"))
+        end, kl, se = bounds[key][0], number(diagnosis.get(gap)), number(diagnosis.get(f"{gap}_se"))
         if not all(map(math.isfinite, (end, middle, kl))):
             continue
         ax.plot([x, x], [end, middle], ":", color=GREY, linewidth=1.5)
@@ -87,7 +88,7 @@ def _bracket(ax: "Axes", diagnosis: Mapping[str, Any], last: float) -> list[str]
     return notes
 
 
-def _running_mean(values: "np.ndarray[Any, Any]", half: int) -> "np.ndarray[Any, Any]":
+def _running_mean(values: Float[np.ndarray, "N"], half: int) -> Float[np.ndarray, "N"]:
     """Each with as many neighbours on either side, `half` at most: no lag, and no bias of a straight line at the ends."""
     n = np.arange(len(values))
     reach = np.minimum(half, np.minimum(n, len(values) - 1 - n))

@@ -1,4 +1,4 @@
-"""Text of models, rewards and users, made safe to show: nothing is hidden, nothing moves the cursor."""
+"""Text of models, rewards and users, made safe to show: nothing is hidden, is markup or moves the cursor."""
 
 import unicodedata
 
@@ -13,6 +13,12 @@ def visible(text: str) -> str:
         return "↵" if c == "\n" else f"⟨U+{ord(c):04X}⟩" if hidden else c
 
     return "".join(map(show, text)) or PART
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib shows as it is: no mathtext, no control characters, no label that a legend hides."""
+    shown = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def one_line(text: str, width: int = 0) -> str:

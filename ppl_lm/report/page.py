@@ -9,14 +9,12 @@ import shlex
 import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
 
 from ppl_lm.plot.untrusted import visible
 from ppl_lm.report.heat_map import heat_html
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 
 SCALE = 2.0  # nats at which a token has the full colour
 DPI = 170
@@ -80,7 +78,7 @@ def _signed(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")  # + 0.0: no minus before a zero
 
 
-def picture(plot: Callable[[], "Axes | None"], alt: str, caption: str) -> dict[str, str]:
+def picture(plot: Callable[[], Axes | None], alt: str, caption: str) -> dict[str, str]:
     """What a plot shows, for the page: `src`, or `why` there is none; `alt`, which says it in words, and `caption`."""
     labels = {"alt": alt, "caption": caption, "src": "", "why": ""}
     try:

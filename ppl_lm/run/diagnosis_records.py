@@ -4,11 +4,15 @@ standard errors end in `_se`."""
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from ppl_lm.criticism.diagnoses.verdicts import Verdict
 
 OPTIONAL = ("elbo_gain", "khat", "log_likelihood", "reward")  # figures of a guide that there need not be
+
+
+G = TypeVar("G", bound="GuideFigures")
+D = TypeVar("D", bound="DrawsFigures")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ class GuideFigures:
     reward_calls: int
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Self:
+    def from_json(cls: type[G], record: Mapping[str, Any]) -> G:
         """Of a record that may hold more than these."""
         known: dict[str, Any] = {f.name: record[f.name] for f in fields(cls) if f.name in record}
         known = {name: _restored(name) if value is None else value for name, value in known.items()}
@@ -182,7 +186,7 @@ class DrawsFigures:
     means: dict[str, Mean] = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Self:
+    def from_json(cls: type[D], record: Mapping[str, Any]) -> D:
         """Of a record that may hold more than these; whatever else has a standard error is a mean."""
         names = {f.name for f in fields(cls)} - {"means"}
         known: dict[str, Any] = {name: value for name, value in record.items() if name in names}

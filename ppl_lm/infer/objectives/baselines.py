@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from ppl_lm.lm.prompts import Prompts
 
 
+@runtime_checkable
 class Baseline(Protocol):
     """What is subtracted from costs: from those of all particles and their importance ratios, (K, B) both, to (K, B). Of sites
     with plates of their own, or outside the prompts', reverse KL gives (K, *plates, B).
@@ -26,6 +27,7 @@ class Baseline(Protocol):
     def __call__(self, cost: Tensor, ratio: Tensor, /) -> Tensor: ...
 
 
+@runtime_checkable
 class LogZ(Protocol):
     """What log Z is taken to be: from log weights, (K, B), and the prompts, to (B,) or (K, B), nats. A plain function will do
     where one is asked for."""
@@ -114,7 +116,7 @@ def log_sum_of_others(log_w: Tensor) -> Tensor:
 
 def known(log_z: Tensor) -> LogZFunction:
     """log Z that is known, (B,) or (); by enumeration, say."""
-    return lambda log_w, prompts: log_z
+    return lambda log_w, prompts: log_z.expand(log_w.shape[1])
 
 
 class MovingLogZ:

@@ -35,7 +35,7 @@ class Quality:
     kl: Float[Tensor, "B"]
 
 
-def quality(draws: Draws, log_bound: float | Float[Tensor, "B"]) -> Quality:
+def quality(draws: Draws, log_bound: float | Float[Tensor, ""] | Float[Tensor, "B"]) -> Quality:
     """What `quasi_rejection` with this bound would give, from a guide's draws: to choose the bound by.
 
     :param log_bound: nats, one for all prompts or one for each.
@@ -63,7 +63,7 @@ def quasi_rejection(
     prompts: Any,
     *,
     num_samples: int = 1000,
-    log_bound: float | Float[Tensor, "B"] | None = None,
+    log_bound: float | Float[Tensor, ""] | Float[Tensor, "B"] | None = None,
     max_proposals: int = 1_000_000,
     max_plate_nesting: int = 1,
 ) -> Draws:
