@@ -19,7 +19,7 @@ def evidence(evidence: Mapping[str, Evidence | Mapping[str, Any]], ax: Axes | No
     ax, notes = axes(ax), [] if evidence else ["no method is given"]
     hollow, particles, labelled = False, set(), set()
     for row, (method, bracket) in enumerate(evidence.items()):
-        bounds, exact, count = _bounds(bracket)
+        bounds, unsure, count = _bounds(bracket)
         particles.add(count)
         lacking = [name for key, (name, _, _) in BOUNDS.items() if not math.isfinite(bounds[key][0])]
         if lacking:
@@ -30,7 +30,7 @@ def evidence(evidence: Mapping[str, Evidence | Mapping[str, Any]], ax: Axes | No
             value, se = bounds[key]
             if not math.isfinite(value):
                 continue
-            approximate = key in ("iwae_upper", "upper") and not exact
+            approximate = key in unsure
             hollow |= approximate
             ax.errorbar(
                 *places[n],
@@ -57,13 +57,13 @@ def evidence(evidence: Mapping[str, Evidence | Mapping[str, Any]], ax: Axes | No
     return with_notes(ax, notes + ["hollow: approximate, from the guide's own draws"] * hollow)
 
 
-def _bounds(bracket: Evidence | Mapping[str, Any]) -> tuple[dict[str, tuple[float, float]], bool, int | None]:
-    """Each bound with its error, whether the upper ones are exact, and the particles of IWAE where they are known."""
+def _bounds(bracket: Evidence | Mapping[str, Any]) -> tuple[dict[str, tuple[float, float]], set[str], int | None]:
+    """Each bound with its error, which of them are approximate, and the particles of IWAE where they are known."""
     if isinstance(bracket, Evidence):
         pairs = {key: (getattr(bracket, key), getattr(bracket, f"{key}_se")) for key in BOUNDS}
         mean = {key: (float(v.mean()), float(se.square().sum().sqrt()) / len(se)) for key, (v, se) in pairs.items()}
-        return mean, bracket.upper_exact, bracket.iwae_particles
+        return mean, set() if bracket.upper_exact else {"iwae_upper", "upper"}, bracket.iwae_particles
     num_samples = bracket.get("num_samples")
     count = min(64, max(1, int(num_samples) // MIN_MEANS)) if num_samples else None  # as log_evidence has it
     pairs = {key: (number(bracket.get(key)), number(bracket.get(f"{key}_se"))) for key in BOUNDS}
-    return pairs, bool(bracket.get("upper_exact", True)), count
+    return pairs, set() if bracket.get("iwae_upper_exact", True) else {"iwae_upper"}, count

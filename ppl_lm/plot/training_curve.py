@@ -48,7 +48,6 @@ def _bracket(ax: Axes, diagnosis: Mapping[str, Any], last: float) -> list[str]:
     bounds = {
         key: (number(diagnosis.get(key)), number(diagnosis.get(f"{key}_se"))) for key in ("elbo", "log_z", "upper")
     }
-    exact = bool(diagnosis.get("upper_exact", True))
     notes = []
     for key, (value, se) in bounds.items():
         name, marker, colour = BOUNDS[key]
@@ -61,9 +60,8 @@ def _bracket(ax: Axes, diagnosis: Mapping[str, Any], last: float) -> list[str]:
             ax.axhspan(value - error, value + error, color=GREY, alpha=0.3, linewidth=0)
             ax.axhline(value, color=colour, linewidth=1, label=label)
             continue
-        label += ", kept guide" if key == "elbo" else "" if exact else ", approximate"
-        face = colour if key == "elbo" or exact else "none"
-        ax.errorbar(x, value, error, color=colour, marker=marker, mfc=face, capsize=3, linestyle="none", label=label)
+        label += ", kept guide" if key == "elbo" else ""
+        ax.errorbar(x, value, error, color=colour, marker=marker, capsize=3, linestyle="none", label=label)
     low, high = ax.get_ylim()
     middle = bounds["log_z"][0]
     for key, gap, name in (("elbo", "kl_q_p", "KL(q ‖ p)"), ("upper", "kl_p_q", "KL(p ‖ q)")):
