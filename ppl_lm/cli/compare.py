@@ -18,7 +18,7 @@ def command(
     from ppl_lm.report.leaderboard_page import boards, fit_rows, leaderboard, sample_rows
     from ppl_lm.report.terminal_board import FIT_COLUMNS, SAMPLE_COLUMNS, board_title, table
     from ppl_lm.run.files import write_text
-    from ppl_lm.run.reading import read
+    from ppl_lm.run.read_run import read
 
     with errors(traceback):
         runs = [read(folder) for folder in folders]

@@ -27,9 +27,9 @@ def command(
     from ppl_lm.run.files import finite
     from ppl_lm.run.measuring import measure
     from ppl_lm.run.programs import build
-    from ppl_lm.run.reading import read_fit
+    from ppl_lm.run.read_run import read_fit
     from ppl_lm.run.run_folder import fitted_guide, read_config
-    from ppl_lm.run.writing import write_measurement
+    from ppl_lm.run.write_run import write_measurement
 
     with errors(traceback):
         settings = with_prompts(read_config(run).settings, prompts)

@@ -54,7 +54,7 @@ def command(
     from ppl_lm.run.run_folder import new_folder, require_free, require_outside
     from ppl_lm.run.run_record import FailedFit
     from ppl_lm.run.settings import Settings
-    from ppl_lm.run.writing import FitWriter, write_measurement
+    from ppl_lm.run.write_run import FitWriter, write_measurement
 
     if max_steps is None and time_limit is None:
         time_limit = 110.0

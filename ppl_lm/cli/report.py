@@ -17,7 +17,7 @@ def command(
     network for nothing."""
     from ppl_lm.report.run_page import report
     from ppl_lm.run.files import write_text
-    from ppl_lm.run.reading import read
+    from ppl_lm.run.read_run import read
 
     with errors(traceback):
         path = run / "report.html" if output is None else output

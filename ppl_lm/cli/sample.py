@@ -43,7 +43,7 @@ def command(
     from ppl_lm.run.run_folder import is_run, new_folder, require_free
     from ppl_lm.run.sampling import require_sampler, settings_of
     from ppl_lm.run.sampling import sample as draw
-    from ppl_lm.run.writing import write_config, write_sample
+    from ppl_lm.run.write_run import write_config, write_sample
 
     given = {"guide": guide, "lm": whole_path(lm), "reward": reward, "beta": beta, "max_new_tokens": max_new_tokens}
     given = {k: absolute(v) if k in ("guide", "reward") else v for k, v in given.items() if v is not None}

@@ -9,9 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ppl_lm.infer.traces.layout import log_density_at, prompts_first
+from ppl_lm.infer.traces.layout import (
+    latent_values,
+    log_density_at,
+    observed_values,
+    record_values,
+    require_all_prompts,
+)
 from ppl_lm.infer.traces.particles import Particles
-from ppl_lm.infer.traces.sites import Site, is_sequence
 from ppl_lm.lm import meter
 from ppl_lm.lm.meter import Cost
 from ppl_lm.lm.prompts import Prompts
@@ -164,8 +169,8 @@ class Draws:
         joint weight exists."""
         if not self.is_local:
             return self
-        made = self.map(lambda v: v[:, :, b : b + 1], self.prompts[b : b + 1])
-        return replace(made, proposals=None if self.proposals is None else self.proposals.of_prompt(b))
+        draws = self.map(lambda v: v[:, :, b : b + 1], self.prompts[b : b + 1])
+        return replace(draws, proposals=None if self.proposals is None else self.proposals.of_prompt(b))
 
     def map(self, pick: Callable[[Tensor], Tensor], prompts: Prompts | None = None) -> "Draws":
         """The same draws with every tensor passed through `pick`."""
@@ -217,45 +222,22 @@ def _pick_stat(value: Tensor, pick: Callable[[Tensor], Tensor], count: int) -> T
     return picked[:, :1] if bool((picked == picked[:, :1]).all()) else picked
 
 
-def as_draws(p: Particles, nesting: int = 1) -> Draws:
+def as_draws(particles: Particles, nesting: int = 1) -> Draws:
     """Particles as one chain of draws.
 
     :raises ValueError: if a plate subsamples, or lies where the prompts' does."""
-    n = p.count
-    plate = p.subsampled()
-    if plate is not None:
-        raise ValueError(f"plate {plate!r} subsamples: draws need all prompts at once; give fewer prompts instead")
-    size = len(p.prompts)
-    for name, site in p.guide_sites.items():
-        here = {f.name for f in site["cond_indep_stack"] if f.dim == -1}
-        if here and not here & p.prompt_plates:
-            raise ValueError(
-                f"site {name!r} lies in the plate {next(iter(here))!r} at dim -1, which is the prompts'; draws need it at "
-                "another dim, or as one site with .to_event(1)"
-            )
-
-    def record(v: Tensor) -> Tensor | None:  # (1, n, B), or None where it is not one number a text
-        fits = v.dim() <= 2 and all(a in (1, b) for a, b in zip(v.shape[::-1], (size, n), strict=False))
-        return v.double().expand(n, size).unsqueeze(0) if fits else None
-
-    records = {k: record(v) for k, v in p.records.items()}
+    require_all_prompts(particles)
     return Draws(
-        prompts=p.prompts,
-        latents={k: prompts_first(s, nesting).unsqueeze(0) for k, s in p.guide_sites.items()},
-        records={k: v for k, v in records.items() if v is not None},
-        log_prior=p.log_prior().unsqueeze(0),
-        log_likelihood=p.log_likelihood().unsqueeze(0),
-        log_guide=p.log_proposal().unsqueeze(0),
-        texts=tuple(k for k, s in p.guide_sites.items() if is_sequence(s)),
-        observed={k: _of_one_particle(s, nesting) for k, s in p.observed_sites.items()},
-        log_likelihoods={k: v.unsqueeze(0) for k, v in p.log_likelihoods().items()},
+        prompts=particles.prompts,
+        latents={name: value.unsqueeze(0) for name, value in latent_values(particles, nesting).items()},
+        records={name: value.unsqueeze(0) for name, value in record_values(particles).items()},
+        log_prior=particles.log_prior().unsqueeze(0),
+        log_likelihood=particles.log_likelihood().unsqueeze(0),
+        log_guide=particles.log_proposal().unsqueeze(0),
+        texts=tuple(particles.texts()),
+        observed=observed_values(particles, nesting),
+        log_likelihoods={name: value.unsqueeze(0) for name, value in particles.log_likelihoods().items()},
     )
-
-
-def _of_one_particle(site: Site, nesting: int) -> Tensor:
-    """An observed value without the dimension of the particles, which all observe the same."""
-    value = site["value"].detach()
-    return value[0] if value.dim() > nesting + site["fn"].event_dim else value
 
 
 def only_text(state: Draws) -> tuple[str, ...]:

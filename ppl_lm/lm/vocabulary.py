@@ -7,14 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from ppl_lm.embedded import FOLDER
+from ppl_lm.lm.text_ends import TextEnds
 
 
-class Vocabulary:
+class Vocabulary(TextEnds):
     """Token ids are the value, text is a view of them (never the other way round).
 
     :param tokenizer: a Hugging Face tokenizer.
@@ -66,29 +66,6 @@ class Vocabulary:
         except OSError:  # not every model has one
             generation = None
         return cls.of(AutoTokenizer.from_pretrained(name_or_folder), config, generation)
-
-    def is_end(self, x: Int[Tensor, "*S"]) -> Bool[Tensor, "*S"]:
-        """True where a token is an end token."""
-        return torch.isin(x, torch.tensor(self.end_ids, dtype=x.dtype, device=x.device))
-
-    def lengths(self, x: Int[Tensor, "*S T"]) -> Int[Tensor, "*S"]:
-        """Tokens of each completion, its end token included; T where no end token occurs."""
-        end = self.is_end(x)
-        first = end.to(torch.uint8).argmax(-1)  # index of the first end token, 0 if there is none
-        return torch.where(end.any(-1), first + 1, x.shape[-1])
-
-    def alive(self, x: Int[Tensor, "*S T"]) -> Bool[Tensor, "*S T"]:
-        """True at the tokens that are part of a completion, its end token included."""
-        return torch.arange(x.shape[-1], device=x.device) < self.lengths(x).unsqueeze(-1)
-
-    def is_canonical(self, x: Int[Tensor, "*S T"]) -> Bool[Tensor, "*S"]:
-        """Ids in range, and pad at every position after the first end token."""
-        return (((x >= 0) & (x < self.size)) & (self.alive(x) | (x == self.pad_id))).all(-1)
-
-    def completion_ids(self, x: Int[Tensor, "N T"]) -> list[list[int]]:
-        """Rows cut after their end token: N lists."""
-        rows, lengths = x.tolist(), self.lengths(x).tolist()
-        return [row[:n] for row, n in zip(rows, lengths, strict=True)]
 
     def decode(self, x: Int[Tensor, "N T"]) -> list[str]:
         """Text of each completion, without special tokens: N strings; equal rows are decoded once."""

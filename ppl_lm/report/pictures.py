@@ -17,8 +17,8 @@ from ppl_lm.criticism.prefix_trees import prefix_tree
 from ppl_lm.infer.draws import Draws
 from ppl_lm.plot.style import BOUNDS, number
 from ppl_lm.report.page import picture, pm, shown
-from ppl_lm.run.diagnosis_records import GuideFigures
 from ppl_lm.run.run_record import FittedRun
+from ppl_lm.run.typed_figures import GuideFigures
 
 PROMPTS = 3  # of which trees and tails are shown
 TREE: Any = {"max_nodes": 24, "min_mass": 0.02}

@@ -13,9 +13,9 @@ from ppl_lm.infer.draws import Draws
 from ppl_lm.report import words
 from ppl_lm.report.page import pm, render, rows, shown
 from ppl_lm.report.pictures import places, plots, program, tail
-from ppl_lm.run.diagnosis_records import DrawsDiagnosis, GuideDiagnosis, GuideFigures, PromptFigures
 from ppl_lm.run.fitting.loop import Fit
 from ppl_lm.run.run_record import FittedRun, SampledRun
+from ppl_lm.run.typed_figures import DrawsDiagnosis, GuideDiagnosis, GuideFigures, PromptFigures
 
 PROMPTS, TEXTS = 3, 16  # that are shown of draws without a fit
 GUIDE_LABELS = {  # of verdicts on guides, in words

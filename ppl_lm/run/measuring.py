@@ -7,11 +7,11 @@ import torch
 from ppl_lm.criticism.diagnoses.diagnosis import diagnose
 from ppl_lm.criticism.diagnoses.side_by_side import samples, variety
 from ppl_lm.infer.draws import Draws
-from ppl_lm.run.diagnosis_records import GuideDiagnosis, GuideFigures, PromptFigures
 from ppl_lm.run.fitting.loop import Fit
 from ppl_lm.run.outcome import verdict_after
 from ppl_lm.run.programs import Programs
 from ppl_lm.run.run_record import FailedFit, ShownTexts
+from ppl_lm.run.typed_figures import GuideDiagnosis, GuideFigures, PromptFigures
 
 
 @dataclass(frozen=True)

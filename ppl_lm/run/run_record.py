@@ -5,9 +5,9 @@ from typing import Any, NotRequired, TypedDict
 
 from ppl_lm.infer.draws import Draws
 from ppl_lm.run.config import Config
-from ppl_lm.run.diagnosis_records import DrawsDiagnosis, GuideDiagnosis
 from ppl_lm.run.fitting.loop import Fit, StepMetrics
 from ppl_lm.run.settings import Settings
+from ppl_lm.run.typed_figures import DrawsDiagnosis, GuideDiagnosis
 
 
 class ShownText(TypedDict):

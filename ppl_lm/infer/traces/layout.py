@@ -9,7 +9,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ppl_lm.infer.traces.particles import as_particles, by_prompt
+from ppl_lm.infer.traces.particles import Particles, as_particles, by_prompt
 from ppl_lm.infer.traces.sites import Site, log_density, sample_sites
 from ppl_lm.lm.prompts import Prompts
 
@@ -25,6 +25,47 @@ def prompts_first(site: Site, nesting: int) -> Tensor:
             break
         value = value.squeeze(2)
     return value
+
+
+def require_all_prompts(particles: Particles) -> None:
+    """Particles are draws of each prompt only then.
+
+    :raises ValueError: if a plate subsamples, or lies where the prompts' does."""
+    plate = particles.subsampled()
+    if plate is not None:
+        raise ValueError(f"plate {plate!r} subsamples: draws need all prompts at once; give fewer prompts instead")
+    for name, site in particles.guide_sites.items():
+        here = {frame.name for frame in site["cond_indep_stack"] if frame.dim == -1}
+        if here and not here & particles.prompt_plates:
+            raise ValueError(
+                f"site {name!r} lies in the plate {next(iter(here))!r} at dim -1, which is the prompts'; draws need it at "
+                "another dim, or as one site with .to_event(1)"
+            )
+
+
+def latent_values(particles: Particles, nesting: int) -> dict[str, Tensor]:
+    """Of the guide's sites, (K, B, *inner, *event)."""
+    return {name: prompts_first(site, nesting) for name, site in particles.guide_sites.items()}
+
+
+def observed_values(particles: Particles, nesting: int) -> dict[str, Tensor]:
+    """Of the observed sites, without the dimension of the particles, which all observe the same."""
+
+    def of_one(site: Site) -> Tensor:
+        value = site["value"].detach()
+        return value[0] if value.dim() > nesting + site["fn"].event_dim else value
+
+    return {name: of_one(site) for name, site in particles.observed_sites.items()}
+
+
+def record_values(particles: Particles) -> dict[str, Float[Tensor, "K B"]]:
+    """What the model recorded and is one number a text; the rest is left out."""
+    count, batch, records = particles.count, len(particles.prompts), {}
+    for name, value in particles.records.items():
+        sizes = zip(value.shape[::-1], (batch, count), strict=False)
+        if value.dim() <= 2 and all(size in (1, wanted) for size, wanted in sizes):
+            records[name] = value.double().expand(count, batch)
+    return records
 
 
 class Given(Messenger):
