@@ -3,7 +3,7 @@
 | what | against | within |
 |---|---|---|
 | means of every kind of draws | enumeration | 4.5 of their standard errors |
-| standard errors of every kind | the spread of the means over many repetitions | 25% |
+| standard errors of every kind | the spread of the means over many repetitions | 30% |
 | weights of every kind | their definition; normalised | 1e-12 |
 | effective draws of every kind | variance over squared spread of the means | a factor of 2 above, 3 below |
 
@@ -30,6 +30,7 @@ from ppl_lm.infer.samplers.kernels import suffix
 from ppl_lm.infer.samplers.markov_chains import mcmc
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
+from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.twists.functions import prefix_likelihood
 from ppl_lm.likelihood.reward import Reward
 from ppl_lm.lm.table import table_lm
@@ -52,14 +53,16 @@ def posterior():
 def smc_(num_runs, seed):
     model, _ = posterior()
     torch.manual_seed(seed)
-    return smc(model, None, PROMPTS, num_samples=6, num_runs=num_runs, twist=prefix_likelihood(model))
+    return smc(
+        model, None, PROMPTS, num_samples=6, num_runs=num_runs, settings=SMCSettings(twist=prefix_likelihood(model))
+    )
 
 
 def conditional_(count, seed):
     model, _ = posterior()
     torch.manual_seed(seed)
     planted = rejection(model, None, PROMPTS, num_samples=count)
-    return conditional_smc(model, None, planted, num_samples=6, twist=prefix_likelihood(model))
+    return conditional_smc(model, None, planted, num_samples=6, settings=SMCSettings(twist=prefix_likelihood(model)))
 
 
 def parts(kind):

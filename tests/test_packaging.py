@@ -145,6 +145,9 @@ def test_programs_import_the_prior_and_the_evidence_only(path):
     assert own_imports(path) <= {"lm", "likelihood"}
 
 
+SITE_KEYS = ("fn", "cond_indep_stack", "is_observed", "infer")  # of what a trace holds of a site
+
+
 def reads_traces(source: str) -> list[str]:
     """Where a module imports Pyro's handlers, or asks one for a trace."""
     found = []
@@ -154,7 +157,13 @@ def reads_traces(source: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
-            names = ["get_trace"] if isinstance(node, ast.Attribute) and node.attr == "get_trace" else []
+            asked = isinstance(node, ast.Attribute) and node.attr in ("get_trace", "guide_sites", "model_sites")
+            keyed = (
+                isinstance(node, ast.Subscript)
+                and isinstance(node.slice, ast.Constant)
+                and node.slice.value in SITE_KEYS
+            )
+            names = ["get_trace"] if asked or keyed else []
         found += [
             f"line {node.lineno}: {name}" for name in names if f"{name}.".startswith(("pyro.poutine.", "get_trace."))
         ]
@@ -174,7 +183,11 @@ def test_pyros_traces_are_read_in_one_folder(path):
 def test_a_module_that_reads_a_trace_is_seen():
     for line in ("from pyro import poutine", "import pyro.poutine", "from pyro.poutine.messenger import Messenger"):
         assert reads_traces(line)
-    assert reads_traces("handler.get_trace(prompts)") and not reads_traces("from pyro import param")
+    assert (
+        reads_traces("handler.get_trace(prompts)")
+        and reads_traces("plates = site['cond_indep_stack']")
+        and not reads_traces("from pyro import param")
+    )
 
 
 def test_importing_the_package_is_cheap(tmp_path):

@@ -15,7 +15,7 @@ from ppl_lm.lm.prompts import Prompts
 
 Variable = tuple[tuple[str, ...], np.ndarray, dict[str, int]]  # dimensions, values, attributes
 Variables = dict[str, Variable]
-DRAWN = ("chain", "draw", "prompt")
+DIMENSIONS = ("chain", "draw", "prompt")
 LOG_PROBABILITIES = ("log_prior", "log_likelihood", "log_guide")
 
 
@@ -47,7 +47,7 @@ def to_arviz(
 
     :param num_samples: draws in `posterior`; by default as many as were given.
     :param prior: draws of the model's prior: `importance(model, None, prompts)`.
-    :param posterior_predictive: replicates of observed sites for each draw: `replicate(model, draws)`.
+    :param posterior_predictive: replicates of observed sites for each draw: `predictive(model, draws)`.
     :param constant_data: numbers, texts, or arrays, such as {"beta": 0.2}.
     :param attributes: more of them, such as {"seed": 0}.
     """
@@ -174,7 +174,7 @@ def _each(value: Tensor, batch: int) -> Tensor:
 
 
 def _named(name: str, value: Tensor) -> Variable:
-    return (*DRAWN, *(f"{name}_dim_{i}" for i in range(value.dim() - 3))), value.numpy(), {}
+    return (*DIMENSIONS, *(f"{name}_dim_{i}" for i in range(value.dim() - 3))), value.numpy(), {}
 
 
 def _data(name: str, value: np.ndarray, batch: int) -> Variable:

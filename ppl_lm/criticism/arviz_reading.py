@@ -1,13 +1,13 @@
 """`from_arviz`: draws from what `to_arviz` wrote."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ppl_lm.criticism.arviz_groups import LOG_PROBABILITIES, length_name, prompt_texts
-from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.draws import Draws, Kind
 from ppl_lm.lm.meter import Cost
 from ppl_lm.lm.prompts import Prompts
 
@@ -62,7 +62,7 @@ def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
     draws = Draws(prompts, {**latents, **x}, records, **log_p, cost=cost, stats=stats, texts=tuple(x))
     if group == "prior":
         return draws
-    if "kind" not in raw.attrs:
+    if raw.attrs.get("kind") not in get_args(Kind):
         raise ValueError(
             "these draws were written by an earlier version of ppl_lm, which did not tell their kind: draw again"
         )

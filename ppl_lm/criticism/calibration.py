@@ -63,7 +63,7 @@ def sbc(
     numbers see. With a likelihood of power 1 + s the log likelihood moves by about s σ of its own standard deviations, σ being
     that under the posterior in nats: compare `detectable`. A mode that is missing may leave all as they were. The number that
     sees it is log q, the density that made the draws (Modrák et al. 2023),
-    `statistics=lambda draws: {"log_q": ppl_lm.score(guide, draws).log_guide}`. Of several prompts all ranks are taken together.
+    `statistics=lambda draws: {"log_q": draws.under(guide).log_guide}`. Of several prompts all ranks are taken together.
 
     :param exact: R exact posterior draws of each prompt.
     :param draws: at least R · num_draws of what is tested, as they come: weights are not used.

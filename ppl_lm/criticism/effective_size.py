@@ -17,7 +17,7 @@ def ess(draws: Draws | Float[Tensor, "S *B"]) -> Float[Tensor, "*B"]:
     """How many independent posterior draws these are worth, for each prompt: of weighted draws Kong's (Σw)²/Σw² (1992), 0 where
     all weights are zero; of exact draws all; of chains ArviZ's bulk effective sample size, and of runs that grew together how
     many independent draws would give means with such errors, the fewest of any number (the model's records, lengths, log p of
-    the prior). NaN where it cannot be told: of one run, or where no number ever changes.
+    the prior). NaN where it cannot be told: of one run, or where no number ever changes. 0 where no draw is possible.
 
     :param draws: of any kind, or log weights of independent draws, nats."""
     if isinstance(draws, Tensor):
@@ -30,6 +30,8 @@ def effective(draws: Draws) -> float | None:
     """`ess` of one prompt, or of all where only their joint weight exists; None where it cannot be told."""
     if draws.kind == "exact":
         return float(draws.num_samples)
+    if bool((draws.log_weight == -torch.inf).all()):
+        return 0.0
     if draws.kind == "weighted":
         return float(kong_ess(draws.log_weight.flatten(0, 1)))
     if draws.kind == "chains":

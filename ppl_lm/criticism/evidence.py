@@ -72,7 +72,7 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
             raise ValueError("smc's draws go with conditional_smc's of the same settings, and with no others")
         draws, exact = draws.by_run(), None if exact is None else exact.by_run()
     if exact is not None and exact.kind != "exact":
-        raise ValueError("exact= must hold exact posterior draws (rejection); these are weighted ones")
+        raise ValueError(f"exact= must hold exact posterior draws (rejection); these are {exact.kind}")
     log_w = draws.log_weight.flatten(0, 1)  # (S, B)
     n = len(log_w)
     elbo, elbo_se = mean(log_w)

@@ -136,6 +136,8 @@ def power(draws: Draws, component: str, alpha: float) -> Float[Tensor, "C S 1"]:
     :raises NoSupportError: if all are zero."""
     log_f = draws.log_likelihood if component == "likelihood" else draws.log_prior
     log_w = torch.zeros_like(draws.log_weight) if draws.kind in EQUAL else draws.log_weight
+    if draws.kind == "conditional_runs":  # each run has a posterior draw of its own, whatever its Ẑ
+        log_w = log_w - log_w.logsumexp(1, keepdim=True)
     possible = (log_w > -torch.inf) & (log_f > -torch.inf)
     if not bool(possible.any()):
         raise NoSupportError("all weights are zero: no draw of the guide is possible under the posterior")

@@ -153,6 +153,7 @@ class Draws:
         return replace(
             self,
             latents={},
+            texts=(),
             records={},
             observed={},
             log_likelihoods={},

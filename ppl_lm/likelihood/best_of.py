@@ -1,4 +1,4 @@
-"""`BestOf`: best-of-n sampling as a reward whose posterior is its law."""
+"""`BestOfN`: best-of-n sampling as a reward whose posterior is its law."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class BestOfN(Reward):
     reward, only an order. Best-of-n is KL-regularised RL with this reward at β = 1 (Sessa et al. 2024, BOND; up to a
     constant, their r_BOND over β_BOND), so
 
-        bind(tilted, prior, reward=BestOf(reward, prior, n=8), beta=1.0)
+        bind(tilted, prior, reward=BestOfN(reward, prior, n=8), beta=1.0)
 
     is the law of the best of 8, ties broken at random, and whatever fits a posterior distils it into a guide.
 

@@ -1,4 +1,4 @@
-"""`TextEnds`: where a text ends, and with it its length, its mask and its canonical form. Always from end tokens, never from pad."""
+"""`TextEnds`: where a text ends: its length, its mask and its canonical form, from end tokens and never from pad."""
 
 import torch
 from jaxtyping import Bool, Int

@@ -19,7 +19,7 @@ def weight_tail(draws: Draws | Float[Tensor, "S"], ax: Axes | None = None) -> Ax
     """Share of draws whose importance weight is at least so many times the mean one, on two log axes: a power law is a line.
     With the generalised Pareto of shape k-hat (ArviZ) that fits the largest, and where 95% of its draws would lie.
 
-    :param draws: of one prompt, or their log weights; of SMC's those of all runs together, as `drawn` judges them.
+    :param draws: of one prompt, or their log weights; of SMC's those of all runs together, as `diagnose_draws` judges them.
     :raises ValueError: on several prompts, or draws that have no weights."""
     from matplotlib.ticker import LogLocator
 

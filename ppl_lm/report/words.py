@@ -37,7 +37,7 @@ WEIGHTS = {
     "max_weight": ("largest weight", "%", "of the sum of all: a fact about these draws, without an error"),
     "possible": ("possible draws", "%", "of the guide's: those that the evidence does not rule out"),
     "seen": ("posterior seen by the prior", "draws", "how many posterior draws the prior's are worth"),
-    "exact_draws": ("exact draws", "draws", "of the posterior, behind the upper bounds"),
+    "exact_draws": ("exact draws", "draws", "of the posterior, behind the reverse IWAE"),
     "num_samples": ("draws", "draws", "of the prior and of the guide each, for every prompt"),
 }
 DRAWS_FIGURES = {  # of a sampler's draws

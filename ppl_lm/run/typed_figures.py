@@ -246,7 +246,10 @@ def _restored(name: str) -> float | None:
     """What null means, which JSON has for NaN and infinities: an infinite distance or bound, or nothing that is known."""
     if name.startswith(OPTIONAL):
         return None
-    return math.inf if name.startswith("kl_") else -math.inf if name in ("elbo", "iwae") else math.nan
+    if name in ("elbo", "iwae"):
+        return -math.inf
+    bound = name.removesuffix("_se") in ("elbo", "iwae", "upper", "iwae_upper")
+    return math.inf if bound or name.startswith("kl_") else math.nan
 
 
 def _verdict_json(verdict: Verdict) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import accept, select
 from ppl_lm.infer.traces.observations import likelihood_bound
 
-MIN_EXACT = 20  # exact draws for a prompt, below which the upper bound is the approximate one
+MIN_EXACT = 20  # exact draws for a prompt, below which the reverse IWAE is the approximate one
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Diagnosis:
     prior: Draws
     guide: Draws
 
-    @property
+    @cached_property
     def exact(self) -> list[Draws | None]:
         """Each prompt's exact posterior draws with `log_guide` under the guide, None where there were too few."""
         return [exact_among(self.prior.of_prompt(b)) for b in range(self.prior.log_guide.shape[-1])]

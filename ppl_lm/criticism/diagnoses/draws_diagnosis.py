@@ -38,7 +38,7 @@ def diagnose_draws(draws: Draws, statistics: Mapping[str, Statistic] | None = No
 
     Of all draws:
 
-    - `kind`: `exact`, `chains`, `runs` (SMC's: `chains` counts them, and only they are independent) or `weighted`.
+    - `kind`: of `Draws`; of `runs` (SMC's) and `conditional_runs` only the runs are independent, and `chains` counts them.
     - `num_samples`, of all `chains`; `possible`: the share of them that the posterior allows; `unique`: that are different
       texts; the mean `acceptance_rate` of Markov chains.
     - `ess`, `ess_se`: how many independent posterior draws they are worth. Kong's of weights; all, without error, of exact

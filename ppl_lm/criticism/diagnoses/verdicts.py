@@ -25,7 +25,7 @@ CODES = ("good", "poor", "collapsed", "misses_mass", "worse_than_prior", "unknow
 
 @dataclass(frozen=True)
 class Verdict:
-    """:param code: of a guide one of `CODES`, of draws one of `DRAWN`.
+    """:param code: of a guide one of `CODES`, of draws one of `CODES_OF_DRAWS`.
     :param sentence: what was found, with its figures.
     :param remedy: what to do about it; "" where nothing needs to be done."""
 

@@ -1,4 +1,4 @@
-"""One run of guide and model with K particles: where Pyro's traces are read, and nowhere else."""
+"""One run of guide and model with K particles."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext

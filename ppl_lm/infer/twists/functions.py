@@ -41,7 +41,7 @@ def exact_twist(model: Callable[..., Any], prompts: Any) -> Function:
     """ψ*_t(x_≤t) = E_p0[p(evidence | x) | x_≤t] by enumeration, for tiny vocabularies: with all tokens as `candidates` every
     weight is Z, and every draw the posterior's.
 
-    :raises ValueError: from `exact`, where texts cannot be enumerated; or if the model has another latent site."""
+    :raises ValueError: where texts cannot be enumerated, or if the model has another latent site."""
     truth = enumerate_posterior(model, None, prompts)
     if len(truth.latents) != 1:
         raise ValueError(f"the model has the latent sites {sorted(truth.latents)}; a twist is of one text alone")
