@@ -1,15 +1,20 @@
 """The prior, given that a yes-or-no property holds."""
 
-from typing import Any
+from collections.abc import Callable
 
 import pyro
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from ppl_lm.likelihood.optimality import Optimality
+from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.prompts import Prompts
 
 
-def constrained(prompts: Any, prior: Any, constraint: Any) -> Tensor:
+def constrained(
+    prompts: Prompts, prior: LanguageModel, constraint: Callable[[Prompts, Tensor], Tensor]
+) -> Int[Tensor, "*S T"]:
     """p(x | prompt, C) ∝ prior(x | prompt) · 1[constraint(prompt, x)]  (pointwise GDC, Khalifa et al. 2021).
 
     Texts that break the constraint have probability 0, so reverse KL cannot fit it: fit with forward KL or

@@ -1,15 +1,17 @@
 """The prior raised to a power: what is likely as a whole text, not token by token."""
 
-from typing import Any
-
 import pyro
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.likelihood.optimality import Optimality
+from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.prompts import Prompts
+from ppl_lm.lm.token_sequence import TokenSequence
 
 
-def power(prompts: Any, prior: Any, alpha: float = 4.0) -> Tensor:
+def power(prompts: Prompts, prior: LanguageModel, alpha: float = 4.0) -> Int[Tensor, "*S T"]:
     """p(x | prompt) ∝ prior(x | prompt)^alpha = prior(x | prompt) · exp((alpha - 1) log prior(x | prompt)).
 
     Above 1 it sharpens the law of whole texts (Karan & Du 2025). That is not the LM at temperature 1/alpha, which sharpens
@@ -33,7 +35,7 @@ def power(prompts: Any, prior: Any, alpha: float = 4.0) -> Tensor:
 
 
 @torch.no_grad()
-def _log_prob(law: Any, x: Tensor) -> Tensor:
+def _log_prob(law: TokenSequence, x: Int[Tensor, "*#S T"]) -> Float[Tensor, "*#S"]:
     """log law(x), from the pass that drew x where that was this law's."""
     by_token = law.sampled_log_probs(x)
     return law.log_prob(x) if by_token is None else by_token.sum(-1)

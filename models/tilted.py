@@ -1,15 +1,20 @@
 """The posterior of KL-regularised RL."""
 
-from typing import Any
+from collections.abc import Callable
 
 import pyro
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from ppl_lm.likelihood.optimality import Optimality
+from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.prompts import Prompts
 
 
-def tilted(prompts: Any, prior: Any, reward: Any, beta: float = 0.2) -> Tensor:
+def tilted(
+    prompts: Prompts, prior: LanguageModel, reward: Callable[[Prompts, Tensor], Tensor], beta: float = 0.2
+) -> Int[Tensor, "*S T"]:
     """p(x | prompt, O=1) ∝ prior(x | prompt) · exp(reward(prompt, x) / beta).
 
     The optimum of KL-regularised RL, E[reward] - beta · KL(q ‖ prior) (Korbak, Perez & Buckley 2022, eq. 5).

@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from scipy.stats import binom
 from torch import Tensor
 
@@ -122,8 +122,9 @@ def _statistic(below: Float[Tensor, "N L"], total: int) -> Float[Tensor, "N"]:
     return torch.minimum(lower[at, column], upper[at, column]).amin(-1)
 
 
-def _tails(total: int, num_draws: int) -> tuple[Tensor, Tensor]:
-    """P(X ≤ k) and P(X ≥ k) of binomials with `total` trials and success probabilities 1/(L+1), …, L/(L+1): (total + 1, L)."""
+def _tails(total: int, num_draws: int) -> tuple[Float64[Tensor, "k L"], Float64[Tensor, "k L"]]:
+    """P(X ≤ k) and P(X ≥ k), k = 0, …, total, of binomials with `total` trials and success probabilities 1/(L+1), …,
+    L/(L+1)."""
     p = np.arange(1, num_draws + 1) / (num_draws + 1)
     k = np.arange(total + 1)[:, None]
     return torch.as_tensor(binom.cdf(k, total, p)), torch.as_tensor(binom.sf(k - 1, total, p))
@@ -161,5 +162,5 @@ def _detectable(total: int, num_draws: int, level: float) -> float:
         shift *= 1.1
 
 
-def _binomial(count: int, p: Tensor, generator: torch.Generator) -> Tensor:
+def _binomial(count: int, p: Float[Tensor, "*S"], generator: torch.Generator) -> Int[Tensor, "*S"]:
     return (torch.rand(*p.shape, count, generator=generator, dtype=torch.float32) < p.unsqueeze(-1)).sum(-1)

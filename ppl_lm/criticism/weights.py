@@ -73,7 +73,7 @@ def khat_threshold(num_samples: int) -> float:
     return min(1 - 1 / math.log10(max(num_samples, 2)), 0.7)
 
 
-def log_mean(log_w: Float[Tensor, "S *B"]) -> tuple[Tensor, Tensor]:
+def log_mean(log_w: Float[Tensor, "S *B"]) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
     """log of the mean weight and its standard error (delta method), nats."""
     n = len(log_w)
     value = log_w.logsumexp(0) - math.log(n)
@@ -81,7 +81,7 @@ def log_mean(log_w: Float[Tensor, "S *B"]) -> tuple[Tensor, Tensor]:
     return value, relative.std(0) / math.sqrt(n)
 
 
-def mean(values: Float[Tensor, "S *B"]) -> tuple[Tensor, Tensor]:
+def mean(values: Float[Tensor, "S *B"]) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
     """Mean over draws and its standard error."""
     if len(values) < 2:
         raise ValueError("one draw has no standard error; give at least 2")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ppl_lm.infer.traces.enumerated import EnumeratedSites, enumerate_sites
@@ -23,30 +24,30 @@ class EnumeratedPosterior(EnumeratedSites):
     """
 
     @property
-    def log_z(self) -> Tensor:
+    def log_z(self) -> Float[Tensor, "B"]:
         """log Σ_z p(z, evidence), (B,)."""
         return self.log_joint.logsumexp(0)
 
     @property
-    def log_posterior(self) -> Tensor:
+    def log_posterior(self) -> Float[Tensor, "N B"]:
         return self.log_joint - self.log_z
 
     @property
-    def kl_q_p(self) -> Tensor:
+    def kl_q_p(self) -> Float[Tensor, "B"]:
         """KL(q ‖ posterior), (B,)."""
         return kl(self._guide(), self.log_posterior)
 
     @property
-    def kl_p_q(self) -> Tensor:
+    def kl_p_q(self) -> Float[Tensor, "B"]:
         """KL(posterior ‖ q), (B,)."""
         return kl(self.log_posterior, self._guide())
 
     @property
-    def elbo(self) -> Tensor:
+    def elbo(self) -> Float[Tensor, "B"]:
         """E_q[log p(z, evidence) - log q(z)] = log Z - KL(q ‖ posterior), (B,)."""
         return -kl(self._guide(), self.log_joint)
 
-    def _guide(self) -> Tensor:
+    def _guide(self) -> Float[Tensor, "N B"]:
         if self.log_q is None:
             raise ValueError("this needs a guide: enumerate_posterior(model, guide, prompts)")
         return self.log_q
@@ -65,6 +66,6 @@ def enumerate_posterior(
     return EnumeratedPosterior(**vars(enumerate_sites(model, guide, prompts)))
 
 
-def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+def kl(log_a: Float[Tensor, "N *B"], log_b: Float[Tensor, "N *B"]) -> Float[Tensor, "*B"]:
     """Σ_z a (log a - log b) over the first dimension, nats; a zero of `a` counts nothing."""
     return torch.where(log_a == -torch.inf, 0.0, log_a.exp() * (log_a - log_b)).sum(0)

@@ -75,7 +75,7 @@ class Terms:
             return torch.ones_like(self.token_log_guide)
         return (self.token_log_guide - self._known(self.token_log_proposal)).exp().clamp_max(self.max_ratio)
 
-    def weighted(self, ratio: Tensor, cost: Tensor) -> Tensor:
+    def weighted(self, ratio: Float[Tensor, "*K"], cost: Float[Tensor, "*K"]) -> Float[Tensor, "*K"]:
         """ratio · cost, but 0 where the ratio has already moved by more than `clip_ratio` the way that the cost asks for: the
         gradient of PPO's min(ratio · A, clip(ratio) · A) with A = -cost."""
         if self.clip_ratio is None:
@@ -83,7 +83,7 @@ class Terms:
         moved = torch.where(cost < 0, ratio > 1 + self.clip_ratio, ratio < 1 - self.clip_ratio)
         return torch.where(moved, 0.0, ratio * cost)
 
-    def _known(self, log_proposal: Tensor) -> Tensor:
+    def _known(self, log_proposal: Float[Tensor, "*K"]) -> Float[Tensor, "*K"]:
         if bool(log_proposal.isnan().any()):
             raise ValueError(
                 "this objective needs importance ratios, and the probability under which replayed texts were drawn is not "
@@ -133,7 +133,7 @@ class Prefixes:
     valid: Bool[Tensor, "K B T1"]
 
 
-def scored(terms: Terms, cost: Tensor, value: Tensor) -> Estimate:
+def scored(terms: Terms, cost: Float[Tensor, "K B"], value: Float[Tensor, "K B"]) -> Estimate:
     """The estimate E_q[cost · ∇ log q] less a baseline, off-policy by importance ratios.
 
     :param value: whose mean under q is the objective's value, (K, B)."""

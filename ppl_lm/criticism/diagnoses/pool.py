@@ -45,16 +45,16 @@ class Pool:
         return Pool(row("log_prior"), row("log_likelihood"), row("log_guide"))
 
     @property
-    def log_joint(self) -> Tensor:
+    def log_joint(self) -> Float[Tensor, "2 N"]:
         return self.log_prior + self.log_likelihood
 
     @property
-    def log_z(self) -> Tensor:
-        """log of the mean weight, nats: a scalar."""
+    def log_z(self) -> Float[Tensor, ""]:
+        """log of the mean weight, nats."""
         return (self._log_w.logsumexp(-1) - math.log(self._log_w.shape[1])).logsumexp(0) - math.log(2)
 
     @property
-    def _log_w(self) -> Tensor:
+    def _log_w(self) -> Float[Tensor, "2 N"]:
         mixture = torch.logaddexp(self.log_prior, self.log_guide) - math.log(2)
         return torch.where(self.log_joint == -torch.inf, -torch.inf, self.log_joint - mixture)
 
@@ -122,14 +122,14 @@ class Pool:
         khat = psis_khat(log_w)
         return float(kong_ess(log_w)) if khat is None or khat < khat_threshold(len(log_w)) else 0.0
 
-    def _posterior(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _posterior(self, values: Float[Tensor, "2 N"]) -> tuple[Float[Tensor, ""], Float[Tensor, "2 N"]]:
         share = self.relative / self.relative.shape[1]
         values = torch.where(share > 0, values, 0.0)
         centre = (share * values).sum()
         centred = torch.where(share > 0, values - centre, 0.0)
         return centre, self.relative * centred
 
-    def _kl_from(self, row: int, log_w: Tensor) -> tuple[float, float]:
+    def _kl_from(self, row: int, log_w: Float[Tensor, "N"]) -> tuple[float, float]:
         influence = self.relative.clone()
         influence[row] -= log_w
         value, error = float(self.log_z - log_w.mean()), _error(influence)

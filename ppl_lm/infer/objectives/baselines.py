@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ppl_lm.lm.prompts import Prompts
@@ -60,12 +61,12 @@ def as_estimate(value: Any) -> Any:
     return value if hasattr(value, "remembers_steps") else Memoryless(value)
 
 
-def no_baseline(cost: Tensor, ratio: Tensor) -> Tensor:
+def no_baseline(cost: Float[Tensor, "K *S"], ratio: Float[Tensor, "K *S"]) -> Float[Tensor, "K *S"]:
     return torch.zeros_like(cost)
 
 
-def leave_one_out(cost: Tensor, ratio: Tensor) -> Tensor:
-    """Mean cost of the other particles of the prompt, (K, B): independent of this one's draw (Kool et al. 2019)."""
+def leave_one_out(cost: Float[Tensor, "K *S"], ratio: Float[Tensor, "K *S"]) -> Float[Tensor, "K *S"]:
+    """Mean cost of the other particles of the prompt: independent of this one's draw (Kool et al. 2019)."""
     weighted = ratio * cost
     return (weighted.sum(0) - weighted) / (len(cost) - 1)
 
@@ -88,25 +89,25 @@ class MovingAverage:
 
     remembers_steps = True
 
-    def __call__(self, cost: Tensor, ratio: Tensor) -> Tensor:
+    def __call__(self, cost: Float[Tensor, "K *S"], ratio: Float[Tensor, "K *S"]) -> Float[Tensor, "K *S"]:
         before = self.known / self.weight if self.weight else 0.0
         self.known = self.decay * self.known + (1 - self.decay) * float((ratio * cost).mean())
         self.weight = self.decay * self.weight + (1 - self.decay)
         return torch.full_like(cost, before)
 
 
-def of_particles(log_w: Tensor, prompts: Prompts) -> Tensor:
-    """log of the mean weight of the step's particles, (B,): in a function that is not linear in it, biased by O(1/K)."""
+def of_particles(log_w: Float[Tensor, "K B"], prompts: Prompts) -> Float[Tensor, "B"]:
+    """log of the mean weight of the step's particles: in a function that is not linear in it, biased by O(1/K)."""
     return log_w.logsumexp(0) - math.log(len(log_w))
 
 
-def of_others(log_w: Tensor, prompts: Prompts) -> Tensor:
-    """The same without the particle itself, (K, B). It makes the expected gradient of `forward_kl` exact up to one positive
+def of_others(log_w: Float[Tensor, "K B"], prompts: Prompts) -> Float[Tensor, "K B"]:
+    """The same without the particle itself. It makes the expected gradient of `forward_kl` exact up to one positive
     factor a prompt, Z · E[1/Ẑ]; not with `leave_one_out`, though, since the others' costs hold this particle's weight."""
     return log_sum_of_others(log_w) - math.log(max(1, len(log_w) - 1))  # -inf if there are no others
 
 
-def log_sum_of_others(log_w: Tensor) -> Tensor:
+def log_sum_of_others(log_w: Float[Tensor, "K *S"]) -> Float[Tensor, "K *S"]:
     """log Σ_{j ≠ k} w_j for each k along the first dimension, from sums of those before and after: no subtraction."""
     edge = torch.full_like(log_w[:1], -torch.inf)
     before = torch.cat([edge, log_w[:-1].logcumsumexp(0)]) if len(log_w) > 1 else edge
@@ -114,8 +115,8 @@ def log_sum_of_others(log_w: Tensor) -> Tensor:
     return torch.logaddexp(before, after)
 
 
-def known(log_z: Tensor) -> LogZFunction:
-    """log Z that is known, (B,) or (); by enumeration, say."""
+def known(log_z: Float[Tensor, "B"] | Float[Tensor, ""]) -> LogZFunction:
+    """log Z that is known, of each prompt or of all; by enumeration, say."""
     return lambda log_w, prompts: log_z.expand(log_w.shape[1])
 
 
@@ -135,7 +136,7 @@ class MovingLogZ:
 
     remembers_steps = True
 
-    def __call__(self, log_w: Tensor, prompts: Prompts) -> Tensor:
+    def __call__(self, log_w: Float[Tensor, "K B"], prompts: Prompts) -> Float[Tensor, "K B"]:
         now, others = of_particles(log_w, prompts), of_others(log_w, prompts)
         columns = []
         for b, key in enumerate(prompts.identities()):

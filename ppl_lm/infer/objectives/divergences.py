@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -44,7 +45,7 @@ class Divergence:
         return scored(terms, cost, torch.where(known, self.share(log_t), torch.inf))
 
 
-def _js_share(log_t: Tensor) -> Tensor:
+def _js_share(log_t: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     inverse = (-log_t).exp()  # p/q; the second term is (1 + 1/t) log((t + 1)/2)
     large = softplus(log_t) - math.log(2)
     bounded = torch.where(inverse > 0, inverse * large, 0.0)
@@ -82,10 +83,10 @@ def alpha_divergence(alpha: float = 0.5) -> Divergence:
     if not math.isfinite(alpha):
         raise ValueError(f"alpha={alpha}; give a finite number")
 
-    def slope(log_t: Tensor) -> Tensor:
+    def slope(log_t: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         return log_t if alpha == 0 else -torch.expm1(-alpha * log_t) / alpha
 
-    def share(log_t: Tensor) -> Tensor:
+    def share(log_t: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         inverse = (-log_t).exp()
         if alpha == 0:
             return log_t + torch.expm1(-log_t)

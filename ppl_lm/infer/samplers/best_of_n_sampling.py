@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, NoSupportError
@@ -54,7 +54,7 @@ def best_of_n(
     return replace(best, log_guide=best.log_guide + gain, proposals=replace(pool, latents={}))
 
 
-def _pick_by_weight(log_w: Float[Tensor, "S n B"]) -> Tensor:
+def _pick_by_weight(log_w: Float[Tensor, "S n B"]) -> Int[Tensor, "S B"]:
     if bool((log_w == -torch.inf).all(1).any()):
         raise NoSupportError(
             f"all {log_w.shape[1]} draws of a sample are impossible under the posterior (the best log weight of the others "

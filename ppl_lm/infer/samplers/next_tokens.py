@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from ppl_lm.infer.samplers.twist import Twist
@@ -105,8 +105,10 @@ class Laws:
         increment = torch.where((before == -torch.inf) | (after == -torch.inf), -torch.inf, after - before - lq)
         return Tokens(tokens, lp, after, increment)
 
-    def _proposal(self, log_p: Tensor, log_psi: Tensor | None, x: Tensor, t: int) -> Tensor:
-        """log q of every next token, (n, V)."""
+    def _proposal(
+        self, log_p: Float[Tensor, "n V"], log_psi: Float[Tensor, "n V"] | None, x: Int[Tensor, "n T"], t: int
+    ) -> Float[Tensor, "n V"]:
+        """log q of every next token."""
         if self.proposal is not None:
             return self.proposal.log_probs()
         if self.candidates is not None:
@@ -115,8 +117,8 @@ class Laws:
             return _tilted_among(log_p, likeliest, psi.to(log_p.dtype))
         return log_p if log_psi is None else _tilted(log_p, log_p + log_psi)
 
-    def _log_psi(self, x: Tensor, t: int, tokens: Tensor) -> Tensor:
-        """log ψ_t of each text with each of its tokens, by a twist that is a function: (n, M), float64."""
+    def _log_psi(self, x: Int[Tensor, "n T"], t: int, tokens: Int[Tensor, "n M"]) -> Float64[Tensor, "n M"]:
+        """log ψ_t of each text with each of its tokens, by a twist that is a function."""
         assert self.twist is not None
         many, vocabulary = tokens.shape[-1], self.vocabulary
         grown = x.repeat_interleave(many, 0)
@@ -141,13 +143,15 @@ def choose(log_q: Float[Tensor, "n V"], population: Int[Tensor, "n"], many: int)
     return torch.stack([invert(log_q, u[:, m]) for m in range(many)], 1)
 
 
-def _tilted(log_p: Tensor, log_gamma: Tensor) -> Tensor:
+def _tilted(log_p: Float[Tensor, "n V"], log_gamma: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
     """The law in proportion to exp(log_gamma); where nothing is possible, the prior's: those texts have weight zero."""
     lost = (log_gamma == -torch.inf).all(-1, keepdim=True)
     return torch.where(lost, log_p, normalise(log_gamma)) if bool(lost.any()) else normalise(log_gamma)
 
 
-def _tilted_among(log_p: Tensor, candidates: Tensor, log_psi: Tensor) -> Tensor:
+def _tilted_among(
+    log_p: Float[Tensor, "n V"], candidates: Int[Tensor, "n M"], log_psi: Float[Tensor, "n M"]
+) -> Float[Tensor, "n V"]:
     """q ∝ p0 ψ over the candidates, and p0 times their mean ψ over the others."""
     known = log_p.gather(-1, candidates)
     mean = (known + log_psi).logsumexp(-1, keepdim=True) - known.logsumexp(-1, keepdim=True)

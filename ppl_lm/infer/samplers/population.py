@@ -100,7 +100,7 @@ def _history(steps: list[StepInfo], state: Population, length: int) -> History:
 
 
 def _step(
-    state: Population, laws: Laws, settings: SMCSettings, planted: Tensor | None, t: int
+    state: Population, laws: Laws, settings: SMCSettings, planted: Int[Tensor, "P T"] | None, t: int
 ) -> tuple[Population, StepInfo]:
     """One more token for every open text, then resampling."""
     count, populations = state.live.shape
@@ -174,7 +174,9 @@ def _select(
     return index, kept, slot, needed
 
 
-def _needed(log_w: Tensor, open_: Tensor, live: Tensor, settings: SMCSettings) -> Bool[Tensor, "P"]:
+def _needed(
+    log_w: Float[Tensor, "N P"], open_: Bool[Tensor, "N P"], live: Bool[Tensor, "N P"], settings: SMCSettings
+) -> Bool[Tensor, "P"]:
     """Which populations are resampled: those that have grown too many; those of uneven weights, as long as a text is open
     (later, the weights themselves say all), and not those without any weight."""
     if settings.expand > 1:

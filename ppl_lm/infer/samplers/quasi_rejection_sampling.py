@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, NoSupportError
@@ -88,7 +88,7 @@ def quasi_rejection(
     if bool((bound == -torch.inf).any()):
         raise NoSupportError("the bound is -inf nats: all weights of the guide's draws are zero under the posterior")
 
-    def keep(part: Draws) -> tuple[Tensor, Tensor]:
+    def keep(part: Draws) -> tuple[Bool[Tensor, "S B"], Float64[Tensor, "*B"]]:
         return accept(part, bound), bound
 
     def propose(n: int) -> Draws:
@@ -104,7 +104,7 @@ def quasi_rejection(
     return replace(accepted, log_guide=log_p_b, kind="weighted", proposals=proposals, cost=cost)
 
 
-def accept(draws: Draws, log_bound: Tensor) -> Tensor:
-    """Which draws are kept, (C·S, B) bool: unlike `rejection.accept` also where weights exceed the bound."""
+def accept(draws: Draws, log_bound: Float64[Tensor, "*B"]) -> Bool[Tensor, "S B"]:
+    """Which of the C·S draws are kept: unlike `rejection.accept` also where weights exceed the bound."""
     log_w = draws.log_weight.flatten(0, 1)
     return torch.rand_like(log_w).log() < log_w - log_bound.to(log_w.device)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from ppl_lm.infer.draws import TOLERANCE, Draws, NoSupportError, concatenate
@@ -48,7 +49,7 @@ def rejection(
             )
     nats: float | None = None
 
-    def keep(part: Draws) -> tuple[Tensor, float]:
+    def keep(part: Draws) -> tuple[Bool[Tensor, "S B"], float]:
         nonlocal nats
         if from_prior and not part.from_prior:
             raise ValueError(
@@ -75,7 +76,7 @@ def propose_until(
     num_samples: int,
     max_proposals: int,
     size: int,
-) -> tuple[Draws, Tensor, Draws]:
+) -> tuple[Draws, Bool[Tensor, "S B"], Draws]:
     """Proposes `size` draws at a time until each prompt has kept `num_samples`.
 
     :param keep: which draws each prompt keeps, (S, B) bool, and the bound in nats by which it does.
@@ -108,7 +109,7 @@ def propose_until(
             )
 
 
-def accept(draws: Draws, log_bound: float) -> Tensor:
+def accept(draws: Draws, log_bound: float) -> Bool[Tensor, "S B"]:
     """Which draws rejection keeps, (C·S, B) bool.
 
     :raises ValueError: if a weight exceeds the bound: what would be kept is not the posterior."""
@@ -121,7 +122,7 @@ def accept(draws: Draws, log_bound: float) -> Tensor:
     return torch.rand_like(log_w).log() < log_w - log_bound
 
 
-def select(draws: Draws, mask: Tensor, num_samples: int) -> Draws:
+def select(draws: Draws, mask: Bool[Tensor, "S B"], num_samples: int) -> Draws:
     """The first `num_samples` kept draws of each prompt, as exact ones; every prompt must have so many."""
     index = mask.to(torch.uint8).sort(dim=0, descending=True, stable=True).indices[:num_samples]  # (S, B)
 

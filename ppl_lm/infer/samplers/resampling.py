@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
 SMALLEST = 1e-15  # a point is kept so far below the end of the line that it does not round to it
@@ -35,7 +35,10 @@ Rule = Callable[..., Resampled]
 
 
 def multinomial(
-    log_w: Float[Tensor, "N P"], count: int, u: Tensor | None = None, through: Tensor | None = None
+    log_w: Float[Tensor, "N P"],
+    count: int,
+    u: Float64[Tensor, "points P"] | None = None,
+    through: Int[Tensor, "P"] | None = None,
 ) -> Resampled:
     """Each of `count` drawn by itself, in proportion to the weights (Gordon et al. 1993)."""
     u = _uniform(log_w, count) if u is None else u
@@ -48,7 +51,10 @@ def multinomial(
 
 
 def stratified(
-    log_w: Float[Tensor, "N P"], count: int, u: Tensor | None = None, through: Tensor | None = None
+    log_w: Float[Tensor, "N P"],
+    count: int,
+    u: Float64[Tensor, "points P"] | None = None,
+    through: Int[Tensor, "P"] | None = None,
 ) -> Resampled:
     """One point in each of `count` equal parts of the line of weights, each by itself (Kitagawa 1996)."""
     u = _uniform(log_w, count) if u is None else u
@@ -63,7 +69,10 @@ def stratified(
 
 
 def systematic(
-    log_w: Float[Tensor, "N P"], count: int, u: Tensor | None = None, through: Tensor | None = None
+    log_w: Float[Tensor, "N P"],
+    count: int,
+    u: Float64[Tensor, "points P"] | None = None,
+    through: Int[Tensor, "P"] | None = None,
 ) -> Resampled:
     """One point in each of `count` equal parts of the line of weights, at the same place in all (Carpenter et al. 1999)."""
     u = _uniform(log_w, count) if u is None else u
@@ -77,7 +86,10 @@ def systematic(
 
 
 def without_replacement(
-    log_w: Float[Tensor, "N P"], count: int, u: Tensor | None = None, through: Tensor | None = None
+    log_w: Float[Tensor, "N P"],
+    count: int,
+    u: Float64[Tensor, "points P"] | None = None,
+    through: Int[Tensor, "P"] | None = None,
 ) -> Resampled:
     """None is taken twice: particle n with probability min(1, c w_n), c such that `count` are taken, and the weight
     w_n / min(1, c w_n): the heavy ones keep theirs, the others all get 1/c (Fearnhead & Clifford 2003; Lew et al. 2023).
@@ -101,8 +113,8 @@ def without_replacement(
     return Resampled(index, taken, slot)
 
 
-def _inclusion(w: Tensor, count: int) -> Tensor:
-    """min(1, c w) with Σ min(1, c w) = count, (N, P); 1 for all that have a weight where they are no more than that."""
+def _inclusion(w: Float[Tensor, "N P"], count: int) -> Float[Tensor, "N P"]:
+    """min(1, c w) with Σ min(1, c w) = count; 1 for all that have a weight where they are no more than that."""
     ordered = w.sort(0, descending=True).values
     kept = torch.arange(len(w), device=w.device).unsqueeze(-1)
     tail = ordered.flip(0).cumsum(0).flip(0)  # Σ of the (kept + 1)th and smaller ones
@@ -114,23 +126,25 @@ def _inclusion(w: Tensor, count: int) -> Tensor:
     return torch.where(few, (w > 0).double(), (chosen * w).clamp_max(1.0))
 
 
-def _uniform(log_w: Tensor, count: int) -> Tensor:
+def _uniform(log_w: Float[Tensor, "N P"], count: int) -> Float64[Tensor, "points P"]:
     return torch.rand(count + 1, log_w.shape[1], dtype=torch.float64, device=log_w.device)
 
 
-def _mass(log_w: Tensor) -> Tensor:
-    """Normalised weights, (N, P); of a population without any weight, equal ones."""
+def _mass(log_w: Float[Tensor, "N P"]) -> Float[Tensor, "N P"]:
+    """Normalised weights; of a population without any weight, equal ones."""
     return torch.where((log_w == -torch.inf).all(0), 0.0, log_w).softmax(0)
 
 
-def _find(line: Tensor, points: Tensor) -> Tensor:
-    """In whose part of the line each point lies, (count, P)."""
+def _find(line: Float[Tensor, "N P"], points: Float[Tensor, "count P"]) -> Int[Tensor, "count P"]:
+    """In whose part of the line each point lies."""
     scaled = points.clamp_max(1 - SMALLEST) * line[-1]
     return torch.searchsorted(line.T.contiguous(), scaled.T.contiguous(), right=True).T.clamp_max(len(line) - 1)
 
 
-def _point(line: Tensor, u: Tensor, through: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """A point uniform in the part of the line, (N, P) of length `count`, that is `through`'s: its whole number and the rest."""
+def _point(
+    line: Float[Tensor, "N P"], u: Float[Tensor, "P"], through: Int[Tensor, "P"], count: int
+) -> tuple[Int[Tensor, "P"], Float[Tensor, "P"]]:
+    """A point uniform in the part of the line, of length `count`, that is `through`'s: its whole number and the rest."""
     end = line.gather(0, through.unsqueeze(0))[0]
     begin = torch.where(through > 0, line.gather(0, (through - 1).clamp_min(0).unsqueeze(0))[0], 0.0)
     z = begin + u * (end - begin)
@@ -138,12 +152,14 @@ def _point(line: Tensor, u: Tensor, through: Tensor, count: int) -> tuple[Tensor
     return slot, z - slot
 
 
-def _put(values: Tensor, slot: Tensor, value: Tensor | None) -> Tensor:
+def _put(
+    values: Shaped[Tensor, "count P"], slot: Int[Tensor, "P"], value: Shaped[Tensor, "P"] | None
+) -> Shaped[Tensor, "count P"]:
     assert value is not None
     return values.scatter(0, slot.unsqueeze(0), value.unsqueeze(0).to(values.dtype))
 
 
-def _even(log_w: Tensor, index: Tensor, slot: Tensor | None) -> Resampled:
+def _even(log_w: Float[Tensor, "N P"], index: Int[Tensor, "count P"], slot: Int[Tensor, "P"] | None) -> Resampled:
     """All with the same weight, Σ w / count."""
     share = log_w.logsumexp(0) - math.log(len(index))
     return Resampled(index, share.expand(index.shape).clone(), slot)

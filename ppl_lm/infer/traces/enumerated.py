@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float64, Shaped
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import config_enumerate
@@ -25,8 +26,8 @@ class EnumeratedSites:
 
     latents: dict[str, Tensor]
     records: dict[str, Tensor]
-    log_joint: Tensor
-    log_q: Tensor | None
+    log_joint: Float[Tensor, "N B"]
+    log_q: Float[Tensor, "N B"] | None
 
 
 def enumerate_sites(model: Callable[..., Any], guide: Callable[..., Any] | None, prompts: Any) -> EnumeratedSites:
@@ -53,10 +54,10 @@ def enumerate_sites(model: Callable[..., Any], guide: Callable[..., Any] | None,
     if shape.numel() > MAX_CELLS:
         raise ValueError(f"{shape.numel():,} values are too many to enumerate (at most {MAX_CELLS:,})")
 
-    def table(terms: list[Tensor]) -> Tensor:
+    def table(terms: list[Tensor]) -> Float64[Tensor, "N B"]:
         return sum(term.double().expand(shape) for term in terms).reshape(-1, batch)  # pyright: ignore
 
-    def values(site: Site) -> Tensor:
+    def values(site: Site) -> Shaped[Tensor, "N B *E"]:
         value, event = site["value"], len(site["fn"].event_shape)
         event_shape = value.shape[value.dim() - event :]
         return value.expand(*shape, *event_shape).reshape(-1, batch, *event_shape)

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Float64
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
@@ -20,7 +21,7 @@ def as_terms(
     baseline: Any,
     max_ratio: float = math.inf,
     clip_ratio: float | None = None,
-) -> tuple[Terms, Tensor]:
+) -> tuple[Terms, Float64[Tensor, "K B"]]:
     """What objectives see, and the scale of each text, (K, B), taken out of it: that of its plate, or `poutine.scale`.
 
     :raises ValueError: if only a joint weight of all prompts exists, or the model has parameters of its own."""
@@ -85,7 +86,7 @@ def as_terms(
 
 
 @torch.no_grad()
-def _prefixes(particles: Particles, name: str, inverse: Tensor) -> Prefixes:
+def _prefixes(particles: Particles, name: str, inverse: Float64[Tensor, "K B"]) -> Prefixes:
     """Runs the model once more on every prefix of the texts, for its likelihood; the networks score them in one pass."""
     site, twin = particles.guide_sites[name], particles.model_sites[name]
     if particles.subsampled() is not None:
@@ -113,7 +114,7 @@ def _prefixes(particles: Particles, name: str, inverse: Tensor) -> Prefixes:
         0, (-1, particles.count)
     )
 
-    def outcomes(fn: TokenSequence) -> Tensor:  # log-probability of each prefix and its end
+    def outcomes(fn: TokenSequence) -> Float64[Tensor, "T1 K B"]:  # log-probability of each prefix and its end
         token, end = fn.token_and_end_log_probs(x)
         start = torch.nn.functional.pad(token.cumsum(-1), (1, 0))
         return (start + torch.nn.functional.pad(end, (0, 1))).movedim(-1, 0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyro
 import torch
+from jaxtyping import Bool, Float64
 from pyro import poutine
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
@@ -61,7 +62,7 @@ class Particles:
     again: Callable[[Trace, int], Trace]
     guide: Any
     proposal_log_q: dict[str, Tensor] | None = None
-    from_guide: Tensor | None = None
+    from_guide: Bool[Tensor, "K B"] | None = None
     repeated: bool = False
 
     @property
@@ -92,12 +93,12 @@ class Particles:
         """The same sites as the model has them."""
         return {name: TextSite.of(site) for name, site in self.model_sites.items() if is_sequence(site)}
 
-    def log_prior(self) -> Tensor:
+    def log_prior(self) -> Float64[Tensor, "K B"]:
         """log p of all latent sites, detached, float64, nats: (K, B), or (K, 1) where a site lies outside the prompt
         plate, so that only a joint value of all prompts exists. Likewise `log_likelihood`, `log_guide`, `log_proposal`."""
         return self._by_prompt(self.log_p[name] for name in self.guide_sites if name in self.log_p)
 
-    def log_likelihood(self) -> Tensor:
+    def log_likelihood(self) -> Float64[Tensor, "K B"]:
         """log p of all observed sites, for exp(r/β): what a bounded `Optimality` subtracts is added again."""
         return self._by_prompt(self.log_p[n] + log_shift(s) for n, s in self.observed_sites.items())
 
@@ -109,15 +110,15 @@ class Particles:
     def observed_sites(self) -> dict[str, Site]:
         return {name: self.model_sites[name] for name in self.log_p if name not in self.guide_sites}
 
-    def log_evidence(self) -> Tensor:
+    def log_evidence(self) -> Float64[Tensor, "K B"]:
         """log p of all observed sites as Pyro has it: `log_likelihood` less what a bounded `Optimality` subtracts."""
         return self._by_prompt(log_p for name, log_p in self.log_p.items() if name not in self.guide_sites)
 
-    def log_guide(self) -> Tensor:
+    def log_guide(self) -> Float64[Tensor, "K B"]:
         return self._by_prompt(self.log_q.values())
 
     @torch.no_grad()
-    def log_proposal(self) -> Tensor:
+    def log_proposal(self) -> Float64[Tensor, "K B"]:
         """The density that drew the values: `log_guide` without what `poutine.scale` and `mask` make of it."""
         if self.proposal_log_q is not None:
             return self._by_prompt(
@@ -126,7 +127,7 @@ class Particles:
             )
         return self._by_prompt(log_density(site) for site in self.guide_sites.values())
 
-    def share(self) -> Tensor:
+    def share(self) -> Float64[Tensor, "K B"]:
         """What each particle counts in a mean under the guide, (K, B): 1/K, or self-normalised importance ratios."""
         if self.from_guide is not None:
             return self.from_guide.double() / self.from_guide.sum(0)
@@ -134,7 +135,7 @@ class Particles:
             return torch.full_like(self.log_guide(), 1 / self.count)
         return (self.log_guide() - self.log_proposal()).softmax(0)
 
-    def _by_prompt(self, terms: Iterable[Tensor]) -> Tensor:
+    def _by_prompt(self, terms: Iterable[Tensor]) -> Float64[Tensor, "K B"]:
         return by_prompt(terms, self.count, len(self.prompts) if self.is_local else 1)
 
     @property
@@ -249,7 +250,7 @@ class _Detached(Messenger):
             msg["value"] = msg["value"].detach()
 
 
-def by_prompt(terms: Iterable[Tensor], count: int, batch: int) -> Tensor:
+def by_prompt(terms: Iterable[Tensor], count: int, batch: int) -> Float64[Tensor, "{count} {batch}"]:
     """Sums sites' log-probabilities, each over the dimensions between particles and prompts, to (count, batch)."""
     total: Any = torch.zeros(count, batch, dtype=torch.float64)
     for term in terms:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, NoSupportError, concatenate, only_text
@@ -115,7 +116,7 @@ def rollouts(
     )
 
 
-def _log_mean_phi(draws: Draws) -> Tensor:
+def _log_mean_phi(draws: Draws) -> Float[Tensor, "B"]:
     log_w = (draws.log_prior - draws.log_guide)[0].log_softmax(0)
     mean = (log_w + draws.log_likelihood[0]).logsumexp(0)
     if bool((mean == -torch.inf).any()):

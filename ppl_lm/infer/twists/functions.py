@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.infer.enumeration import enumerate_posterior
@@ -20,7 +21,7 @@ from ppl_lm.lm.prompts import Prompts
 def prefix_likelihood(model: Callable[..., Any]) -> Function:
     """ψ_t(x_≤t) = p(evidence | x_≤t), as if the text ended there: what the reward says of the part that is written."""
 
-    def log_psi(prompts: Prompts, x: Tensor, n: Tensor) -> Tensor:
+    def log_psi(prompts: Prompts, x: Int[Tensor, "N T"], n: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
         return log_likelihood_of_text(model, prompts, x)
 
     return log_psi
@@ -31,7 +32,7 @@ def tempered(twist: Function, over: int) -> Function:
     if over < 1:
         raise ValueError(f"over={over}; give the number of tokens after which the twist counts in full, at least 1")
 
-    def log_psi(prompts: Prompts, x: Tensor, n: Tensor) -> Tensor:
+    def log_psi(prompts: Prompts, x: Int[Tensor, "N T"], n: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
         return twist(prompts, x, n) * (n / over).clamp_max(1.0)
 
     return log_psi
@@ -51,7 +52,7 @@ def exact_twist(model: Callable[..., Any], prompts: Any) -> Function:
     log_joint = truth.log_joint.detach()
     known, rows_of = x[:, 0], law.prompts
 
-    def log_psi(prompts: Prompts, x: Tensor, n: Tensor) -> Tensor:
+    def log_psi(prompts: Prompts, x: Int[Tensor, "N T"], n: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
         out = torch.empty(len(x), dtype=torch.float64, device=x.device)
         column = _rows_among(rows_of, prompts)
         for length in n.unique().tolist():
@@ -64,7 +65,7 @@ def exact_twist(model: Callable[..., Any], prompts: Any) -> Function:
     return log_psi
 
 
-def _rows_among(known: Prompts, prompts: Prompts) -> Tensor:
+def _rows_among(known: Prompts, prompts: Prompts) -> Int[Tensor, "N"]:
     """Which of the known prompts each of these is."""
     rows = {identity: b for b, identity in enumerate(known.identities())}
     return torch.tensor([rows[identity] for identity in prompts.identities()], device=known.ids.device)

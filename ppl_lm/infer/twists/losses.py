@@ -33,21 +33,21 @@ class Rollouts:
 Loss = Callable[[Rollouts], Tensor]
 
 
-def ctl(r: Rollouts) -> Tensor:
+def ctl(r: Rollouts) -> Float[Tensor, ""]:
     """Contrastive twist learning: Σ_t KL(σ(x_≤t) ‖ π_t), π_t ∝ p0 ψ_t, by its gradient -(E_σ ∇log ψ_t - E_π_t ∇log ψ_t). Its
     value means nothing. Bias of order 1/K, from weights that are normalised over K texts."""
     under_twist = (r.prior.unsqueeze(-1) + r.log_psi.detach()).softmax(0)
     return _sum((under_twist - r.posterior.exp().unsqueeze(-1)) * r.log_psi)
 
 
-def sixo(r: Rollouts) -> Tensor:
+def sixo(r: Rollouts) -> Float[Tensor, ""]:
     """Noise-contrastive, posterior against prior: -Σ_t E_σ log s(log ψ_t) + E_p0 log s(-log ψ_t), s the logistic function.
     Optimum ψ_t = σ(x_≤t) / p0(x_≤t) (Lawson et al. 2022)."""
     log_true, log_false = torch.nn.functional.logsigmoid(r.log_psi), torch.nn.functional.logsigmoid(-r.log_psi)
     return -_sum(r.posterior.exp().unsqueeze(-1) * log_true + r.prior.exp().unsqueeze(-1) * log_false)
 
 
-def soft_rl(r: Rollouts) -> Tensor:
+def soft_rl(r: Rollouts) -> Float[Tensor, ""]:
     """Soft Q-learning, path consistency of one step: E_p0 Σ_t (log Σ_v p0(v | x_≤t) ψ_t+1(x_≤t, v) - log ψ_t)², the sum over
     v held fixed, and (log φ - log ψ)² at the end.
 
@@ -59,14 +59,14 @@ def soft_rl(r: Rollouts) -> Tensor:
     return _sum(r.prior.exp().unsqueeze(-1) * torch.where(r.alive, (wanted - r.log_psi).square(), 0.0))
 
 
-def fudge(r: Rollouts) -> Tensor:
+def fudge(r: Rollouts) -> Float[Tensor, ""]:
     """E_p0 Σ_t [ψ_t - φ log ψ_t], with the gradient E_p0 Σ_t (ψ_t - φ) ∇log ψ_t: FUDGE's cross-entropy of what a text will be
     worth (Yang & Klein 2021), with a logarithm for its link so that φ may exceed 1. Optimum ψ_t = E_p0[φ | x_≤t]."""
     phi = r.log_phi.exp().unsqueeze(-1)
     return _sum(r.prior.exp().unsqueeze(-1) * torch.where(r.alive, r.log_psi.exp() - phi * r.log_psi, 0.0))
 
 
-def log_variance(r: Rollouts) -> Tensor:
+def log_variance(r: Rollouts) -> Float[Tensor, ""]:
     """½ Var_p0[log φ + log p0 - log q], q ∝ p0 ψ token by token: path consistency of whole texts, the constant log Z dropped
     (Richter et al. 2020). Zero where q is the posterior.
 
@@ -84,6 +84,6 @@ def _require_soft(r: Rollouts, name: str) -> None:
         )
 
 
-def _sum(terms: Tensor) -> Tensor:
+def _sum(terms: Float[Tensor, "K B *T"]) -> Float[Tensor, ""]:
     """Over texts and lengths, mean over prompts."""
     return terms.sum() / terms.shape[1]
