@@ -1,8 +1,29 @@
 """Say which text you want as a Pyro program. Get it by inference. Know how close you got."""
 
+from importlib import import_module
 from importlib.metadata import version
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_ROOMS = (
+    "cli",
+    "criticism",
+    "embedded",
+    "experiments",
+    "guides",
+    "infer",
+    "likelihood",
+    "lm",
+    "models",
+    "report",
+    "run",
+)
+
+
+def __getattr__(name: str) -> object:
+    """A public name, or one of the rooms, loaded now."""
+    return import_module(f"{__name__}.{name}") if name in _ROOMS else _public(name)
+
+
 __version__ = version("ppl_lm")

@@ -20,6 +20,7 @@ import torch
 
 from ppl_lm.criticism.effective_size import ess
 from ppl_lm.criticism.expectations import expectation
+from ppl_lm.criticism.sensitivity import power_scale
 from ppl_lm.guides import prior as prior_guide
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError
@@ -161,6 +162,42 @@ def test_what_cannot_be_told_is_infinite_or_nan():
     still = expectation(parts("chains")[0], torch.ones(4, 200, 2))
     assert still.mean.tolist() == pytest.approx([1.0, 1.0], abs=1e-12) and float(still.se.max()) < 1e-12
     assert str(expectation(draws, torch.zeros(1, 30, 2))) == "0 ± 0, 0 ± 0"
+
+
+def test_what_has_another_shape_is_refused(unchecked):
+    """Without the check a number a text broadcasts to as many means; log weights of chains pass for one draw each."""
+    draws = importance(*posterior(), PROMPTS, num_samples=30)
+    for values in (torch.ones(30), torch.ones(30, 2), torch.ones(1, 29, 2), torch.ones(2, 30, 2)):
+        with pytest.raises(ValueError, match="number for each draw"):
+            expectation(draws, values)
+    with pytest.raises(ValueError, match="the draws themselves"):
+        ess(draws.log_weight)
+
+
+@pytest.mark.parametrize("alpha", [0.7, 1.4])
+def test_power_scaling_of_runs_is_the_enumerated_one(alpha):
+    """Of conditional runs too, each of which has a posterior draw of its own: the mutant weights them by their Ẑ."""
+    truth = enumerate_posterior(*posterior(), PROMPTS)
+    log_likelihood = truth.log_joint - (truth.log_joint - truth.records["reward"] / 0.8)
+    p = (truth.log_joint + (alpha - 1) * log_likelihood)[:, 0].detach().softmax(0)
+    exactly = float((p * truth.records["reward"][:, 0]).sum())
+    for draws in (smc_(800, 3), conditional_(800, 3)):
+        (likelihood, _) = power_scale(draws.of_prompt(0), [alpha]).scaled
+        mean, se = likelihood.means["reward"]
+        assert abs(mean - exactly) < 4.5 * se < 0.2, draws.kind
+
+
+def test_draws_under_another_guide_have_no_weights():
+    """The mutant: weights p/q of draws that q did not draw, which look as good as any."""
+    model, guide = posterior()
+    for draws in (importance(model, guide, PROMPTS, num_samples=50), smc_(4, 1), conditional_(4, 1)):
+        moved = draws.under(guide)
+        assert moved.kind == "rescored" and torch.equal(moved["x"], draws["x"])
+        with pytest.raises(ValueError, match="which are not the law that drew them"):
+            _ = moved.weights
+        with pytest.raises(ValueError, match="which are not the law that drew them"):
+            ess(moved)
+    assert rejection(model, None, PROMPTS, num_samples=20).under(guide).kind == "exact"
 
 
 def test_other_weights_are_another_law():

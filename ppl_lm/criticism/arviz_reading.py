@@ -67,6 +67,10 @@ def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
             "these draws were written by an earlier version of ppl_lm, which did not tell their kind: draw again"
         )
     all_of: Any = read(data["proposals"]) if "proposals" in groups else None
+    seen = data["observed_data"].data_vars if "observed_data" in groups else {}
     return replace(
-        draws, proposals=None if all_of is None else Draws(prompts, {}, {}, **all_of), kind=raw.attrs["kind"]
+        draws,
+        observed={str(name): torch.as_tensor(value.values) for name, value in seen.items()},
+        proposals=None if all_of is None else Draws(prompts, {}, {}, **all_of),
+        kind=raw.attrs["kind"],
     )

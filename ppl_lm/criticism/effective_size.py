@@ -19,8 +19,11 @@ def ess(draws: Draws | Float[Tensor, "S *B"]) -> Float[Tensor, "*B"]:
     many independent draws would give means with such errors, the fewest of any number (the model's records, lengths, log p of
     the prior). NaN where it cannot be told: of one run, or where no number ever changes. 0 where no draw is possible.
 
-    :param draws: of any kind, or log weights of independent draws, nats."""
+    :param draws: of any kind, or log weights of independent draws, nats.
+    :raises ValueError: of weights of other shapes than (S,) and (S, B)."""
     if isinstance(draws, Tensor):
+        if draws.dim() > 2:
+            raise ValueError(f"log weights of shape {tuple(draws.shape)}; give (S,) or (S, B), or the draws themselves")
         return kong_ess(draws)
     amounts = [effective(draws.of_prompt(b)) for b in range(draws.log_guide.shape[-1])]
     return torch.tensor([math.nan if amount is None else amount for amount in amounts], dtype=torch.float64)

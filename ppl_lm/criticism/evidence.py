@@ -65,7 +65,7 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
         of all that a run chooses at random, and above those of a text picked from it.
     :raises ValueError: if `exact` holds draws that are not exact, or `draws` holds exact ones or Markov chains.
     """
-    if draws.kind in EQUAL:
+    if draws.kind in (*EQUAL, "rescored"):
         raise ValueError("draws= must be the guide's own draws; pass exact posterior draws as exact=")
     if draws.kind in TOGETHER or (exact is not None and exact.kind in TOGETHER):
         if draws.kind != "runs" or (exact is not None and exact.kind != "conditional_runs"):

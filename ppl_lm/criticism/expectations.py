@@ -43,7 +43,15 @@ def expectation(
     :param values: one number or more of each draw, in any unit, such as a record; of a draw without weight it may be anything.
     :param weights: what each draw counts instead, normalised over all draws: equal ones give the mean under the law that drew
         them, others another posterior.
-    :raises NoSupportError: if all weights of a prompt are zero."""
+    :raises NoSupportError: if all weights of a prompt are zero.
+    :raises ValueError: if the values are not of the shape (C, S, B, ...) of these draws."""
+    shape = draws.log_weight.shape
+    if not isinstance(values, Tensor) or values.dim() < 3 or values.shape[:2] != shape[:2]:
+        given = f"of shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values)[:60]
+        raise ValueError(
+            f"values {given}; give a tensor with a number for each draw and prompt, (C, S, B, ...) = {tuple(shape)}, such as "
+            'draws["reward"]'
+        )
     weights = draws.weights if weights is None else weights
     w = weights.reshape(*weights.shape, *[1] * (values.dim() - weights.dim())).to(values.device)
     values = torch.where(w > 0, values.double(), 0.0)

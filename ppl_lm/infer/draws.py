@@ -21,7 +21,7 @@ from ppl_lm.lm import meter
 from ppl_lm.lm.meter import Cost
 from ppl_lm.lm.prompts import Prompts
 
-Kind = Literal["weighted", "exact", "chains", "runs", "conditional_runs"]
+Kind = Literal["weighted", "exact", "chains", "runs", "conditional_runs", "rescored"]
 EQUAL = ("exact", "chains")  # kinds whose draws are equally weighted
 TOGETHER = ("runs", "conditional_runs")  # kinds whose draws of a chain depend on each other by resampling
 TOLERANCE = 1e-3  # nats, for the noise of float32 log-probabilities
@@ -48,6 +48,8 @@ class Draws:
           independent, and the mean weight of each is an unbiased estimate of Z.
         - `conditional_runs`: likewise, each around an exact posterior draw (conditional SMC): then it is 1/Z that the inverse
           of the mean weight is unbiased for.
+        - `rescored`: weighted draws or runs put under another guide (`under`), which is not the law that drew them: they have
+          no weights any more.
     :param observed: what the model observed, by site: `optimal` is 1 for each prompt. `log_likelihoods` holds each site's share
         of `log_likelihood`.
     :param stats: how each draw came about, (C, S, B, ...), such as `acceptance_rate`; (C, 1, B, ...) where all draws of a chain
@@ -84,6 +86,10 @@ class Draws:
         each has a posterior draw of its own.
 
         :raises NoSupportError: if all weights of a prompt are zero."""
+        if self.kind == "rescored":
+            raise ValueError(
+                "these draws have the densities of another guide, which are not the law that drew them: no weights"
+            )
         if self.kind in EQUAL:
             return torch.full_like(self.log_weight, 1 / self.num_samples)
         log_w = self.log_weight
@@ -137,13 +143,15 @@ class Draws:
     @torch.no_grad()
     def under(self, guide: Callable[..., Any], max_plate_nesting: int = 1) -> "Draws":
         """The same draws with `log_guide` under another guide: how probable it finds them, nats. For `log_evidence`, and for
-        posterior draws that are to be measured against a guide; the kind stays, since it is not the guide that drew them.
+        posterior draws that are to be measured against a guide. Exact draws and chains stay what they are; others become
+        `rescored`, since it is not this guide that drew them.
 
         :raises ValueError: if the guide has other latent sites."""
         with meter.measure() as cost:
             columns = self.log_guide.shape[-1]
             log_q = log_density_at(guide, self.flat_latents(), self.prompts, max_plate_nesting, columns)
-        return replace(self, log_guide=log_q.reshape(self.log_guide.shape), cost=self.cost + cost)
+        kind: Kind = self.kind if self.kind in EQUAL else "rescored"
+        return replace(self, log_guide=log_q.reshape(self.log_guide.shape), kind=kind, cost=self.cost + cost)
 
     def by_run(self) -> "Draws":
         """Each run of draws that came about together as one draw of the extended space of all that it chose at random, whose
@@ -171,7 +179,9 @@ class Draws:
         if not self.is_local:
             return self
         draws = self.map(lambda v: v[:, :, b : b + 1], self.prompts[b : b + 1])
-        return replace(draws, proposals=None if self.proposals is None else self.proposals.of_prompt(b))
+        observed = {k: v[b : b + 1] if v.shape == (len(self.prompts),) else v for k, v in self.observed.items()}
+        proposals = None if self.proposals is None else self.proposals.of_prompt(b)
+        return replace(draws, observed=observed, proposals=proposals)
 
     def map(self, pick: Callable[[Tensor], Tensor], prompts: Prompts | None = None) -> "Draws":
         """The same draws with every tensor passed through `pick`."""
