@@ -312,7 +312,7 @@ def test_rewards_that_are_all_equal_leave_the_prior_alone(problem):
         ({"loss": SequenceELBO}, "give a SequenceELBO"),
     ],
 )
-def test_bad_arguments(problem, change, message):
+def test_bad_arguments(problem, change, message, unchecked):
     target, guide, start = problem
     with pytest.raises(ValueError, match=message):
         fit(target, guide, [""], **{"max_steps": 3, "loss": SequenceELBO(4), **change})
