@@ -18,10 +18,10 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import oracle
 import pyro
 import pyro.distributions as dist
-import numpy as np
 import pytest
 import tiny
 import torch
