@@ -59,7 +59,7 @@ def test_a_function_is_fitted_as_the_flags_say():
     assert SequenceELBO(64, objective=allowed).loss_and_grads(*args) < torch.inf
 
 
-def test_half_an_objective_is_refused():
+def test_half_an_objective_is_refused(unchecked):
     class Half:
         mass_covering = True
 
@@ -73,7 +73,7 @@ def test_half_an_objective_is_refused():
             SequenceELBO(2, objective=wrong)
 
 
-def test_a_source_without_its_fields_is_refused():
+def test_a_source_without_its_fields_is_refused(unchecked):
     with pytest.raises(ValueError, match=r"source=.*give a source of texts"):
         SequenceELBO(2, source=lambda draw, prompts: draw())
     assert [source.updates for source in (off_policy.Reuse(3), off_policy.Replay())] == [3, 1]

@@ -390,7 +390,7 @@ def test_the_effective_sample_size_is_that_of_the_weights_before_they_are_resamp
 @pytest.mark.parametrize(
     "mutant", ["evidence left out", "of the weights before they are resampled", "ESS after resampling"]
 )
-def test_wrong_steps_are_rejected(mutant, monkeypatch):
+def test_wrong_steps_are_rejected(mutant, monkeypatch, unchecked):
     right, select = SMC._by_token, POPULATION._select
     if mutant == "evidence left out":
         monkeypatch.setattr(SMC, "_by_token", lambda before, after, *rest: right(before, before, *rest))

@@ -107,7 +107,7 @@ def against(
     value: Float[Tensor, "C S 1"],
     observed: Float[Tensor, "N"],
     draws: Draws,
-    share: Float[Tensor, "S"],
+    share: Float[Tensor, "C*S"],
     resamples: int,
     seed: int,
 ) -> PredictiveCheck:

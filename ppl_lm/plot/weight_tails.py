@@ -64,11 +64,15 @@ def weight_tail(draws: Draws | Float[Tensor, "S"], ax: Axes | None = None) -> Ax
 
 
 def pareto_scale(excess: Float[np.ndarray, "N"], shape: float) -> float:
-    """The likeliest scale σ of a generalised Pareto of that shape k: Σ (k + 1) x / (σ + k x) = n."""
+    """The likeliest scale σ of a generalised Pareto of that shape k: Σ (k + 1) x / (σ + k x) = n; for k ≤ -1 the smallest, by
+    which the largest x lies at the end."""
     largest = float(excess.max())
-    low = max(1e-12, -shape * (1 + 1e-12)) * largest
+    low = max(1e-300, -shape * (1 + 1e-12)) * largest
+    if shape <= -1:
+        return low
 
-    def slope(scale: float) -> float:
-        return float(((shape + 1) * excess / (scale + shape * excess)).sum()) - len(excess)
+    def slope(log_scale: float) -> float:
+        return float(((shape + 1) * excess / (math.exp(log_scale) + shape * excess)).sum()) - len(excess)
 
-    return brentq(slope, low, low + 4 * (1 + abs(shape)) * largest, xtol=1e-12 * largest)  # pyright: ignore[reportReturnType]
+    high = low + 4 * (1 + abs(shape)) * largest
+    return math.exp(brentq(slope, math.log(low), math.log(high)))  # pyright: ignore[reportArgumentType]
