@@ -38,8 +38,6 @@ def token_gains(
     return torch.where(draws.prompts.vocabulary.alive(x), gains, 0.0)
 
 
-def _scored(
-    program: Callable[..., Any], draws: Draws, values: dict[str, Tensor], site: str, nesting: int
-) -> Float[Tensor, "S B T"]:
+def _scored(program: Any, draws: Draws, values: dict[str, Tensor], site: str, nesting: int) -> Float[Tensor, "S B T"]:
     text = text_at(program, values, draws.prompts, site, nesting)
     return text.law.token_log_probs(text.value).reshape(values[site].shape)

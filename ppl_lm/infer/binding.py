@@ -113,7 +113,7 @@ def bind(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Bound:
     return Bound(program, *args, **kwargs)
 
 
-def require_separate(model: Callable[..., Any], guide: Callable[..., Any]) -> None:
+def require_separate(model: Any, guide: Any) -> None:
     """Raises ValueError if a guide shares trainable weights with its target, which would move as it is fitted."""
     if not (isinstance(model, nn.Module) and isinstance(guide, nn.Module)):
         return

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from pyro.infer import ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
@@ -211,7 +210,7 @@ class SequenceELBO(ELBO):
         log_z, baseline = (self._once(f, particles.repeated) for f in (self.log_z, self.baseline))
         terms, scale = as_terms(particles, log_z, baseline, self.max_ratio, self.clip_ratio)
         estimate = self.objective(terms)
-        if self.source is not None and particles.guide is not None:
+        if self.source is not None:
             self.source.update(terms, particles.guide)
         coefficient = estimate.coefficient * (scale if estimate.coefficient.dim() == 2 else scale.unsqueeze(-1))
         if not bool(coefficient.isfinite().all()):
@@ -225,7 +224,7 @@ class SequenceELBO(ELBO):
         ends = None if estimate.end_coefficient is None else estimate.end_coefficient * scale.unsqueeze(-1)
         return _Step(float((estimate.value * scale.mean(0)).sum()), coefficients, False, ends)
 
-    def _once(self, estimate: Baseline | LogZ, repeated: bool) -> Callable[..., Tensor]:
+    def _once(self, estimate: Any, repeated: bool) -> Callable[..., Tensor]:
         """An estimate from earlier steps must not have seen the draws that it is used for: for draws that come again it
         stays what it was, and learns nothing more."""
 
@@ -250,10 +249,8 @@ class SequenceELBO(ELBO):
                 weight = text.scaled(torch.ones_like(particles.token_log_p[name]))
                 yield from self._rescore(text, -weight / particles.count)
 
-    def _rescore(
-        self, text: TextSite, coefficient: Float[Tensor, "*S T"], ends: Float[Tensor, "*S T"] | None = None
-    ) -> Iterator[Tensor]:
-        """Σ coefficient · log-probability of each token, and Σ ends · that of ending there, a micro-batch of
+    def _rescore(self, text: TextSite, coefficient: Tensor, ends: Tensor | None = None) -> Iterator[Tensor]:
+        """Σ coefficient · log-probability of each token, (K, B, T) both, and Σ ends · that of ending there, a micro-batch of
         texts at a time."""
         law, x = text.law.expand(coefficient.shape[:-1]), text.value
         x = x.expand(*coefficient.shape[:-1], x.shape[-1]).reshape(-1, x.shape[-1])  # (K·B, T)
@@ -266,15 +263,15 @@ class SequenceELBO(ELBO):
                 by_token, ending = law.slice(rows).token_and_end_log_probs(x[rows])
                 yield (flat[rows] * by_token + ends.reshape(x.shape)[rows] * ending).sum()
 
-    def _baseline_in(self, plates: tuple[str, ...]) -> Baseline:
+    def _baseline_in(self, plates: tuple[str, ...]) -> Any:
         """The baseline of sites in these plates. One that remembers steps must not see a step's costs before all of its sites
         have theirs."""
         if self.baseline.remembers_steps and plates not in self._baselines:
             self._baselines[plates] = copy.deepcopy(self._untouched) if self._baselines else self.baseline
         return self._baselines.get(plates, self.baseline)
 
-    def _minus_baseline(self, cost: Float[Tensor, "K *plates B"], baseline: Baseline) -> Float[Tensor, "K *plates B"]:
-        """What multiplies the score functions: unbiased since a baseline does not depend on a particle's own
+    def _minus_baseline(self, cost: Tensor, baseline: Any) -> Tensor:
+        """What multiplies the score functions, (K, *plates, B): unbiased since a baseline does not depend on a particle's own
         draw (leave-one-out: Kool et al. 2019). Along the particle dimension alone, never across prompts."""
         return cost - baseline(cost, torch.ones_like(cost))
 

@@ -43,7 +43,7 @@ class Proposal:
     def __call__(self, draw: Callable[..., ProposalTrace], prompts: Any) -> ProposalTrace:
         return draw(self.program)
 
-    def update(self, terms: Terms, guide: nn.Module) -> None:
+    def update(self, terms: Terms, guide: Any) -> None:
         """The mean of w/Ẑ (log q - log b) estimates KL(p ‖ program) - KL(p ‖ guide), w = p(x, evidence)/b(x). Ẑ is the
         step's estimate of Z, not its own particles' mean, which with few particles hides what they miss."""
         assert terms.log_proposal is not None
@@ -86,7 +86,7 @@ class Reuse:
         self.left -= 1
         return self.texts
 
-    def update(self, terms: Terms, guide: Callable[..., Any]) -> None:
+    def update(self, terms: Terms, guide: Any) -> None:
         pass
 
 
@@ -133,7 +133,7 @@ class Replay:
     def _keys(self, prompts: Any) -> list[tuple[Any, ...]]:
         return [(*key, self.x.shape[-1]) for key in prompts.identities()]
 
-    def update(self, terms: Terms, guide: Callable[..., Any]) -> None:
+    def update(self, terms: Terms, guide: Any) -> None:
         for b, key in enumerate(self._keys(terms.prompts)):
             new = dict(zip(map(tuple, self.x[:, b].tolist()), terms.log_joint[:, b].tolist(), strict=True))
             known = {**self.kept.get(key, {}), **new}

@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Int
 from pyro.ops.provenance import get_provenance, track_provenance
 from torch import Tensor
 
@@ -140,12 +140,11 @@ class Prompts:
             columns={name: [column[i] for i in index] for name, column in self.columns.items()},
         )
 
-    def __getitem__(self, index: int | slice | Sequence[int] | Shaped[Tensor, "..."]) -> "Prompts":
+    def __getitem__(self, index: Any) -> "Prompts":
         """Prompts at a slice, a list or a tensor of positions along the first dimension, for subsampled plates."""
         grid = torch.arange(prod(self.batch_shape), device=self.ids.device).reshape(self.batch_shape)
-        if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
-            index = [int(index)]
-        rows = grid[index]
+        single = isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)
+        rows = grid[[int(index)] if single else index]
         taken = self.take(rows.reshape(-1))
         return taken.reshape(rows.shape)
 

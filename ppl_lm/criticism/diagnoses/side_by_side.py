@@ -76,9 +76,7 @@ def _resampled(draws: Draws, count: int) -> Draws | None:
     return replace(draws.map(lambda v: v.flatten(0, 1)[picks].unsqueeze(0)), kind="exact")
 
 
-def _texts(
-    draws: Draws, model: Callable[..., Any], guide: Callable[..., Any], weighted: bool, nesting: int
-) -> list[dict[str, Any]]:
+def _texts(draws: Draws, model: Any, guide: Any, weighted: bool, nesting: int) -> list[dict[str, Any]]:
     name = "x" if "x" in draws.texts else draws.texts[0]
     one = draws[name].dim() == 4  # text a prompt
     gains = token_gains(model, guide, draws, name, nesting)[0, :, 0] if one else None  # (S, T)

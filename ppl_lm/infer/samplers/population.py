@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ppl_lm.infer.samplers.next_tokens import Laws
@@ -118,10 +119,8 @@ def _step(
     log_p0 = state.token_log_p[live].sum(-1)
     new = laws.propose(state.x[live], t, state.log_target[live], log_p0, population, many, forced)
 
-    def children(
-        value: Shaped[Tensor, "K P"], fill: float, continuations: Shaped[Tensor, "n M"]
-    ) -> Shaped[Tensor, "K*M P"]:
-        """Of an open text all continuations, of an ended one itself and blanks."""
+    def children(value: Tensor, fill: Any, continuations: Tensor) -> Tensor:
+        """(K · expand, P): of an open text all continuations, of an ended one itself and blanks."""
         every = value.new_full((count, many, populations), fill)
         every[:, 0] = value
         every.transpose(1, 2)[live] = continuations

@@ -1,7 +1,7 @@
 """What objectives see of a run's particles."""
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float64
@@ -12,14 +12,13 @@ from torch import Tensor
 from ppl_lm.infer.terms import Prefixes, Terms
 from ppl_lm.infer.traces.particles import Particles, by_prompt
 from ppl_lm.infer.traces.sites import is_record, is_sequence, sample_sites, score_site
-from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.token_sequence import TokenSequence
 
 
 def as_terms(
     particles: Particles,
-    estimate_log_z: Callable[[Tensor, Prompts], Tensor],
-    baseline: Callable[[Tensor, Tensor], Tensor],
+    estimate_log_z: Any,
+    baseline: Any,
     max_ratio: float = math.inf,
     clip_ratio: float | None = None,
 ) -> tuple[Terms, Float64[Tensor, "K B"]]:

@@ -60,7 +60,7 @@ class Particles:
     token_log_p: dict[str, Tensor]
     token_log_q: dict[str, Tensor]
     again: Callable[[Trace, int], Trace]
-    guide: Callable[..., Any] | None
+    guide: Any
     proposal_log_q: dict[str, Tensor] | None = None
     from_guide: Bool[Tensor, "K B"] | None = None
     repeated: bool = False

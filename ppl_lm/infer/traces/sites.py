@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_site_shape
 from torch import Tensor
@@ -23,14 +21,14 @@ Site = dict[str, Any]
 class TextSite:
     """A text of a run: the distribution that it is drawn from, and its value.
 
-    :param value: token ids, the particles' plate first.
+    :param value: token ids, (*plates, B, T), the particles' plate first.
     :param scale: of `poutine.scale` and of plates that subsample: a number, or a tensor that broadcasts to (*plates, B);
         `mask` likewise, or None."""
 
     law: TokenSequence
-    value: Int[Tensor, "*plates B T"]
-    scale: float | Tensor
-    mask: bool | Tensor | None
+    value: Tensor
+    scale: Any
+    mask: Any
 
     @classmethod
     def of(cls, site: Site) -> "TextSite":
@@ -40,8 +38,8 @@ class TextSite:
     def is_trainable(self) -> bool:
         return any(weight.requires_grad for weight in self.law.lm.parameters())
 
-    def scaled(self, values: Float[Tensor, "*plates B T"]) -> Float[Tensor, "*plates B T"]:
-        """Values of every token by the site's scale and mask."""
+    def scaled(self, values: Tensor) -> Tensor:
+        """Values of every token, (*plates, B, T), by the site's scale and mask."""
         scale, mask = self.scale, self.mask
         wide = scale.unsqueeze(-1) if isinstance(scale, Tensor) and scale.dim() else scale
         return values * wide if mask is None else values * wide * torch.as_tensor(mask).unsqueeze(-1)
@@ -52,7 +50,7 @@ def sites_of(program: Callable[..., Any], *args: Any) -> dict[str, Site]:
     return sample_sites(poutine.trace(program).get_trace(*args))
 
 
-def sample_sites(trace: Trace) -> dict[str, Site]:
+def sample_sites(trace: Any) -> dict[str, Site]:
     """The sample sites of a Pyro trace by name, without those that plates make to subsample."""
     nodes: Any = prune_subsample_sites(trace).nodes
     return {n: s for n, s in nodes.items() if s["type"] == "sample"}

@@ -64,7 +64,7 @@ class Source(Protocol):
         """:param draw: runs a program with all particles; the guide, if none is given."""
         ...
 
-    def update(self, terms: Terms, guide: Callable[..., Any]) -> None:
+    def update(self, terms: Terms, guide: Any) -> None:
         """Hears of the particles that it drew, and of the guide that is being fitted."""
         ...
 

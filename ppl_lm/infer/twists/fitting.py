@@ -70,11 +70,7 @@ def fit_twist(
 
 
 def rollouts(
-    prior: Network,
-    twist: LanguageModel,
-    draws: Draws,
-    positives: Draws | None = None,
-    shift: float | Float[Tensor, "B"] = 0.0,
+    prior: Network, twist: LanguageModel, draws: Draws, positives: Draws | None = None, shift: Any = 0.0
 ) -> Rollouts:
     """What `twist` makes of texts, with gradients.
 
