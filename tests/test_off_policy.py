@@ -64,7 +64,7 @@ def test_a_proposal_never_moves_another_program():
     assert all(p.requires_grad for p in guide.parameters())
 
 
-def test_a_program_that_cannot_take_the_weights_is_refused_at_the_first_step():
+def test_a_program_that_cannot_take_the_weights_is_refused_at_the_first_step(unchecked):
     target, guide = problem()
     elbo = SequenceELBO(4, objective=forward_kl, source=Proposal(bind(prior, LM), every=5))
     with pytest.raises(ValueError, match=r"Proposal\.like\(guide\)"):
@@ -454,7 +454,7 @@ def test_the_gain_of_a_step_weighs_where_cover_is_asked_for():
 # ----- best of n -----
 
 
-def test_best_of_is_not_unwrapped_and_leaves_the_random_state_alone():
+def test_best_of_is_not_unwrapped_and_leaves_the_random_state_alone(unchecked):
     made = BestOfN(length, LM, n=4)
     with pytest.raises(TypeError, match="pass it as it is"):
         Reward(made)
@@ -470,7 +470,7 @@ def test_best_of_is_not_unwrapped_and_leaves_the_random_state_alone():
 # ----- bad input -----
 
 
-def test_bad_arguments():
+def test_bad_arguments(unchecked):
     for bad, message in (("forward_kl", "give a function of Terms"), (GRPO, "give a function of Terms")):
         with pytest.raises(ValueError, match=message):
             SequenceELBO(4, objective=bad)

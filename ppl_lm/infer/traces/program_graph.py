@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, no_type_check
 
 import networkx
 import pyro
@@ -78,6 +78,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.track = track
 
+    @no_type_check  # a check would stand between this frame and the one that it looks at
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in self.NAMES:
             frame = sys._getframe(1)
