@@ -175,7 +175,7 @@ def _select(
 
 
 def _needed(
-    log_w: Float[Tensor, "N P"], open_: Bool[Tensor, "N P"], live: Bool[Tensor, "N P"], settings: SMCSettings
+    log_w: Float[Tensor, "N P"], open_: Bool[Tensor, "N P"], live: Bool[Tensor, "K P"], settings: SMCSettings
 ) -> Bool[Tensor, "P"]:
     """Which populations are resampled: those that have grown too many; those of uneven weights, as long as a text is open
     (later, the weights themselves say all), and not those without any weight."""
