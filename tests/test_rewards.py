@@ -4,7 +4,6 @@ import asyncio
 import random
 import threading
 import traceback
-from dataclasses import dataclass, field
 from math import inf, nan
 from typing import Any
 
@@ -16,18 +15,21 @@ from torch import Tensor
 from ppl_lm.likelihood import rewards
 from ppl_lm.likelihood.reward import Reward, RewardError, RewardTimeout
 from ppl_lm.lm import meter
+from ppl_lm.lm.prompts import Prompts
 
 END = 9  # ids 0..8 are the letters a..i
 
 
-@dataclass
-class FakePrompts:
+class FakePrompts(Prompts):
     """What `Reward` needs of `Prompts`, with letters as tokens."""
 
-    texts: list[Any]
-    batch_shape: tuple[int, ...]
-    columns: dict[str, list[Any]] = field(default_factory=dict)
-    ids: Any = None  # read for the names of the sites that they came from alone
+    def __init__(self, texts: list[Any], shape: tuple[int, ...], columns: dict[str, list[Any]] | None = None):
+        for name, value in {"texts": texts, "columns": columns or {}, "shape": torch.Size(shape), "ids": None}.items():
+            object.__setattr__(self, name, value)  # ids: read for the names of the sites that they came from alone
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.shape
 
     def completion_ids(self, x: Tensor) -> list[list[int]]:
         return [row[: row.index(END) + 1] if END in row else row for row in x.tolist()]
