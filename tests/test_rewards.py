@@ -16,6 +16,7 @@ from ppl_lm.likelihood import rewards
 from ppl_lm.likelihood.reward import Reward, RewardError, RewardTimeout
 from ppl_lm.lm import meter
 from ppl_lm.lm.prompts import Prompts
+from ppl_lm.run.programs import resolve_reward
 
 END = 9  # ids 0..8 are the letters a..i
 
@@ -150,7 +151,7 @@ def test_no_completions_no_call():
     assert reward(FakePrompts([], (0,)), torch.zeros(0, 3, dtype=torch.int64)).shape == (0,)
 
 
-def test_completions_that_do_not_broadcast_or_are_no_ids_are_refused():
+def test_completions_that_do_not_broadcast_or_are_no_ids_are_refused(unchecked):
     with pytest.raises(RewardError, match=r"shape \(3, 2\).*batch shape \(2,\)"):
         returning([0.0])(prompts_ab(), torch.zeros(3, 2, dtype=torch.int64))
     with pytest.raises(RewardError, match="needs token ids .* got torch.float32"):
@@ -191,7 +192,7 @@ def test_settings_out_of_range_are_refused(settings):
         Reward(rewards.length, **settings)
 
 
-def test_what_cannot_be_called_is_refused():
+def test_what_cannot_be_called_is_refused(unchecked):
     with pytest.raises(TypeError, match="a reward is a function .* got 'vader'"):
         Reward("vader")  # type: ignore[arg-type]
 
@@ -553,8 +554,8 @@ def test_a_text_without_any_token_is_refused(tiny_classifier):
 
 
 def test_names_of_ready_rewards():
-    assert rewards.parse("vader") is rewards.vader and rewards.parse("length") is rewards.length
-    assert rewards.parse("contains:soup")(completions=["soup"]) == [1.0]
+    assert resolve_reward("vader") is rewards.vader and resolve_reward("length") is rewards.length
+    assert resolve_reward("contains:soup")(completions=["soup"]) == [1.0]
 
 
 def test_a_reward_of_the_users_own_file(tmp_path):
@@ -563,23 +564,23 @@ def test_a_reward_of_the_users_own_file(tmp_path):
         "import torch\ntorch.manual_seed(0)\n\ndef constant(completions):\n    return [2.0] * len(completions)\n"
     )
     state = torch.get_rng_state()
-    assert rewards.parse(f"{path}:constant")(completions=["a", "b"]) == [2.0, 2.0]
+    assert resolve_reward(f"{path}:constant")(completions=["a", "b"]) == [2.0, 2.0]
     assert torch.get_rng_state().equal(state)
     with pytest.raises(ValueError, match="has no function 'other'"):
-        rewards.parse(f"{path}:other")
+        resolve_reward(f"{path}:other")
     with pytest.raises(ValueError, match="has no function 'torch.nn'"):
-        rewards.parse(f"{path}:torch.nn")
+        resolve_reward(f"{path}:torch.nn")
     path.write_text("1 / 0")
     with pytest.raises(ValueError, match="raised ZeroDivisionError"):
-        rewards.parse(f"{path}:constant")
+        resolve_reward(f"{path}:constant")
 
 
 @pytest.mark.parametrize("name", ["", "vadar", "vader:", "contains", "contains:", "contains: ", "text", "my_file"])
 def test_an_unknown_name_lists_what_there_is(name):
     with pytest.raises(ValueError, match="vader, length, contains:WORD or path/to/file.py:function"):
-        rewards.parse(name)
+        resolve_reward(name)
 
 
 def test_a_file_that_is_missing_is_named():
     with pytest.raises(ValueError, match="there is no file .nowhere.py"):
-        rewards.parse("nowhere.py:f")
+        resolve_reward("nowhere.py:f")

@@ -193,7 +193,8 @@ class Reward:
                 f"number for each completion, and is not broadcast (first completion {_short(texts[0])})"
             )
         items = returned.tolist() if isinstance(returned, (Tensor, np.ndarray)) else returned
-        if all(type(item) is float and item < inf for item in items):  # NaN is not
+        most = inf if self.r_max is None else self.r_max
+        if all(type(item) is float and item < inf and item <= most for item in items):  # NaN is not
             return list(items)
         return [self._checked_item(i, item, texts) for i, item in enumerate(items)]
 

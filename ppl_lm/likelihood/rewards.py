@@ -4,7 +4,7 @@ One that has a bound carries it as the attribute `r_max`. On the command line a 
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def classifier(model: Any, label: str | int, tokenizer: Any = None, batch_size: 
         log_p = torch.nn.functional.logsigmoid(logits) if many else logits.log_softmax(-1)
         return log_p[:, index].tolist()
 
-    def reward(completions: Sequence[Completion], **_: Any) -> list[float]:
+    def reward(completions: Iterable[Completion], **_: Any) -> list[float]:
         texts, training = [text(c) for c in completions], model.training
         model.eval()
         try:
