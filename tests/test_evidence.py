@@ -180,9 +180,9 @@ def test_a_guide_that_misses_mass_is_found_out():
     with torch.no_grad():
         guide.lm.model.table[:, 0] -= 30.0
     made = diagnose(target, guide, lm.prompts([""]), num_samples=3000)
-    figures = made.figures[0]
-    assert abs(figures["log_z"]) < 4 * figures["log_z_se"] + 1e-9
-    assert figures["kl_q_p"] > 0.05 and figures["kl_p_q"] > 1 and made.verdict.code == "misses_mass"
+    figures = made.prompts[0]
+    assert abs(figures.log_z) < 4 * figures.log_z_se + 1e-9
+    assert figures.kl_q_p > 0.05 and figures.kl_p_q > 1 and made.verdict.code == "misses_mass"
     blind = log_evidence(importance(target, guide, [""], num_samples=3000))
     assert float(blind.log_z) < -0.05 and not blind.upper_exact
 

@@ -18,7 +18,18 @@ ORDER = [
     *("models", "guides", "experiments"),
 ]
 WITHIN_INFER = [  # a room or a module may import those above it
-    *("terms", "binding", "traces", "draws", "objectives", "off_policy", "elbo", "enumeration", "prediction"),
+    *(
+        "terms",
+        "binding",
+        "traces",
+        "draws",
+        "log_weights",
+        "objectives",
+        "off_policy",
+        "elbo",
+        "enumeration",
+        "prediction",
+    ),
     *("samplers", "twists"),
 ]
 MOST_LINES, MOST_FILES, MOST_NAMES = 300, 20, 50

@@ -380,9 +380,9 @@ def test_diagnose_bounds_a_joint_weight_by_all_prompts():
     q = oracle.log_probs(lm.model.table, tuple(lm.vocabulary.encode("")), rows).exp()
     log_z = math.log(0.3 * float((q * good.exp()).sum()) ** 6 + 0.7)
     average = made.average
-    assert average["iwae_upper_exact"] and abs(average["log_z"] - log_z) < 4 * average["log_z_se"] < 0.2
+    assert average.iwae_upper_exact and abs(average.log_z - log_z) < 4 * average.log_z_se < 0.2
     kl = log_z - 0.3 * 6 * float((q * good).sum())
-    assert abs(average["kl_q_p"] - kl) < 4 * average["kl_q_p_se"] < 0.3
+    assert abs(average.kl_q_p - kl) < 4 * average.kl_q_p_se < 0.3
 
 
 def test_a_masked_site_is_bounded_by_one():

@@ -7,9 +7,9 @@ import torch
 
 from ppl_lm.criticism.evidence import log_evidence
 from ppl_lm.criticism.expectations import expectation
-from ppl_lm.criticism.weights import mean
 from ppl_lm.guides import prior as prior_guide
 from ppl_lm.infer.binding import bind
+from ppl_lm.infer.log_weights import mean
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import accept, select
 from ppl_lm.infer.traces.observations import likelihood_bound

@@ -9,8 +9,8 @@ from torch import Tensor
 from ppl_lm.criticism.chains import columns, worst
 from ppl_lm.criticism.expectations import expectation
 from ppl_lm.criticism.statistics import numbers
-from ppl_lm.criticism.weights import kong_ess
 from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.log_weights import kong_ess
 
 
 def ess(draws: Draws | Float[Tensor, "S *B"]) -> Float[Tensor, "*B"]:

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppl_lm.criticism.weights import log_mean, mean
 from ppl_lm.infer.draws import EQUAL, TOGETHER, Draws
+from ppl_lm.infer.log_weights import log_mean, mean, weighted_mean
 
 MIN_MEANS = 30  # independent means of weights, below which their standard error cannot be trusted
 
@@ -76,7 +76,7 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
     log_w = draws.log_weight.flatten(0, 1)  # (S, B)
     n = len(log_w)
     elbo, elbo_se = mean(log_w)
-    groups = min(iwae_particles, max(1, n // MIN_MEANS))
+    groups = iwae_particles_of(n, iwae_particles)
     bound = log_w[: n // groups * groups].reshape(-1, groups, log_w.shape[1])
     iwae, iwae_se = mean(bound.logsumexp(1) - math.log(groups))
     log_z, log_z_se = log_mean(log_w)
@@ -92,10 +92,9 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
         upper, upper_se = mean(exact.log_weight.flatten(0, 1))
         kl_p_q_se = (upper_se**2 + log_z_se**2 - 2 * _covariance(exact, log_z)).clamp_min(0).sqrt()
     else:
+        upper, upper_se = weighted_mean(log_w, log_w)
         share = log_w.softmax(0)
         terms = torch.where(share > 0, log_w, 0.0)
-        upper = (share * terms).sum(0)
-        upper_se = (share.square() * (terms - upper).square()).sum(0).sqrt()
         kl_p_q_se = (share * (terms - upper - 1) + 1 / n).square().sum(0).sqrt()  # influence of upper less log Z's
     kl_p_q = upper - log_z
     if draws.proposals is not None:  # quasi-rejection: its law is normalised by an estimate from the same proposals
@@ -125,15 +124,18 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
     )
 
 
+def iwae_particles_of(num_samples: int, most: int = 64) -> int:
+    """How many weights IWAE's means are taken over, from so many draws: at most `most`, and few enough for their error."""
+    return min(most, max(1, num_samples // MIN_MEANS))
+
+
 def _reverse_iwae(log_w: Tensor, exact: Draws | None, count: int) -> tuple[Tensor, Tensor]:
     """E[log Ẑ] with Ẑ the mean of `count` weights, one of them a posterior draw's, (B,), and its standard error.
 
     Without exact draws from the guide's own: such tuples have the density Ẑ/Z under the guide's."""
     if exact is None:
         bound = log_w[: len(log_w) // count * count].reshape(-1, count, log_w.shape[1]).logsumexp(1) - math.log(count)
-        share = bound.softmax(0)
-        value = (share * torch.where(share > 0, bound, 0.0)).sum(0)
-        return value, (share.square() * torch.where(share > 0, bound - value, 0.0).square()).sum(0).sqrt()
+        return weighted_mean(bound, bound)
     planted = exact.log_weight.flatten(0, 1)  # (S, B)
     groups = len(planted) if count == 1 else min(len(planted), len(log_w) // (count - 1))
     others = log_w[: groups * (count - 1)].reshape(groups, count - 1, log_w.shape[1])

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from ppl_lm.criticism.evidence import Evidence
-from ppl_lm.criticism.weights import khat_threshold, log_mean, psis_khat
+from ppl_lm.criticism.weights import khat_threshold, psis_khat
 from ppl_lm.infer.draws import TOLERANCE, Draws, NoSupportError
+from ppl_lm.infer.log_weights import log_mean
 
 REPEATS = 20_000  # of the normal errors of log Z, by which intervals are found
 

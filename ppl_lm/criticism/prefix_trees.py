@@ -118,7 +118,7 @@ def _require(name: str, draws: Draws, prior: Draws, prompt: int) -> None:
 
 
 def _rows(draws: Draws, prompt: int) -> Int[Tensor, "S T"]:
-    name = "x" if "x" in draws.texts else draws.texts[0]
+    name = draws.text_site
     x = draws[name][:, :, prompt].flatten(0, 1)
     if x.dim() != 2:
         raise ValueError(f"site {name!r} has several texts a draw, shape {tuple(x.shape[1:-1])}; a tree needs one")

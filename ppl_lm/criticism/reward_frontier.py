@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppl_lm.criticism.weights import log_mean
 from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.log_weights import kong_ess, log_mean
 
 
 def reward_kl_frontier(prior: Draws, betas: Sequence[float]) -> Float[Tensor, "4 N"]:
@@ -24,7 +24,7 @@ def reward_kl_frontier(prior: Draws, betas: Sequence[float]) -> Float[Tensor, "4
         kl = torch.special.xlogy(w, relative).sum(0)
         se = beta * log_mean(reward / beta)[1]
         total = se.square().sum().sqrt() / len(se)
-        rows.append(torch.stack([kl.mean(), (w * reward).sum(0).mean(), total, 1 / w.square().sum(0).max()]))
+        rows.append(torch.stack([kl.mean(), (w * reward).sum(0).mean(), total, kong_ess(reward / beta).min()]))
     return torch.stack(rows, 1)
 
 

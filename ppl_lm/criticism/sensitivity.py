@@ -11,8 +11,9 @@ from torch import Tensor
 from ppl_lm.criticism.expectations import expectation
 from ppl_lm.criticism.predictive_checks import shares
 from ppl_lm.criticism.statistics import Statistic, numbers, recorded
-from ppl_lm.criticism.weights import khat_threshold, kong_ess, pareto_smooth, psis_khat, smooth
+from ppl_lm.criticism.weights import khat_threshold, pareto_smooth, psis_khat, smooth
 from ppl_lm.infer.draws import EQUAL, TOGETHER, Draws, NoSupportError
+from ppl_lm.infer.log_weights import kong_ess
 
 COMPONENTS = ("likelihood", "prior")
 DELTA = 0.01  # of the finite difference, as ArviZ has it

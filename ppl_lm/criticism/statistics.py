@@ -42,7 +42,7 @@ def evaluate(draws: Draws, statistics: Mapping[str, Statistic], name: str | None
     :param name: of the site that is text; None: `x`, or the first.
     :raises ValueError: if no site of this name is text, a draw has several for a prompt, or a statistic is not one finite
         number a text."""
-    name = name or ("x" if "x" in draws.texts or not draws.texts else draws.texts[0])
+    name = name or draws.text_site
     if name not in draws.texts:
         raise ValueError(f"no site {name!r} is text; those that are: {list(draws.texts)}")
     x = draws[name]

@@ -45,7 +45,7 @@ def diversity(draws: Draws, name: str | None = None, seed: int = 0) -> dict[str,
     """
     if not draws.texts or (name is not None and name not in draws.texts):
         raise ValueError(f"name={name!r}, but the sites that are text are {list(draws.texts)}")
-    name = name or ("x" if "x" in draws.texts else draws.texts[0])
+    name = name or draws.text_site
     if bool(draws.log_guide.isnan().any()):
         raise ValueError("log_guide is NaN for some draws; give draws as a sampler made them")
     draws = draws.map(lambda v: v.cpu())

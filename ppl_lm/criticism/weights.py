@@ -13,12 +13,6 @@ from torch import Tensor
 from ppl_lm.infer.draws import Draws
 
 
-def kong_ess(log_w: Float[Tensor, "S *B"]) -> Float[Tensor, "*B"]:
-    """Effective sample size (Σw)²/Σw² in draws, of independent draws (Kong 1992); 0 where all weights are zero."""
-    value = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
-    return torch.where((log_w == -torch.inf).all(0), 0.0, value)
-
-
 def ess_se(log_w: Float[Tensor, "S *B"]) -> Float[Tensor, "*B"]:
     """Standard error of Kong's effective sample size, in draws; 0 where all weights are the same, or zero.
 
@@ -71,22 +65,6 @@ def khat_se(log_w: Float[Tensor, "S"]) -> float | None:
 def khat_threshold(num_samples: int) -> float:
     """min(1 - 1/log10 S, 0.7), as ArviZ has it."""
     return min(1 - 1 / math.log10(max(num_samples, 2)), 0.7)
-
-
-def log_mean(log_w: Float[Tensor, "S *B"]) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
-    """log of the mean weight and its standard error (delta method), nats."""
-    n = len(log_w)
-    value = log_w.logsumexp(0) - math.log(n)
-    relative = (log_w - value).exp()
-    return value, relative.std(0) / math.sqrt(n)
-
-
-def mean(values: Float[Tensor, "S *B"]) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
-    """Mean over draws and its standard error."""
-    if len(values) < 2:
-        raise ValueError("one draw has no standard error; give at least 2")
-    se = values.std(0) / math.sqrt(len(values))
-    return values.mean(0), se.nan_to_num(math.inf)  # a mean of -inf is known to be nothing
 
 
 def pareto_smooth(draws: Draws) -> Draws:

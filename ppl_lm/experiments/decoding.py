@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 
 from ppl_lm.criticism.diagnoses.draws_diagnosis import diagnose_draws
 from ppl_lm.criticism.statistics import numbers
-from ppl_lm.criticism.weights import mean
 from ppl_lm.experiments.lab import Result, load, panels
 from ppl_lm.guides import finetuned
 from ppl_lm.infer.binding import Bound, bind
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.infer.log_weights import mean
 from ppl_lm.infer.objectives import catalogue as objectives
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.kernels import independence, particle_gibbs, suffix

@@ -3,16 +3,17 @@ beside them."""
 
 import math
 import time
+from typing import Any
 
 import pyro
 import torch
 
 from ppl_lm.criticism.diagnoses.diagnosis import diagnose
-from ppl_lm.criticism.weights import mean
 from ppl_lm.experiments.lab import Result, load, panels
 from ppl_lm.guides import finetuned
 from ppl_lm.infer.binding import Bound, bind
 from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.infer.log_weights import mean
 from ppl_lm.infer.objectives.divergences import forward_kl, jensen_shannon, reverse_kl
 from ppl_lm.infer.objectives.rl import expected_reward
 from ppl_lm.likelihood import rewards
@@ -77,11 +78,11 @@ def reinforce(target: Bound, guide: Bound, rate: float, seconds: float, seed: in
     return steps
 
 
-def measure(target: Bound, guide: Bound) -> dict[str, float]:
+def measure(target: Bound, guide: Bound) -> dict[str, Any]:
     diagnosis = diagnose(target, guide, [""])
     figures, (entropy, entropy_se) = diagnosis.average, mean(-diagnosis.guide.log_guide.flatten(0, 1))
     return {
-        "KL(q‖p)": figures["kl_q_p"], "± KL(q‖p)": figures["kl_q_p_se"],
-        "KL(p‖q)": figures["kl_p_q"], "± KL(p‖q)": figures["kl_p_q_se"],
-        "entropy": float(entropy), "± entropy": float(entropy_se), "E[r]": figures["reward"], "ESS": round(figures["ess"]),
+        "KL(q‖p)": figures.kl_q_p, "± KL(q‖p)": figures.kl_q_p_se,
+        "KL(p‖q)": figures.kl_p_q, "± KL(p‖q)": figures.kl_p_q_se,
+        "entropy": float(entropy), "± entropy": float(entropy_se), "E[r]": figures.reward, "ESS": round(figures.ess),
     }  # fmt: skip

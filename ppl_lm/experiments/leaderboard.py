@@ -13,7 +13,7 @@ from torch import Tensor
 from ppl_lm.experiments.lab import Result, panels, train
 from ppl_lm.guides import twisted
 from ppl_lm.infer.binding import Bound, bind
-from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.draws import EQUAL, Draws
 from ppl_lm.infer.enumeration import enumerate_posterior
 from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
 from ppl_lm.infer.samplers.importance_sampling import importance
@@ -143,7 +143,7 @@ def _law(draws: Draws, x: Int[Tensor, "N T"]) -> Float[Tensor, "N"]:
     """The share of each of the N texts among the draws."""
     texts = draws.latents["x"][:, :, 0].flatten(0, 1)  # (S, T)
     which = (texts.unsqueeze(1) == x).all(-1).long().argmax(-1)
-    equal = draws.kind in ("exact", "chains")
+    equal = draws.kind in EQUAL
     share = (
         torch.full((len(texts),), 1 / len(texts), dtype=torch.float64)
         if equal

@@ -170,7 +170,7 @@ def judged(
                 "planted": planted,
                 "code": diagnosis.verdict.code,
                 "kl": float(truth.kl_q_p.detach()),
-                "bound": figures["kl_q_p"] + 2 * figures["kl_q_p_se"],
+                "bound": figures.kl_q_p + 2 * figures.kl_q_p_se,
             }
 
 

@@ -1,6 +1,7 @@
 """`Draws`: the one result of every sampler."""
 
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -27,7 +28,7 @@ TOGETHER = ("runs", "conditional_runs")  # kinds whose draws of a chain depend o
 TOLERANCE = 1e-3  # nats, for the noise of float32 log-probabilities
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Draws:
     """Values of the latent sites with their log-probabilities; C chains, S draws, B prompts.
 
@@ -114,11 +115,21 @@ class Draws:
         """Whether each prompt has a weight of its own; otherwise only their joint weight exists."""
         return self.log_guide.shape[-1] == len(self.prompts)
 
+    def __repr__(self) -> str:
+        chains, draws = self.log_guide.shape[:2]
+        latents = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.latents.items())
+        records = "".join(f", {name}" for name in self.records)
+        return f"Draws({self.kind}: {chains} × {draws}, prompts {reprlib.repr(self.prompts.texts)}; {latents}{records})"
+
+    @property
+    def text_site(self) -> str:
+        """The site that is meant where none is named: `x`, or the first that is text."""
+        return "x" if "x" in self.texts or not self.texts else self.texts[0]
+
     def text(self, name: str | None = None) -> list[list[str]]:
         """Completions of the site `name` (None: `x`, or the first that is text), as text: one list a prompt, of all its
         draws, chains one after the other; of all the texts of each draw where an inner plate holds several."""
-        name = name or ("x" if "x" in self.texts or not self.texts else self.texts[0])
-        x = self.latents[name].flatten(0, 1).transpose(0, 1)  # (B, C·S, *inner, T)
+        x = self.latents[name or self.text_site].flatten(0, 1).transpose(0, 1)  # (B, C·S, *inner, T)
         return [self.prompts.decode(rows.flatten(0, -2)) for rows in x]
 
     def reweighted(self, num_samples: int | None = None) -> Int[Tensor, "S B"]:

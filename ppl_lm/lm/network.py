@@ -110,17 +110,17 @@ class Network(nn.Module):
         ends = log_probs.gather(-1, end).squeeze(-1)
         return self._until_end(token, x), self._until_end(ends, x)
 
-    def _until_end(self, by_token: Float[Tensor, "N S"], x: Int[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    def _until_end(self, by_token: Float[Tensor, "N U"], x: Int[Tensor, "N T"]) -> Float[Tensor, "N T"]:
         steps = by_token.shape[1]
         by_token = by_token.masked_fill(~self.vocabulary.alive(x)[:, :steps], 0.0)
         return nn.functional.pad(by_token, (0, x.shape[-1] - steps))
 
-    def next_token_log_probs(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> Float[Tensor, "N S V"]:
-        """log p(v | prompt, x_<t) of every token v, at every position up to the length S of the longest completion.
+    def next_token_log_probs(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> Float[Tensor, "N U V"]:
+        """log p(v | prompt, x_<t) of every token v, at every position up to the length U of the longest completion.
         What stands after a completion's end means nothing. float32 or wider, nats. Differentiable in the weights."""
         return normalise(self.next_token_logits(prompts, x))
 
-    def next_token_logits(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> Float[Tensor, "N S V"]:
+    def next_token_logits(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> Float[Tensor, "N U V"]:
         """What the network answers at the same places; see `next_token_log_probs` and `Decoder.logits`."""
         steps = int(self.vocabulary.lengths(x).max())
         ids = torch.cat([prompts.ids, x[:, : steps - 1]], 1)  # (N, P + steps - 1)

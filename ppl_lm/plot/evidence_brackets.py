@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from ppl_lm.criticism.evidence import MIN_MEANS, Evidence
+from ppl_lm.criticism.evidence import Evidence, iwae_particles_of
 from ppl_lm.plot.style import BOUNDS, GREY, axes, legend_below, number, with_notes
 from ppl_lm.plot.untrusted import plain
 
@@ -64,6 +64,6 @@ def _bounds(bracket: Evidence | Mapping[str, Any]) -> tuple[dict[str, tuple[floa
         mean = {key: (float(v.mean()), float(se.square().sum().sqrt()) / len(se)) for key, (v, se) in pairs.items()}
         return mean, set() if bracket.upper_exact else {"iwae_upper", "upper"}, bracket.iwae_particles
     num_samples = bracket.get("num_samples")
-    count = min(64, max(1, int(num_samples) // MIN_MEANS)) if num_samples else None  # as log_evidence has it
+    count = iwae_particles_of(int(num_samples)) if num_samples else None
     pairs = {key: (number(bracket.get(key)), number(bracket.get(f"{key}_se"))) for key in BOUNDS}
     return pairs, set() if bracket.get("iwae_upper_exact", True) else {"iwae_upper"}, count

@@ -10,8 +10,9 @@ from scipy.optimize import brentq
 from scipy.stats import beta, genpareto
 from torch import Tensor
 
-from ppl_lm.criticism.weights import khat_threshold, kong_ess, psis_khat
-from ppl_lm.infer.draws import Draws
+from ppl_lm.criticism.weights import khat_threshold, psis_khat
+from ppl_lm.infer.draws import EQUAL, Draws
+from ppl_lm.infer.log_weights import kong_ess
 from ppl_lm.plot.style import ORANGE, RED, SKY, axes, legend_below, with_notes
 
 
@@ -25,7 +26,7 @@ def weight_tail(draws: Draws | Float[Tensor, "S"], ax: Axes | None = None) -> Ax
 
     ax = axes(ax)
     if isinstance(draws, Draws):
-        if draws.kind in ("exact", "chains"):
+        if draws.kind in EQUAL:
             raise ValueError("exact draws and Markov chains are equally weighted: they have no tail of weights")
         draws = draws.log_weight.flatten(0, 1).squeeze(-1)
     if draws.dim() != 1:

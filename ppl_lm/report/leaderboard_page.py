@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 
 from ppl_lm import plot
 from ppl_lm.criticism.diagnoses.draws_verdicts import CODES_OF_DRAWS
+from ppl_lm.criticism.diagnoses.figures import GuideFigures
 from ppl_lm.report.page import picture, pm, render
 from ppl_lm.report.pictures import frontier, is_tilted, points
 from ppl_lm.run.fitting.loop import Fit
 from ppl_lm.run.run_record import FittedRun, Posterior, Run, SampledRun
-from ppl_lm.run.typed_figures import GuideFigures
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from ppl_lm import plot
 from ppl_lm.criticism.averages import over_prompts
 from ppl_lm.criticism.calibration import sbc
 from ppl_lm.criticism.diagnoses.diagnosis import exact_among
+from ppl_lm.criticism.diagnoses.figures import GuideFigures
 from ppl_lm.criticism.diagnoses.pool import pooled
 from ppl_lm.criticism.evidence import log_evidence
 from ppl_lm.criticism.prefix_trees import prefix_tree
@@ -18,7 +19,6 @@ from ppl_lm.infer.draws import Draws
 from ppl_lm.plot.style import BOUNDS, number
 from ppl_lm.report.page import picture, pm, shown
 from ppl_lm.run.run_record import FittedRun
-from ppl_lm.run.typed_figures import GuideFigures
 
 PROMPTS = 3  # of which trees and tails are shown
 TREE: Any = {"max_nodes": 24, "min_mass": 0.02}

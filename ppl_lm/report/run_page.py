@@ -6,16 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ppl_lm.criticism.diagnoses.figures import GuideFigures, PromptFigures
 from ppl_lm.criticism.diagnoses.side_by_side import some
 from ppl_lm.criticism.diagnoses.verdicts import COVER, doubt, good_limit
 from ppl_lm.criticism.weights import khat_threshold
-from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.draws import EQUAL, Draws
 from ppl_lm.report import words
 from ppl_lm.report.page import pm, render, rows, shown
 from ppl_lm.report.pictures import places, plots, program, tail
+from ppl_lm.run.diagnosis_record import DrawsDiagnosis, GuideDiagnosis
 from ppl_lm.run.fitting.loop import Fit
 from ppl_lm.run.run_record import FittedRun, SampledRun
-from ppl_lm.run.typed_figures import DrawsDiagnosis, GuideDiagnosis, GuideFigures, PromptFigures
 
 PROMPTS, TEXTS = 3, 16  # that are shown of draws without a fit
 GUIDE_LABELS = {  # of verdicts on guides, in words
@@ -172,7 +173,7 @@ def _texts(draws: Draws) -> list[dict[str, Any]]:
         log_w = few.log_weight[0, :, min(b, few.log_weight.shape[-1] - 1)].tolist()
         lines = [
             {"tokens": [text], "gains": None, "reward": r}
-            | ({} if draws.kind in ("exact", "chains") else {"log_weight": w if math.isfinite(w) else None})
+            | ({} if draws.kind in EQUAL else {"log_weight": w if math.isfinite(w) else None})
             for text, r, w in zip(texts, values, log_w, strict=True)
         ]
         shown_texts.append({"prompt": draws.prompts.texts[b], "exact": draws.kind == "exact", "draws": lines})

@@ -9,12 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ppl_lm.criticism.diagnoses.diagnosis import exact_among
+from ppl_lm.criticism.diagnoses.figures import GuideFigures, PromptFigures
 from ppl_lm.criticism.diagnoses.verdicts import Verdict, doubt
 from ppl_lm.criticism.weights import khat_threshold
 from ppl_lm.infer.draws import Draws
 from ppl_lm.plot.untrusted import one_line
 from ppl_lm.run.measuring import Measurement
-from ppl_lm.run.typed_figures import GuideFigures, PromptFigures
 
 COLOURS = {"good": "green", "poor": "yellow", "unknown": "yellow", "worse_than_prior": "red"}
 COLOURS |= {"collapsed": "red", "misses_mass": "red"}

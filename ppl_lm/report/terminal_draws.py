@@ -5,10 +5,10 @@ from typing import Any
 from rich.text import Text
 
 from ppl_lm.criticism.diagnoses.side_by_side import some
-from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.draws import EQUAL, Draws
 from ppl_lm.report.terminal import clean
+from ppl_lm.run.diagnosis_record import DrawsDiagnosis
 from ppl_lm.run.files import finite
-from ppl_lm.run.typed_figures import DrawsDiagnosis
 
 
 def draw_lines(draws: Draws, count: int) -> list[Text]:
@@ -27,7 +27,7 @@ def draw_rows(draws: Draws, count: int) -> list[dict[str, Any]]:
     draws."""
     few = some(draws, count)
     columns = {name: value[0] for name, value in few.records.items()}  # (S, B)
-    if few.kind not in ("exact", "chains"):
+    if few.kind not in EQUAL:
         columns["log_weight"] = few.log_weight[0].expand(-1, len(few.prompts))
     return [
         {"prompt": few.prompts.texts[b], "completion": text, **{k: float(v[s, b]) for k, v in columns.items()}}

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from ppl_lm.criticism.diagnoses.diagnosis import diagnose
-from ppl_lm.criticism.diagnoses.side_by_side import samples, variety
+from ppl_lm.criticism.diagnoses.side_by_side import ShownTexts, samples, variety
 from ppl_lm.infer.draws import Draws
+from ppl_lm.run.diagnosis_record import GuideDiagnosis
 from ppl_lm.run.fitting.loop import Fit
 from ppl_lm.run.outcome import verdict_after
 from ppl_lm.run.programs import Programs
-from ppl_lm.run.run_record import FailedFit, ShownTexts
-from ppl_lm.run.typed_figures import GuideDiagnosis, GuideFigures, PromptFigures
+from ppl_lm.run.run_record import FailedFit
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ def measure(programs: Programs, num_samples: int | None = None, seed: int | None
     seed = torch.initial_seed()
     diagnosis = diagnose(programs.model, programs.guide, programs.prompts, num_samples)
     record = GuideDiagnosis(
-        average=GuideFigures.from_json(diagnosis.average),
+        average=diagnosis.average,
         verdict=diagnosis.verdict,
-        prompts=[PromptFigures.from_json(figures) for figures in diagnosis.figures],
+        prompts=diagnosis.prompts,
         diversity=variety(diagnosis),
         seed=seed,
     )
-    texts: list[ShownTexts] = samples(diagnosis, programs.model, programs.guide)  # type: ignore[assignment]  plain data
+    texts = samples(diagnosis, programs.model, programs.guide)
     return Measurement(record, diagnosis.prior, diagnosis.guide, texts)

@@ -1,32 +1,14 @@
 """`Run`: all that is known of a run, which its pages show."""
 
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
+from ppl_lm.criticism.diagnoses.side_by_side import ShownTexts
 from ppl_lm.infer.draws import Draws
 from ppl_lm.run.config import Config
+from ppl_lm.run.diagnosis_record import DrawsDiagnosis, GuideDiagnosis
 from ppl_lm.run.fitting.loop import Fit, StepMetrics
 from ppl_lm.run.settings import Settings
-from ppl_lm.run.typed_figures import DrawsDiagnosis, GuideDiagnosis
-
-
-class ShownText(TypedDict):
-    """A text with what each token adds to it and, in nats, log q - log p0 of each token; see `side_by_side.samples`."""
-
-    tokens: list[str]
-    gains: list[float] | None
-    reward: float | None
-    log_weight: NotRequired[float | None]
-
-
-class ShownTexts(TypedDict):
-    """Texts after one prompt by three laws; `exact`: whether the posterior's are exact draws. A line of `samples.json`."""
-
-    prompt: Any
-    exact: bool
-    prior: list[ShownText]
-    guide: list[ShownText]
-    posterior: list[ShownText]
 
 
 @dataclass(frozen=True)

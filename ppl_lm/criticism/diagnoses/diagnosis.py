@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from ppl_lm.criticism.averages import over_prompts
+from ppl_lm.criticism.diagnoses.figures import GuideFigures, PromptFigures
 from ppl_lm.criticism.diagnoses.pool import Pool
 from ppl_lm.criticism.diagnoses.verdicts import Verdict, judge, of_prompts
 from ppl_lm.criticism.evidence import Evidence, log_evidence
-from ppl_lm.criticism.weights import ess_se, khat_se, kong_ess, max_weight, mean, psis_khat
+from ppl_lm.criticism.weights import ess_se, khat_se, max_weight, psis_khat
 from ppl_lm.infer.draws import Draws, NoSupportError
+from ppl_lm.infer.log_weights import kong_ess, mean
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import accept, select
 from ppl_lm.infer.traces.observations import likelihood_bound
@@ -21,16 +23,16 @@ from ppl_lm.infer.traces.observations import likelihood_bound
 MIN_EXACT = 20  # exact draws for a prompt, below which the reverse IWAE is the approximate one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """Figures of each prompt (the keys of `diagnosis.json`), their average, the verdict, and the draws behind them.
+    """Figures of each prompt and their average (the keys of `diagnosis.json`), the verdict, and the draws behind them.
 
     :param prior: the prior's draws. Their `stats` hold `log_q`, what log density the guide gives them, nats, and where the
         likelihood has a bound `accepted`, 1 for those that rejection keeps as exact posterior draws.
     :param guide: as many of the guide."""
 
-    figures: list[dict[str, Any]]
-    average: dict[str, Any]
+    prompts: list[PromptFigures]
+    average: GuideFigures
     verdict: Verdict
     prior: Draws
     guide: Draws
@@ -40,9 +42,14 @@ class Diagnosis:
         """Each prompt's exact posterior draws with `log_guide` under the guide, None where there were too few."""
         return [exact_among(self.prior.of_prompt(b)) for b in range(self.prior.log_guide.shape[-1])]
 
+    def __repr__(self) -> str:
+        return f"Diagnosis({self.verdict})"
+
     def as_json(self) -> dict[str, Any]:
-        words = {"sentence": self.verdict.sentence, "remedy": self.verdict.remedy}
-        return {**self.average, **words, "prompts": self.figures}
+        """What `diagnosis.json` holds of it."""
+        verdict, by_prompt = self.verdict, [one.as_json() for one in self.prompts]
+        words = {"verdict": verdict.code, "sentence": verdict.sentence, "remedy": verdict.remedy}
+        return {**self.average.as_json(), **words, "prompts": by_prompt}
 
 
 def exact_among(prior: Draws) -> Draws | None:
@@ -111,8 +118,8 @@ def diagnose(
     average |= {"lm_tokens": cost.lm_tokens, "reward_calls": cost.reward_calls}
     names = [str(f["prompt"]) for f in figures]
     verdict = verdicts[0] if len(verdicts) == 1 else of_prompts(judge(**average), verdicts, names)
-    average["verdict"] = verdict.code
-    return Diagnosis(figures, average, verdict, from_prior, from_guide)
+    by_prompt = [PromptFigures.from_json(one) for one in figures]
+    return Diagnosis(by_prompt, GuideFigures.from_json(average), verdict, from_prior, from_guide)
 
 
 def require_enough(num_samples: int) -> None:

@@ -11,17 +11,12 @@ from ppl_lm.criticism.averages import over_prompts
 from ppl_lm.criticism.chains import columns, jackknife, worst
 from ppl_lm.criticism.diagnoses.draws_verdicts import CODES_OF_DRAWS, judge_draws
 from ppl_lm.criticism.effective_size import effective
+from ppl_lm.criticism.evidence import log_evidence
 from ppl_lm.criticism.expectations import expectation
 from ppl_lm.criticism.statistics import Statistic, numbers, recorded
-from ppl_lm.criticism.weights import (
-    ess_se,
-    khat_se,
-    log_mean,
-    max_weight,
-    pareto_smooth,
-    psis_khat,
-)
+from ppl_lm.criticism.weights import ess_se, khat_se, max_weight, pareto_smooth, psis_khat
 from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.log_weights import log_mean
 
 FIGURES = (  # keys that no statistic may have
     *("prompt", "prompts", "kind", "num_samples", "chains", "possible", "unique", "acceptance_rate"),
@@ -92,17 +87,14 @@ def _figures(draws: Draws, share: float) -> dict[str, Any]:
     possible = figures["possible"] = float((log_w > -torch.inf).double().mean())
     figures |= {"chains": len(draws.log_guide), "ess": effective(draws), "ess_se": 0.0 if kind == "exact" else None}
     behind = {"weighted": draws, "runs": draws.by_run(), "exact": draws.proposals}.get(kind)
-    if behind is not None and possible and behind.num_samples > 1:
-        figures["log_z"], figures["log_z_se"] = map(float, log_mean(behind.log_weight.flatten(0, 1)))
-    if kind in ("weighted", "runs") and behind is not None and figures["log_z"] is not None:
-        one = behind.log_weight.flatten(0, 1)  # of independent draws, or runs
-        se = ((one - figures["log_z"]).exp() - one).std(0) / len(one) ** 0.5  # one influence function: same draws
-        figures["kl_q_p"] = figures["log_z"] - float(one.mean())
-        figures["kl_q_p_se"] = float(se.nan_to_num(math.inf))
-        if draws.proposals is not None:  # quasi-rejection: its law is normalised by an estimate from the proposals
-            figures["log_z"], figures["log_z_se"] = map(float, log_mean(draws.proposals.log_weight.flatten(0, 1)))
-            figures["kl_q_p"] = figures["log_z"] - float(one.mean())
-            figures["kl_q_p_se"] = math.hypot(float(one.std(0)) / len(one) ** 0.5, figures["log_z_se"])
+    if behind is not None and possible and behind.num_samples > 1:  # draws or runs that are independent
+        if kind == "exact":
+            log_z = log_mean(behind.log_weight.flatten(0, 1))
+            figures["log_z"], figures["log_z_se"] = map(float, log_z)
+        else:
+            evidence = log_evidence(draws)
+            for name in ("log_z", "log_z_se", "kl_q_p", "kl_q_p_se"):
+                figures[name] = float(getattr(evidence, name))
     if kind in ("weighted", "runs") and possible:
         figures["khat"], figures["max_weight"] = psis_khat(log_w[:, 0]), float(max_weight(log_w))
     if kind == "weighted" and possible:

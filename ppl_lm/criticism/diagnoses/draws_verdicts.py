@@ -4,6 +4,7 @@ import math
 
 from ppl_lm.criticism.diagnoses.verdicts import Verdict
 from ppl_lm.criticism.weights import khat_threshold
+from ppl_lm.infer.draws import TOGETHER
 
 CONVERGED = 1.05  # R-hat below which chains are taken to agree
 MIN_DRAWS = 100  # draws by which weights or chains can be judged at all
@@ -62,13 +63,13 @@ def judge_draws(
     far = "" if kl_q_p is None else f" Without weights their law is about {max(kl_q_p, 0):.2f} nats from the posterior."
     if possible < 1:
         far = f" Without weights {1 - possible:.0%} of them are impossible under the posterior."
-    if kind in ("runs", "conditional_runs") and kl_q_p is not None:
+    if kind in TOGETHER and kl_q_p is not None:
         far = f" A text picked from a run by its weight is within {max(kl_q_p, 0):.2f} nats of the posterior."
         if kl_q_p == math.inf:
             far = " In some runs no text at all was possible."
-    if kind in ("runs", "conditional_runs") and chains < MIN_RUNS:
+    if kind in TOGETHER and chains < MIN_RUNS:
         return Verdict("unknown", f"What {chains} runs are worth cannot be told from so few; make {MIN_RUNS} or more.")
-    if kind in ("runs", "conditional_runs") and ess is None:
+    if kind in TOGETHER and ess is None:
         return Verdict("unknown", f"None of their numbers ever changes: what {chains} runs are worth cannot be told.")
     if num_samples < MIN_DRAWS:
         return Verdict(

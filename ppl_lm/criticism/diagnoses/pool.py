@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppl_lm.criticism.weights import khat_threshold, kong_ess, psis_khat
+from ppl_lm.criticism.weights import khat_threshold, psis_khat
 from ppl_lm.infer.draws import Draws, concatenate
+from ppl_lm.infer.log_weights import kong_ess
 
 FAR = math.log(100.0)  # nats by which the posterior must exceed the guide where the guide is said to miss it
 

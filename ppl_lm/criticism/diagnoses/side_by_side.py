@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from ppl_lm.criticism.averages import over_prompts
 from ppl_lm.criticism.diagnoses.diagnosis import Diagnosis
@@ -17,29 +17,49 @@ COUNT, MOST = 8, 8  # texts of each law that are shown, and prompts
 TEXTS, VARIED = 500, 4  # texts of each law whose variety is measured, and prompts
 
 
+class ShownText(TypedDict):
+    """A text: what each token adds to it, and log q - log p0 of each token, nats; see `samples`."""
+
+    tokens: list[str]
+    gains: list[float] | None
+    reward: float | None
+    log_weight: NotRequired[float | None]
+
+
+class ShownTexts(TypedDict):
+    """Texts after one prompt by three laws; `exact`: whether the posterior's are exact draws. A line of `samples.json`."""
+
+    prompt: Any
+    exact: bool
+    prior: list[ShownText]
+    guide: list[ShownText]
+    posterior: list[ShownText]
+
+
 def samples(
     diagnosis: Diagnosis, model: Callable[..., Any], guide: Callable[..., Any], max_plate_nesting: int = 1
-) -> list[dict[str, Any]]:
+) -> list[ShownTexts]:
     """Of each of the first 8 prompts the first 8 texts under `prior`, `guide` and `posterior`.
 
     A text has `tokens`, what each adds to it; `gains`, log q - log p0 of each token in nats, None where a draw holds several
     texts; `reward`, None where the model records none; and if it is the guide's its `log_weight`, nats, None where it is -inf.
     The posterior's are exact draws (`exact` is True), or else resampled by their weights; there are none where no draw is
     possible."""
-    by_prompt = []
-    for b, figures in list(enumerate(diagnosis.figures))[:MOST]:
+    by_prompt: list[ShownTexts] = []
+    for b, figures in list(enumerate(diagnosis.prompts))[:MOST]:
         texts = {
             name: [] if draws is None else _texts(draws, model, guide, name == "guide", max_plate_nesting)
             for name, draws in laws(diagnosis, b, COUNT).items()
         }
-        by_prompt.append({"prompt": figures["prompt"], "exact": diagnosis.exact[b] is not None, **texts})
+        exact = diagnosis.exact[b] is not None
+        by_prompt.append(ShownTexts(prompt=figures.prompt, exact=exact, **texts))
     return by_prompt
 
 
 def variety(diagnosis: Diagnosis, seed: int = 0) -> dict[str, dict[str, Any] | None]:
     """`diversity` of `prior`, `guide` and `posterior`, each of the same number of texts, since shares of n-grams fall with it:
     500 of each of the first 4 prompts, or as many as there are exact draws of all of these. None of a law without draws."""
-    few = range(min(VARIED, len(diagnosis.figures)))
+    few = range(min(VARIED, len(diagnosis.prompts)))
     exact = [draws.num_samples for b in few if (draws := diagnosis.exact[b]) is not None]
     count = min([TEXTS, diagnosis.guide.num_samples, *exact])
     parts = [laws(diagnosis, b, count) for b in few]
@@ -76,8 +96,8 @@ def _resampled(draws: Draws, count: int) -> Draws | None:
     return replace(draws.map(lambda v: v.flatten(0, 1)[picks].unsqueeze(0)), kind="exact")
 
 
-def _texts(draws: Draws, model: Any, guide: Any, weighted: bool, nesting: int) -> list[dict[str, Any]]:
-    name = "x" if "x" in draws.texts else draws.texts[0]
+def _texts(draws: Draws, model: Any, guide: Any, weighted: bool, nesting: int) -> list[ShownText]:
+    name = draws.text_site
     one = draws[name].dim() == 4  # text a prompt
     gains = token_gains(model, guide, draws, name, nesting)[0, :, 0] if one else None  # (S, T)
     x = draws[name][0, :, 0]  # (S, *inner, T)
@@ -86,7 +106,7 @@ def _texts(draws: Draws, model: Any, guide: Any, weighted: bool, nesting: int) -
     rows = []
     for s, row in enumerate(x):
         tokens = pieces(draws.prompts.vocabulary, row.cpu())
-        text: dict[str, Any] = {"tokens": tokens, "gains": None, "reward": None}
+        text: ShownText = {"tokens": tokens, "gains": None, "reward": None}
         if gains is not None:
             text["gains"] = gains[s, : len(tokens)].tolist()
         if reward is not None:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ppl_lm.infer.log_weights import kong_ess
 from ppl_lm.infer.samplers.next_tokens import Laws
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.lm.token_sequence import TokenSequence
@@ -93,7 +94,7 @@ def grow(
 
 def _history(steps: list[StepInfo], state: Population, length: int) -> History:
     left = length - len(steps)
-    ess = [info.ess for info in steps] + [ess_of(state.log_w)] * left
+    ess = [info.ess for info in steps] + [kong_ess(state.log_w)] * left
     resampled = [info.resampled for info in steps] + [torch.zeros_like(steps[0].resampled)] * left
     increment = [info.log_z_increment for info in steps] + [torch.zeros_like(steps[0].log_z_increment)] * left
     return History(torch.stack(ess, -1), torch.stack(resampled, -1), torch.stack(increment, -1))
@@ -133,7 +134,7 @@ def _step(
         raise ValueError(f"a weight is NaN at token {t}; check the twist and the guide")
     tokens = children(torch.zeros_like(live, dtype=torch.int64), 0, new.tokens)
     open_ = live.repeat_interleave(many, 0) & ~laws.vocabulary.is_end(tokens) & (t < state.x.shape[-1] - 1)
-    ess = ess_of(log_w)
+    ess = kong_ess(log_w)
     index, log_w, slot, resampled = _select(log_w, open_, state, settings, place)
     parent = index // many
     pick = lambda v: v.gather(0, parent if v.dim() == 2 else parent.unsqueeze(-1).expand(-1, -1, v.shape[-1]))  # noqa: E731
@@ -181,13 +182,8 @@ def _needed(
     (later, the weights themselves say all), and not those without any weight."""
     if settings.expand > 1:
         return live.any(0) & (log_w > -torch.inf).any(0)
-    ess = ess_of(log_w)
+    ess = kong_ess(log_w)
     return (ess > 0) & (ess < settings.threshold * len(live)) & open_.any(0)
-
-
-def ess_of(log_w: Float[Tensor, "N P"]) -> Float[Tensor, "P"]:
-    """Effective sample size of each population, (Σ w)² / Σ w²; 0 where there is no weight."""
-    return (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp().nan_to_num(0.0)
 
 
 def log_z_increment(before: Float[Tensor, "K P"], after: Float[Tensor, "K P"]) -> Float[Tensor, "P"]:

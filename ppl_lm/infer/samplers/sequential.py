@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, NoSupportError, as_draws, concatenate
+from ppl_lm.infer.log_weights import kong_ess
 from ppl_lm.infer.samplers.importance_sampling import require_prompts
-from ppl_lm.infer.samplers.population import History, Population, ess_of, grow, log_z_increment
+from ppl_lm.infer.samplers.population import History, Population, grow, log_z_increment
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.particles import run
@@ -128,7 +129,7 @@ def finish(
 def _by_token(before: Tensor, after: Tensor, history: History, batch: int) -> dict[str, Tensor]:
     """The history of each run, (runs, 1, B, T), with what the evidence does to the weights, (K, P), at its last token."""
     ess, increment = history.ess.clone(), history.log_z_increment.clone()
-    ess[:, -1] = ess_of(after)
+    ess[:, -1] = kong_ess(after)
     increment[:, -1] += log_z_increment(before, after)
     stats = {"ess": ess, "resampled": history.resampled, "log_z_increment": increment}
     return {name: value.unflatten(0, (-1, batch)).unsqueeze(1) for name, value in stats.items()}

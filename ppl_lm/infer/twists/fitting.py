@@ -94,7 +94,7 @@ def rollouts(
     rows = torch.arange(batch, device=x.device).expand(count, batch).flatten()
     prompts, flat = draws.prompts.take(rows), x.flatten(0, 1)
     alive = prior.vocabulary.alive(flat)
-    logits = twist.next_token_logits(prompts, flat)  # (N, S, V)
+    logits = twist.next_token_logits(prompts, flat)  # (N, U, V)
     with torch.no_grad():
         log_p = normalise(prior.next_token_logits(prompts, flat))
     here = flat[:, : logits.shape[1], None]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, NoSupportError
+from ppl_lm.infer.log_weights import kong_ess, weighted_mean
 from ppl_lm.infer.objectives.catalogue import hard_constraint
 from ppl_lm.infer.objectives.protocol import Objective
 from ppl_lm.infer.samplers.importance_sampling import importance
@@ -82,11 +83,9 @@ class Gain:
         known = (log_w > -torch.inf).any(0)  # prompts of which these draws hold a possible text
         if not bool(known.any()):
             return 0.0, math.inf
-        share, moved = log_w[:, known].softmax(0), moved[:, known]
-        value = torch.where(share > 0, share * moved, 0.0).sum(0)
-        errors = (share.square() * torch.where(share > 0, moved - value, 0.0).square()).sum(0)
-        if float(1 / share.square().sum(0).mean()) >= LEAST_EFFECTIVE:
-            return float(value.mean()), float(errors.sum().sqrt()) / len(value)
+        value, errors = weighted_mean(log_w[:, known], moved[:, known])
+        if float(1 / kong_ess(log_w[:, known]).reciprocal().mean()) >= LEAST_EFFECTIVE:
+            return float(value.mean()), float(errors.square().sum().sqrt()) / len(value)
         # One weight's own spread says nothing of its error; that of many prompts' values does.
         return float(value.mean()), _se(value) if len(value) >= LEAST_EFFECTIVE else math.inf
 

@@ -1,4 +1,4 @@
-"""`SequenceKernel` inside Pyro's `MCMC`. That its steps leave the posterior invariant is shown in test_mcmc.py.
+"""`SequenceKernel` inside Pyro's `MCMC`. That its steps leave the posterior invariant is shown in test_markov_chains.py.
 
 | what | property | tolerance |
 |---|---|---|
