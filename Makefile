@@ -12,8 +12,13 @@ demo: .venv/.stamp
 # share a run folder stay with one worker (`xdist_group`).
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup -rs
 
+# `make test CHECKED=1`: every annotation is checked at every call, shapes and dtypes too, which takes three times as long. Whole
+# numbers pass for float, as they do for type checkers; which item of a list is looked at is not random, or tests would use up
+# Python's random state.
+CHECK = --jaxtyping-packages=ppl_lm,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, is_random=False))
+
 test: .venv/.stamp-test
-	$(PYTEST) -m "not slow and not notebook"
+	$(PYTEST) -m "not slow and not notebook" $(if $(CHECKED),"$(CHECK)")
 
 slow: .venv/.stamp-test
 	$(PYTEST) -m slow
@@ -31,7 +36,7 @@ format: .venv/.stamp-test
 	.venv/bin/ruff format .
 
 bench: .venv/.stamp-test
-	.venv/bin/python -m pytest -s -p no:randomly --jaxtyping-packages= -o python_files='bench_*.py' tests/benchmarks
+	.venv/bin/python -m pytest -s -p no:randomly -o python_files='bench_*.py' tests/benchmarks
 
 # The paper's claims, by enumeration: minutes, two at a time. Fails if one does not hold.
 SHORT = from ppl_lm.experiments.__main__ import SHORT; print(*SHORT, sep="\n")
