@@ -28,6 +28,7 @@ def draws(model, count):
     return rejection(model, None, [""], num_samples=count)
 
 
+@pytest.mark.slow
 def test_false_alarms_are_as_rare_as_they_should_be():
     """Of 200 repetitions on exact draws 5% are called not calibrated, within 3 standard errors; the bound is Bonferroni's, so
     they may be fewer."""

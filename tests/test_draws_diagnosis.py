@@ -16,6 +16,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import cache
 
 import arviz as az
 import numpy as np
@@ -55,7 +56,7 @@ capped.r_max = 1.0
 STATISTICS = {"bs": lambda texts: [float(text.count("b")) for text in texts]}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def problem():
     lm = table_lm(4, 3, max_prompt=2, concentration=1.0, seed=3)
     return bind(tilted, lm, reward=capped, beta=0.5), bind(finetuned, lm.copy())
@@ -77,10 +78,12 @@ def best_(target, guide):
     return best_of_n(target, guide, TEXTS, num_samples=1000, n=3)
 
 
+@cache
 def suffix_(target, guide):
     return mcmc(target, guide, TEXTS, num_samples=300, warmup=50, num_chains=8, kernel=suffix)
 
 
+@cache
 def independence_(target, guide):
     return mcmc(target, guide, TEXTS, num_samples=300, warmup=50, num_chains=8, kernel=independence)
 

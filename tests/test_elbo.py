@@ -369,6 +369,7 @@ def test_a_source_refuses_what_only_the_guides_own_draws_can_learn():
         elbo.loss_and_grads(bind(mixed_model, lm, reward=letters), guide, lm.prompts([""]))
 
 
+@pytest.mark.slow
 def test_global_latent_and_subsampled_plate():
     """A Normal outside the prompt plate and a plate that subsamples: the gradient's mean over repetitions agrees with
     Pyro's own estimator on the same programs within five standard errors. Catches a model that subsamples other rows

@@ -47,9 +47,9 @@ def cut_down(start: str) -> Grammar:
     ("grammar", "ambiguous"),
     [
         (Grammar(AMBIGUOUS), True),
-        (cut_down("biography"), False),
+        pytest.param(cut_down("biography"), False, marks=pytest.mark.slow),
         (cut_down("advice"), False),
-        (cut_down("facts"), False),
+        pytest.param(cut_down("facts"), False, marks=pytest.mark.slow),
     ],
     ids=["ambiguous", "biography", "advice", "facts"],
 )
@@ -96,6 +96,7 @@ def test_entropy_and_length():
     assert lengths[int(0.99 * 4000)] <= 40
 
 
+@pytest.mark.slow
 def test_attribute_rates_of_the_grammar():
     """Within four standard errors of the declared rates: catches a rule whose weight is not the declared constant,
     and a checker that misses some of the grammar's wordings."""
@@ -217,6 +218,7 @@ def test_padding_leaves_the_cross_entropy_unchanged(model, tokenizer):
     assert pad([[1, 5], [1]]).tolist() == [[1, 5], [1, -100]]
 
 
+@pytest.mark.slow
 def test_cross_entropy_is_within_five_percent_of_the_entropy(model, tokenizer):
     """On 2,000 texts from a seed of their own; both costs are of the same texts, so the difference has a small
     standard error. Catches weights that belong to another grammar or tokenizer, or that were trained too little."""

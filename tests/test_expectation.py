@@ -66,6 +66,7 @@ def conditional_(count, seed):
     return conditional_smc(model, None, planted, num_samples=6, settings=SMCSettings(twist=prefix_likelihood(model)))
 
 
+@cache
 def parts(kind):
     """`REPEATS` independent sets of draws, cut from one large one."""
     model, guide = posterior()

@@ -22,7 +22,9 @@ APP = typer.Typer()
 APP.command()(command.main)
 
 
-@pytest.mark.parametrize("name", ENUMERATED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "leaderboard" else ()) for name in ENUMERATED]
+)
 def test_comes_out(name, tmp_path, monkeypatch):
     """With two steps a fit, so the claims need not hold, and the exit status tells whether they do."""
     module = import_module(f"ppl_lm.experiments.{name}")

@@ -228,6 +228,7 @@ def test_the_gain_is_that_of_draws_that_chose_nothing(problem, monkeypatch):
     assert fitted.kept in ("last", "best") and fitted.gain == pytest.approx(gains[4] - gains[0])
 
 
+@pytest.mark.slow
 def test_standard_error_of_the_elbo_with_few_particles(problem):
     """Within prompts, of which there may be many: two particles of eight prompts have 8 degrees of freedom, not 15."""
     target, guide, start = problem

@@ -17,6 +17,7 @@ depend on their completions alone.
 import io
 import itertools
 from dataclasses import replace
+from functools import cache
 
 import matplotlib.figure
 import networkx
@@ -108,11 +109,13 @@ def by_importance(target, guide):
     return importance(target, guide, ["", "a"], num_samples=6000)
 
 
+@cache
 def by_chains(target, guide):
     nearer = bind(finetuned, target.lm.copy())  # of chains that stand still for long no batch is long enough
     return mcmc(target, nearer, ["", "a"], num_samples=900, warmup=50, num_chains=4)
 
 
+@cache
 def by_particles(target, guide):
     return smc(target, None, ["", "a"], num_samples=64, num_runs=150)
 

@@ -107,6 +107,7 @@ def test_two_priors_and_two_prompts_need_no_bound():
         assert abs(other.difference - truth[other.name] + truth[best.name]) < 4 * other.difference_se < 0.5
 
 
+@pytest.mark.slow
 def test_intervals_cover_as_often_as_they_say():
     """Of one model against another, whichever is the best."""
     models = {"one": target("one"), "two": target("two")}

@@ -57,6 +57,7 @@ def off(samples, cells, law):
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [suffix, independence])
 def test_the_samples_law_is_the_posterior(kernel):
     target, guide = problem()

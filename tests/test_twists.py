@@ -37,6 +37,7 @@ ROWS = oracle.outcomes(V, T, END)
 X = oracle.as_tensor(ROWS, T, END)
 TEXTS = ["", "a"]
 LOSSES = [ctl, sixo, soft_rl, fudge, log_variance]
+QUICK = [ctl, log_variance]  # what `make test` fits with; `make slow` with all
 
 
 def letters(completions, **_):
@@ -183,7 +184,9 @@ def test_mutants_are_rejected(mutant):
     assert float((found - expected).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss", [loss if loss in QUICK else pytest.param(loss, marks=pytest.mark.slow) for loss in LOSSES]
+)
 def test_a_fit_comes_close_and_helps_smc(loss):
     twist = table_like(LM, max_prompt=2)
     before = closeness(twist)
@@ -200,6 +203,7 @@ def test_a_fit_comes_close_and_helps_smc(loss):
     assert bool((spread["learned"] < 0.5 * spread["none"]).all()), spread
 
 
+@pytest.mark.slow
 def test_with_exact_positives_and_a_guide():
     positives = rejection(MODEL, None, TEXTS, num_samples=500, log_bound=T / BETA)
     twist = table_like(LM, max_prompt=2)
