@@ -27,9 +27,9 @@ from ppl_lm.report.leaderboard_page import boards, fit_rows, leaderboard
 from ppl_lm.report.page import lines, pm, shown
 from ppl_lm.report.run_page import DRAWS_LABELS, GUIDE_LABELS, bars, formula, report
 from ppl_lm.run.config import FORMAT
-from ppl_lm.run.diagnosis_record import DrawsDiagnosis, GuideDiagnosis
 from ppl_lm.run.files import finite
 from ppl_lm.run.read_run import read
+from ppl_lm.run.typed_diagnosis import DrawsDiagnosis, GuideDiagnosis
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

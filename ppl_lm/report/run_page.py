@@ -14,9 +14,9 @@ from ppl_lm.infer.draws import EQUAL, Draws
 from ppl_lm.report import words
 from ppl_lm.report.page import pm, render, rows, shown
 from ppl_lm.report.pictures import places, plots, program, tail
-from ppl_lm.run.diagnosis_record import DrawsDiagnosis, GuideDiagnosis
 from ppl_lm.run.fitting.loop import Fit
 from ppl_lm.run.run_record import FittedRun, SampledRun
+from ppl_lm.run.typed_diagnosis import DrawsDiagnosis, GuideDiagnosis
 
 PROMPTS, TEXTS = 3, 16  # that are shown of draws without a fit
 GUIDE_LABELS = {  # of verdicts on guides, in words

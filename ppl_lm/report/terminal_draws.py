@@ -7,8 +7,8 @@ from rich.text import Text
 from ppl_lm.criticism.diagnoses.side_by_side import some
 from ppl_lm.infer.draws import EQUAL, Draws
 from ppl_lm.report.terminal import clean
-from ppl_lm.run.diagnosis_record import DrawsDiagnosis
 from ppl_lm.run.files import finite
+from ppl_lm.run.typed_diagnosis import DrawsDiagnosis
 
 
 def draw_lines(draws: Draws, count: int) -> list[Text]:

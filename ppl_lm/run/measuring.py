@@ -7,11 +7,11 @@ import torch
 from ppl_lm.criticism.diagnoses.diagnosis import diagnose
 from ppl_lm.criticism.diagnoses.side_by_side import ShownTexts, samples, variety
 from ppl_lm.infer.draws import Draws
-from ppl_lm.run.diagnosis_record import GuideDiagnosis
 from ppl_lm.run.fitting.loop import Fit
 from ppl_lm.run.outcome import verdict_after
 from ppl_lm.run.programs import Programs
 from ppl_lm.run.run_record import FailedFit
+from ppl_lm.run.typed_diagnosis import GuideDiagnosis
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from ppl_lm.criticism.arviz_reading import from_arviz
 from ppl_lm.embedded import FOLDER
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.vocabulary import Vocabulary
-from ppl_lm.run.diagnosis_record import DrawsDiagnosis, GuideDiagnosis, diagnosis_from_json
 from ppl_lm.run.files import read_json
 from ppl_lm.run.fitting.loop import Fit
 from ppl_lm.run.run_folder import fitted_guide, read_config
 from ppl_lm.run.run_record import FailedFit, FittedRun, SampledRun
+from ppl_lm.run.typed_diagnosis import DrawsDiagnosis, GuideDiagnosis, diagnosis_from_json
 
 T = TypeVar("T")
 SAMPLED = ("draws.nc", "diagnosis.json")  # files of draws

@@ -6,9 +6,9 @@ from typing import Any
 from ppl_lm.criticism.diagnoses.side_by_side import ShownTexts
 from ppl_lm.infer.draws import Draws
 from ppl_lm.run.config import Config
-from ppl_lm.run.diagnosis_record import DrawsDiagnosis, GuideDiagnosis
 from ppl_lm.run.fitting.loop import Fit, StepMetrics
 from ppl_lm.run.settings import Settings
+from ppl_lm.run.typed_diagnosis import DrawsDiagnosis, GuideDiagnosis
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from ppl_lm.criticism.diagnoses.figures import DrawsFigures, PromptDrawsFigures
 from ppl_lm.criticism.diagnoses.verdicts import Verdict
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.lm import meter
-from ppl_lm.run.diagnosis_record import DrawsDiagnosis
 from ppl_lm.run.named_samplers import SAMPLERS
 from ppl_lm.run.names import is_file, shipped
 from ppl_lm.run.programs import Programs
 from ppl_lm.run.run_folder import MARK, fitted_guide, read_config
 from ppl_lm.run.settings import Settings
+from ppl_lm.run.typed_diagnosis import DrawsDiagnosis
 
 
 @dataclass(frozen=True)
