@@ -2,8 +2,12 @@
 
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 
 import lazy_loader
+
+if not (Path(__file__).parent / "models").is_dir():  # a checkout, in which models and guides lie beside the package
+    __path__.append(str(Path(__file__).parents[1]))
 
 _public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 _ROOMS = (

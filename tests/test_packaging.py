@@ -207,6 +207,16 @@ def test_importing_the_package_is_cheap(tmp_path):
     assert ran.stdout.split() == []
 
 
+def test_a_checkout_is_whole_where_another_copy_is_installed():
+    """Python takes the folder where it was started before what is installed; there models and guides lie beside the package."""
+    code = (
+        "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n"
+        "import ppl_lm.models, ppl_lm.guides\nfrom ppl_lm.models import tilted\nprint(ppl_lm.models.__file__)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0 and Path(ran.stdout.strip()) == ROOT / "models" / "__init__.py", ran.stderr
+
+
 def test_every_package_is_listed_and_installs_below_ppl_lm():
     """A folder that pyproject.toml forgets is missing from the wheel alone, where no other test looks."""
     found = {"ppl_lm.models", "ppl_lm.guides"}
