@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ppl_lm.lm.cache import Cache
@@ -17,7 +17,7 @@ from ppl_lm.lm.language_model import LanguageModel
 MAX_ROWS = 4_000_000
 
 
-class TableConfig(PreTrainedConfig):
+class TableConfig(PretrainedConfig):
     model_type = "ppl_lm_table"
 
     def __init__(self, vocab_size: int = 5, max_position_embeddings: int = 8, **kwargs: Any):
