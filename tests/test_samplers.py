@@ -374,7 +374,7 @@ def test_diagnose_bounds_a_joint_weight_by_all_prompts():
     def guide(prompts):
         answers(prompts, lm, lambda _, x: torch.zeros(x.shape[:-1]))
 
-    made = diagnose(target, guide, texts, num_samples=4000, max_plate_nesting=2)
+    made = diagnose(target, guide, texts, num_samples=10000, max_plate_nesting=2)
     rows = oracle.outcomes(3, 2, 2)
     good = torch.tensor(capped(lm.vocabulary.decode(oracle.as_tensor(rows, 2, 2))), dtype=torch.float64)
     q = oracle.log_probs(lm.model.table, tuple(lm.vocabulary.encode("")), rows).exp()
