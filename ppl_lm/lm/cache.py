@@ -1,14 +1,19 @@
 """The key-value cache, of which only the rows that change are copied when rows are reordered."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
 class Cache(DynamicCache):
-    """transformers' cache, with another `batch_select_indices`: the same rows, copied only where row i is not `rows[i]`."""
+    """transformers' cache, with another `batch_select_indices`: the same rows, copied only where row i is not `rows[i]`.
+
+    Layers that hold more than keys and values (the states of convolutions and recurrences) move all of it in
+    `reorder_cache`, and some of them none of it in their own `batch_select_indices`."""
 
     def batch_select_indices(self, indices: Int[Tensor, "M"]) -> None:
         changed = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
@@ -21,7 +26,18 @@ class Cache(DynamicCache):
                     for kept in (keys, values)
                 )
             else:
-                layer.batch_select_indices(indices)  # pyright: ignore[reportAttributeAccessIssue]
+                layer.reorder_cache(indices)  # pyright: ignore[reportArgumentType]
+
+
+def new_cache(model: nn.Module) -> Any:
+    """An empty cache for `model`: what its own method `new_cache` gives; one with the layers that its configuration names;
+    else one that grows a layer of keys and values wherever one is filled."""
+    own = getattr(model, "new_cache", None)
+    config: Any = getattr(model, "config", None)
+    if own is not None:
+        return own()
+    described = hasattr(config, "get_text_config") and hasattr(config.get_text_config(), "num_hidden_layers")
+    return Cache(config=config) if described else Cache()
 
 
 def place(slot: Int[Tensor, "N"], rows: Int[Tensor, "M"]) -> tuple[Int[Tensor, "M"], Int[Tensor, "M"]]:

@@ -9,9 +9,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ppl_lm.lm.cache import Cache
+from ppl_lm.lm.cache import new_cache
 from ppl_lm.lm.language_model import LanguageModel
-from ppl_lm.lm.network import DivergedError
+from ppl_lm.lm.network import DivergedError, inputs_of
 
 
 def product(lms: Sequence[LanguageModel], powers: Sequence[float] | None = None) -> LanguageModel:
@@ -48,6 +48,7 @@ def product(lms: Sequence[LanguageModel], powers: Sequence[float] | None = None)
         weight.requires_grad_(True)
     rooms = [lm.max_positions for lm in lms if lm.max_positions is not None]
     combined.max_positions, combined.width = min(rooms, default=None), sum(lm.width for lm in lms)
+    combined.boundaries = dict(sorted({n: name for lm in lms for n, name in lm.boundaries.items()}.items()))
     return combined
 
 
@@ -57,22 +58,21 @@ class _Product(nn.Module):
     def __init__(self, models: Sequence[nn.Module], powers: list[float]):
         super().__init__()
         self.models, self.powers = nn.ModuleList(models), powers
+        self.inputs = [inputs_of(model) for model in models]
         config: Any = models[0].config
         self.config = copy.deepcopy(config)
         self.generation_config = getattr(models[0], "generation_config", None)
 
     def new_cache(self) -> "_Caches":
-        def fresh(model: Any) -> Any:
-            return model.new_cache() if hasattr(model, "new_cache") else Cache(config=model.config)
-
-        return _Caches([fresh(model) for model in self.models])
+        return _Caches([new_cache(model) for model in self.models])
 
     def forward(self, past_key_values: "_Caches | None" = None, **inputs: Any) -> CausalLMOutputWithPast:
         caches = [None] * len(self.models) if past_key_values is None else past_key_values.caches
         logits: Any = 0.0
         moved = []
-        for model, power, cache in zip(self.models, self.powers, caches, strict=True):
-            out = model(past_key_values=cache, **inputs)
+        for model, power, cache, names in zip(self.models, self.powers, caches, self.inputs, strict=True):
+            given = {"past_key_values": cache, **inputs}
+            out = model(**{name: given[name] for name in names})
             wide = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
             logits = logits + (power * wide if power else torch.zeros_like(wide))
             moved.append(out.past_key_values)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from ppl_lm.embedded import FOLDER
-from ppl_lm.lm.checks import self_check
+from ppl_lm.lm.checks import one_pass, self_check
+from ppl_lm.lm.copies import require_own_weights
+from ppl_lm.lm.folders import require_causal, require_model_folder
 from ppl_lm.lm.network import Network
 from ppl_lm.lm.token_sequence import TokenSequence
 
@@ -22,8 +24,13 @@ class LanguageModel(Network):
     shapes it: temperature 1, the whole vocabulary, dropout off. It is born frozen, as a prior should be; `copy()` is
     trainable.
 
-    :param model: a Hugging Face causal LM (any module with `config` whose forward takes `input_ids`, `attention_mask`,
-        `position_ids`, `past_key_values` and returns `logits`).
+    :param model: a Hugging Face causal LM, or any module with a `config` (its `vocab_size`, the number of logits, and
+        where it has them `eos_token_id` and `max_position_embeddings`) whose forward takes `input_ids` (N, L),
+        `attention_mask` (N, cached + L; None where nothing is padded), `position_ids` (N, L) and `past_key_values`, and
+        returns an object with `logits` (N, L, V) and `past_key_values`. The latter is empty in a first call, then what
+        the call before returned; it is a transformers `Cache`, to be filled by `update(keys, values, layer)` with (N,
+        heads, L, width), or what the module's own `new_cache()` gives, with a method `batch_select_indices(rows)`. Of
+        `use_cache` and `logits_to_keep` (logits of the last positions are enough) a forward may take what it knows.
     :param max_new_tokens: T; a completion that reaches T tokens without an end token is *truncated*, an outcome of
         its own.
     :param end_ids: the ids that end a text; by default every one that the model's configuration, its
@@ -47,16 +54,17 @@ class LanguageModel(Network):
         :raises ValueError: if weights are missing, unexpected, misshapen or not finite, or if the model scores its own
             samples differently from how it drew them.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         what, folder = f"lm={str(name_or_folder)!r}", Path(name_or_folder)
         on_the_hub = isinstance(name_or_folder, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_folder)
-        if (folder.exists() or not on_the_hub) and not (folder / "config.json").is_file():
-            raise ValueError(f"{what} is not a Hugging Face folder: it has no config.json")
+        if folder.exists() or not on_the_hub:
+            require_model_folder(folder, what)
         state = torch.random.get_rng_state()
         try:
             with quiet():  # what transformers' report of the weights warns of is refused below
                 tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+                require_causal(AutoConfig.from_pretrained(name_or_folder))
                 model: Any
                 model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                     name_or_folder,
@@ -69,13 +77,16 @@ class LanguageModel(Network):
             raise ValueError(f"{what} could not be loaded: {error}") from error
         finally:
             torch.random.set_rng_state(state)
+        lm = cls(model.to(device or default_device()), tokenizer, max_new_tokens, end_ids)
+        one_pass(lm)
         for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if report.get(fault):
-                raise ValueError(f"{what}: weights with {fault}: {sorted(map(str, report[fault]))}")
+                raise ValueError(
+                    f"{what}: weights of {lm.architecture} with {fault}: {sorted(map(str, report[fault]))}"
+                )
         for name, weight in model.named_parameters():
             if not torch.isfinite(weight).all():
                 raise ValueError(f"{what}: weight {name!r} holds NaN or infinite values")
-        lm = cls(model.to(device or default_device()), tokenizer, max_new_tokens, end_ids)
         lm.self_check()
         return lm
 
@@ -84,20 +95,30 @@ class LanguageModel(Network):
         return TokenSequence(self, self.prompts(prompts))
 
     def copy(self) -> "LanguageModel":
-        """A trainable copy that shares nothing but the vocabulary."""
+        """A trainable copy that shares nothing but the vocabulary.
+
+        :raises ValueError: if the copy's forward pass would still read weights of the original, as with a `forward` that
+            `torch.compile` or another wrapper put on the network."""
         vocabulary = self.vocabulary
         twin = LanguageModel(
             copy.deepcopy(self.model), vocabulary.tokenizer, self.max_new_tokens, end_ids=vocabulary.end_ids
         )
-        twin.vocabulary, twin.is_checked = vocabulary, self.is_checked
+        require_own_weights(twin.model, self.model, lambda: one_pass(twin))
+        twin.vocabulary, twin.crossed = vocabulary, dict(self.crossed)
+        twin.is_checked, twin.tolerance = self.is_checked, self.tolerance
         return twin.requires_grad_(True)
 
     def self_check(self, prompts: Any = None, tolerance: float = 2e-3) -> float:
         """Draws a few tokens and scores them again: alone, in a padded batch, step by step and in one pass.
 
+        It is done at load, by `bind`, and at the latest when prompts are first given. Where a prompt and `max_new_tokens`
+        reach beyond a length that the configuration names (a sliding window, an attention chunk, the original context of a
+        stretched rotary embedding), texts that cross it are checked as well, once.
+
+        :param prompts: to be checked with, and with all lengths that they reach; None: a few tokens.
         :returns: the largest difference between two log-probabilities of the same token, in nats.
         :raises ValueError: if it exceeds `tolerance`; such a model would be sampled from one distribution and scored
-            under another.
+            under another. Also if the network fails, or is no causal language model.
         """
         return self_check(self, prompts, tolerance)
 

@@ -37,6 +37,16 @@ def measure() -> Iterator[Cost]:
         _open[:] = [c for c in _open if c is not cost]
 
 
+@contextmanager
+def unmeasured() -> Iterator[None]:
+    """What is spent inside is not counted: checks are no part of a run."""
+    kept, _open[:] = _open[:], []
+    try:
+        yield
+    finally:
+        _open[:] = kept
+
+
 def add(lm_tokens: int = 0, reward_calls: int = 0) -> None:
     """Adds to every open `measure` block."""
     for cost in _open:

@@ -1,5 +1,6 @@
 """`Network`: next-token logits of a causal network, and the log-probabilities of whole texts."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -9,10 +10,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ppl_lm.lm import cache as caches
 from ppl_lm.lm import meter
-from ppl_lm.lm.cache import Cache
+from ppl_lm.lm.lengths import boundaries, context_length
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.vocabulary import Vocabulary, text_config
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+
+
+class UnsuitableNetworkError(ValueError):
+    """A network that is no causal language model as this library needs one; the message says why."""
 
 
 class DivergedError(ValueError):
@@ -32,13 +40,23 @@ class Network(nn.Module):
         super().__init__()
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens!r}; give a whole number of tokens, at least 1")
+        config: Any = getattr(model, "config", None)
+        self.inputs = inputs_of(model)  # of INPUTS, those that its forward takes
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsuitableNetworkError(f"{type(model).__name__} is an encoder-decoder, no causal language model")
+        if type(getattr(text_config(config), "vocab_size", None)) is not int:
+            raise UnsuitableNetworkError(
+                f"{type(model).__name__} has no config.vocab_size; give it a `config` with the number of its logits"
+            )
         self.model = model.eval().requires_grad_(False)
-        config: Any = model.config
         self.vocabulary = Vocabulary.of(tokenizer, config, getattr(model, "generation_config", None), end_ids)
         config = text_config(config)
         self.max_new_tokens = max_new_tokens
         self.is_checked = False  # set by self_check
-        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.tolerance: float | None = None  # nats, of the check that it has passed
+        self.max_positions = context_length(config)
+        self.boundaries = boundaries(config)  # lengths where the law may change, see checks
+        self.crossed: dict[tuple[int, bool, bool], str] = {}  # what was found out there
         self.networks: int = getattr(model, "networks", 1)  # that one forward pass is counted as
         self.width: int = getattr(config, "hidden_size", 0) * getattr(
             config, "num_hidden_layers", 1
@@ -59,9 +77,7 @@ class Network(nn.Module):
 
     def new_cache(self) -> Any:
         """An empty cache of keys and values, for `logits_next`."""
-        own = getattr(self.model, "new_cache", None)  # of networks made of several
-        config: Any = self.model.config
-        return Cache(config=config) if own is None else own()
+        return caches.new_cache(self.model)
 
     def logits(
         self,
@@ -76,19 +92,35 @@ class Network(nn.Module):
         """Logits at the last `keep` positions in float32 or wider, dropout off. Every forward pass goes through here.
 
         :param mask: (N, cached + L) True at real tokens; None where nothing is padded.
+        :raises UnsuitableNetworkError: if the network answers no logits, logits of another number than its vocabulary has,
+            or no cache where it was asked for one.
         """
         meter.add(lm_tokens=ids.numel() * self.networks)
+        given = (ids, None if mask is None else mask.long(), positions, cache, use_cache, keep)
         with evaluating(self.model):
-            out = self.model(
-                input_ids=ids,
-                attention_mask=None if mask is None else mask.long(),
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=use_cache,
-                logits_to_keep=keep,
+            out = self.model(**{name: value for name, value in zip(INPUTS, given, strict=True) if name in self.inputs})
+        logits, past, name = getattr(out, "logits", None), getattr(out, "past_key_values", None), self.architecture
+        if logits is None:
+            raise UnsuitableNetworkError(f"{name} answers with {type(out).__name__}, which has no `logits`")
+        if logits.shape[-1] != self.vocabulary.size:
+            raise UnsuitableNetworkError(
+                f"{name} answers {logits.shape[-1]} logits, but its configuration says vocab_size={self.vocabulary.size}; "
+                f"set config.vocab_size to {logits.shape[-1]}, or cut the head: model.resize_token_embeddings(...)"
             )
-        logits = out.logits[:, -keep:]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), out.past_key_values
+        if use_cache and past is None:
+            encoder = getattr(text_config(self.model.config), "is_decoder", None) is False
+            raise UnsuitableNetworkError(
+                f"{name} is no causal language model: its configuration says is_decoder=False"
+                if encoder
+                else f"{name} cannot be continued: asked for `past_key_values`, it answered without"
+            )
+        logits = logits[:, -keep:]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), past
+
+    @property
+    def architecture(self) -> str:
+        """The network's class, for messages."""
+        return type(self.model).__name__
 
     def score(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> Float[Tensor, "N T"]:
         """log p(x_t | prompt, x_<t) for one canonical completion a prompt, in one teacher-forced pass; 0 after the
@@ -137,6 +169,23 @@ class Network(nn.Module):
         hidden = self.width * (24 if gradient else 2)
         floats = steps * self.vocabulary.size * (3 if gradient else 2) + (width + steps) * hidden
         return max(1, budget // (4 * floats))
+
+
+def inputs_of(model: nn.Module) -> tuple[str, ...]:
+    """Those of `INPUTS` that the forward of `model` takes.
+
+    :raises UnsuitableNetworkError: if it names its inputs, and `past_key_values` is not among them."""
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" in parameters and "past_key_values" not in parameters:
+        past = [name for name in parameters if name.startswith(("cache_params", "state", "mems", "past"))]
+        under = f" (it keeps {', '.join(past)})" if past else ""
+        raise UnsuitableNetworkError(
+            f"{type(model).__name__} takes no `past_key_values`{under}: encoders, and recurrent networks with a state of "
+            "their own, are not supported; give a causal language model whose forward takes past_key_values"
+        )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return INPUTS
+    return tuple(name for name in INPUTS if name in parameters)
 
 
 def normalise(logits: Float[Tensor, "*S V"]) -> Float[Tensor, "*S V"]:

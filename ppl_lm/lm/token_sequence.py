@@ -11,6 +11,7 @@ from pyro.distributions import TorchDistribution, constraints
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
+from ppl_lm.lm.checks import require_fit
 from ppl_lm.lm.decoder import sample
 from ppl_lm.lm.network import DivergedError, Network
 from ppl_lm.lm.prompts import Prompts
@@ -38,14 +39,9 @@ class TokenSequence(TorchDistribution):
         self._provenance = get_provenance(prompts.ids)
         self.prompts = replace(prompts, ids=detach_provenance(prompts.ids)) if self._provenance else prompts
         self._last_draw: list[tuple[Tensor, Tensor, list[float]]] = []  # one at most; shared with what `expand` makes
-        length, steps = prompts.ids.shape[-1], lm.max_new_tokens
-        if lm.max_positions is not None and length + steps > lm.max_positions:
-            raise ValueError(
-                f"a prompt of {length} tokens and max_new_tokens={steps} need {length + steps} positions; this model "
-                f"has {lm.max_positions}: shorten the prompt or lower max_new_tokens"
-            )
+        require_fit(lm, self.prompts)
         shape = prompts.batch_shape if batch_shape is None else torch.Size(batch_shape)
-        super().__init__(shape, torch.Size((steps,)), validate_args=False)
+        super().__init__(shape, torch.Size((lm.max_new_tokens,)), validate_args=False)
 
     @property
     def has_enumerate_support(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
