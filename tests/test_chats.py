@@ -10,11 +10,13 @@ from ppl_lm.lm.chats import encode_chat
 END = "<|end|>"
 THINK = (
     "{% for m in messages %}{% set c = m['content'] %}{% if m['role'] == 'assistant' and '</think>' in c %}"
-    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}<|user|>{{ m['role'] }}\n{{ c }}<|end|></s>{% endfor %}<|user|>"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "<|user|>{{ m['role'] }}\n{{ c }}<|end|></s>{% endfor %}<|user|>"
 )
 PARTS = (
     "{% for m in messages %}<|{{ m['role'] }}|>{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}"
-    "{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}<|end|>{% endfor %}"
+    "{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|end|>{% endfor %}"
 )
 TOOLS = (
     "<s>{% for m in messages %}{% if m['content'] %}{{ m['content'] }}{% endif %}"
@@ -121,7 +123,8 @@ def test_a_spelled_token_changes_no_other_piece():
 ARGUMENTS = (
     "{% for t in tools or [] %}TOOL {{ t['function']['name'] }}|{% endfor %}{% for d in documents or [] %}DOC {{ d['text'] }}|"
     "{% endfor %}{% if enable_thinking is defined %}{{ enable_thinking }}|{% endif %}"
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|user|>{% endif %}"
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|user|>{% endif %}"
 )
 
 
