@@ -154,9 +154,9 @@ def _log_probabilities(draws: Draws) -> dict[str, Tensor]:
 
 def _text(draws: Draws, variable: Variable) -> Variable:
     dims, tokens, _ = variable
-    flat = torch.as_tensor(tokens).reshape(-1, tokens.shape[-1])
-    decoded = np.array([_storable(text) for text in draws.prompts.vocabulary.decode(flat)], dtype=str)
-    return dims[:-1], decoded.reshape(tokens.shape[:-1]), {}
+    x = torch.as_tensor(tokens).movedim(2, -2)  # (C, S, *inner, B, T)
+    decoded = np.array([_storable(text) for text in draws.prompts.decode(x)], dtype=str)
+    return dims[:-1], np.moveaxis(decoded.reshape(x.shape[:-1]), -1, 2), {}
 
 
 def prompt_texts(prompts: Prompts) -> list[str]:

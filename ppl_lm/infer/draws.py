@@ -127,10 +127,11 @@ class Draws:
         return "x" if "x" in self.texts or not self.texts else self.texts[0]
 
     def text(self, name: str | None = None) -> list[list[str]]:
-        """Completions of the site `name` (None: `x`, or the first that is text), as text: one list a prompt, of all its
-        draws, chains one after the other; of all the texts of each draw where an inner plate holds several."""
+        """Completions of the site `name` (None: `x`, or the first that is text), as text that goes on after the prompt's: one
+        list a prompt, of all its draws, chains one after the other; of all the texts of each draw where an inner plate holds
+        several."""
         x = self.latents[name or self.text_site].flatten(0, 1).transpose(0, 1)  # (B, C·S, *inner, T)
-        return [self.prompts.decode(rows.flatten(0, -2)) for rows in x]
+        return [self.prompts[b : b + 1].decode(rows.flatten(0, -2)) for b, rows in enumerate(x)]
 
     def reweighted(self, num_samples: int | None = None) -> Int[Tensor, "S B"]:
         """Indices (into the C·S flattened draws) of equally weighted posterior draws, by systematic resampling with

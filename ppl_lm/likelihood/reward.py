@@ -119,7 +119,7 @@ class Reward:
             return torch.empty(shape, dtype=torch.float64, device=x.device)
         rows = torch.arange(prod(prompts.batch_shape)).reshape(prompts.batch_shape).expand(shape).flatten().tolist()
         ids = x.detach().expand(*shape, x.shape[-1]).reshape(n, -1)  # (N, T)
-        texts: list[str] = prompts.decode(ids)
+        texts: list[str] = prompts.decode(ids.reshape(*shape, -1))
 
         def repeated(items: list[Any]) -> list[Any]:
             return [items[row] if isinstance(items[row], str) else copy.deepcopy(items[row]) for row in rows]

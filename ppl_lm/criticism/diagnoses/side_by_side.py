@@ -105,7 +105,7 @@ def _texts(draws: Draws, model: Any, guide: Any, weighted: bool, nesting: int) -
     reward = draws.records.get("reward")
     rows = []
     for s, row in enumerate(x):
-        tokens = pieces(draws.prompts.vocabulary, row.cpu())
+        tokens = pieces(draws.prompts.vocabulary, row.cpu(), draws.prompts.contexts[0])
         text: ShownText = {"tokens": tokens, "gains": None, "reward": None}
         if gains is not None:
             text["gains"] = gains[s, : len(tokens)].tolist()
