@@ -18,6 +18,7 @@ from ppl_lm.infer.traces.layout import (
     require_all_prompts,
 )
 from ppl_lm.infer.traces.particles import Particles
+from ppl_lm.infer.traces.structure import nesting_of
 from ppl_lm.lm import meter
 from ppl_lm.lm.meter import Cost
 from ppl_lm.lm.prompts import Prompts
@@ -35,7 +36,7 @@ class Draws:
     :param latents: site name -> (C, S, B, *inner, *event), `inner` the plates left of the prompts'; B is 1 for a site
         outside the prompt plate. `draws["x"]` is one of them.
     :param texts: names of those latents that are completions, int64 token ids.
-    :param records: what the model recorded with `pyro.deterministic`, such as the reward, (C, S, B).
+    :param records: what the model recorded with `pyro.deterministic`, such as the reward, likewise, float64.
     :param log_prior: log p(z | prompt) of all latent sites, nats, float64, (C, S, B); (C, S, 1) where a site lies
         outside the prompt plate, so that only the prompts' joint weight exists. Likewise:
     :param log_likelihood: of all observed sites, for exp(r/β): a bounded `Optimality`'s shift is taken out again.
@@ -153,7 +154,7 @@ class Draws:
         return {name: value.flatten(0, 1) for name, value in self.latents.items()}
 
     @torch.no_grad()
-    def under(self, guide: Callable[..., Any], max_plate_nesting: int = 1) -> "Draws":
+    def under(self, guide: Callable[..., Any], max_plate_nesting: int | None = None) -> "Draws":
         """The same draws with `log_guide` under another guide: how probable it finds them, nats. For `log_evidence`, and for
         posterior draws that are to be measured against a guide. Exact draws and chains stay what they are; others become
         `rescored`, since it is not this guide that drew them.
@@ -161,7 +162,8 @@ class Draws:
         :raises ValueError: if the guide has other latent sites."""
         with meter.measure() as cost:
             columns = self.log_guide.shape[-1]
-            log_q = log_density_at(guide, self.flat_latents(), self.prompts, max_plate_nesting, columns)
+            nesting = nesting_of(max_plate_nesting, guide, None, self.prompts)
+            log_q = log_density_at(guide, self.flat_latents(), self.prompts, nesting, columns)
         kind: Kind = self.kind if self.kind in EQUAL else "rescored"
         return replace(self, log_guide=log_q.reshape(self.log_guide.shape), kind=kind, cost=self.cost + cost)
 
@@ -245,20 +247,20 @@ def _pick_stat(value: Tensor, pick: Callable[[Tensor], Tensor], count: int) -> T
     return picked[:, :1] if bool((picked == picked[:, :1]).all()) else picked
 
 
-def as_draws(particles: Particles, nesting: int = 1) -> Draws:
+def as_draws(particles: Particles) -> Draws:
     """Particles as one chain of draws.
 
     :raises ValueError: if a plate subsamples, or lies where the prompts' does."""
     require_all_prompts(particles)
     return Draws(
         prompts=particles.prompts,
-        latents={name: value.unsqueeze(0) for name, value in latent_values(particles, nesting).items()},
+        latents={name: value.unsqueeze(0) for name, value in latent_values(particles).items()},
         records={name: value.unsqueeze(0) for name, value in record_values(particles).items()},
         log_prior=particles.log_prior().unsqueeze(0),
         log_likelihood=particles.log_likelihood().unsqueeze(0),
         log_guide=particles.log_proposal().unsqueeze(0),
         texts=tuple(particles.texts()),
-        observed=observed_values(particles, nesting),
+        observed=observed_values(particles),
         log_likelihoods={name: value.unsqueeze(0) for name, value in particles.log_likelihoods().items()},
     )
 

@@ -12,6 +12,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from math import inf, isfinite, prod
 from numbers import Real
@@ -46,6 +47,19 @@ def preserved_rng() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+_asked: ContextVar[bool] = ContextVar("asked", default=True)
+
+
+@contextmanager
+def unasked() -> Iterator[None]:
+    """Inside the block every `Reward` is 0, or `r_max` where that is less, and no function is called."""
+    token = _asked.set(False)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
 
 
 class Reward:
@@ -115,8 +129,8 @@ class Reward:
                 f"not broadcast against the prompts' batch shape {tuple(prompts.batch_shape)}"
             ) from error
         n = prod(shape)
-        if n == 0:
-            return torch.empty(shape, dtype=torch.float64, device=x.device)
+        if n == 0 or not _asked.get():
+            return torch.full(shape, min(0.0, self.r_max or 0.0), dtype=torch.float64, device=x.device)
         rows = torch.arange(prod(prompts.batch_shape)).reshape(prompts.batch_shape).expand(shape).flatten().tolist()
         ids = x.detach().expand(*shape, x.shape[-1]).reshape(n, -1)  # (N, T)
         texts: list[str] = prompts.decode(ids.reshape(*shape, -1))

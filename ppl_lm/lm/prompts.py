@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from pyro.ops.provenance import get_provenance, track_provenance
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
 from ppl_lm.lm.token_pieces import added, contexts, going_on
@@ -153,17 +153,29 @@ class Prompts:
         """The same prompts with batch shape (N,)."""
         return self.reshape(torch.Size((prod(self.batch_shape),)))
 
-    def take(self, rows: Int[Tensor, "N"]) -> "Prompts":
-        """Prompts `rows` of the flattened batch, repeated or reordered as asked; surplus padding is cut off."""
-        flat, index = self.flatten(), rows.tolist()
-        lengths = flat.lengths[rows]
-        width = int(lengths.max()) if len(index) else 1
+    def take(self, rows: Int[Tensor, "*S"]) -> "Prompts":
+        """Prompts `rows` of the flattened batch, repeated or reordered as asked, with the shape of `rows` as batch shape;
+        surplus padding is cut off. So a latent site chooses what a text goes on from, particles and enumeration included:
+        `z ~ Categorical; x ~ lm(topics.take(z))`.
+
+        :raises ValueError: if `rows` are no whole numbers, or there is no such prompt."""
+        if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+            raise ValueError(f"rows={rows.dtype} numbers; take() needs whole ones, as of a Categorical: give z.long()")
+        flat, index = self.flatten(), detach_provenance(rows)
+        if bool(((index < 0) | (index >= len(flat.texts))).any()):
+            raise ValueError(
+                f"rows hold {int(index.min())} to {int(index.max())}; there are {len(flat.texts)} prompts, from 0"
+            )
+        index = index.to(self.ids.device)
+        lengths, picks = flat.lengths[index], index.flatten().tolist()
+        width = int(lengths.max()) if picks else 1
+        ids = detach_provenance(flat.ids)[index][..., flat.ids.shape[1] - width :]
         return replace(
             flat,
-            ids=flat.ids[rows][:, flat.ids.shape[1] - width :],
+            ids=track_provenance(ids, get_provenance(rows) | get_provenance(self.ids)),
             lengths=lengths,
-            texts=[self.texts[i] for i in index],
-            columns={name: [column[i] for i in index] for name, column in self.columns.items()},
+            texts=[self.texts[i] for i in picks],
+            columns={name: [column[i] for i in picks] for name, column in self.columns.items()},
         )
 
     def __getitem__(self, index: Any) -> "Prompts":
@@ -171,8 +183,7 @@ class Prompts:
         grid = torch.arange(prod(self.batch_shape), device=self.ids.device).reshape(self.batch_shape)
         single = isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)
         rows = grid[[int(index)] if single else index]
-        taken = self.take(rows.reshape(-1))
-        return taken.reshape(rows.shape)
+        return self.take(rows)
 
     def reshape(self, shape: torch.Size) -> "Prompts":
         """The same prompts with another batch shape."""

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -125,6 +126,34 @@ class Vocabulary(TextEnds):
     def plain(self, text: str) -> list[int]:
         """Ids of a text, nothing added; what looks like a special token is plain text."""
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def completion(self, text: str, length: int, what: str) -> list[int]:
+        """Ids of a text with its end token and padding, `length` in all; without an end token where it has as many itself.
+
+        :param what: names it in messages.
+        :raises ValueError: if it has no such ids."""
+        if not isinstance(text, str):
+            raise ValueError(f"{what} is {text!r}; give a string")
+        ids = self.plain(text)
+        if not ids:
+            raise ValueError(f"{what} is empty: {text!r} has no tokens; give at least one, or the ids themselves")
+        if len(ids) > length:
+            raise ValueError(
+                f"{what} has {len(ids)} tokens, {text[:60]!r}; completions here have at most {length}: raise max_new_tokens"
+            )
+        ended = [self.tokenizer.decode([i]) for i in ids if i in self.end_ids]
+        if ended:
+            raise ValueError(
+                f"{what} holds the end token {ended[0]!r}, after which a completion has nothing: {text[:60]!r}"
+            )
+        row = [*ids, min(self.end_ids)][:length]
+        row += [self.pad_id] * (length - len(row))
+        (read,) = self.decode(torch.tensor([row]))
+        if read != text:
+            raise ValueError(
+                f"{what} cannot be encoded: {text[:60]!r} reads {read[:60]!r} in this tokenizer's tokens; give what they write"
+            )
+        return row
 
     @cached_property
     def fingerprint(self) -> str:

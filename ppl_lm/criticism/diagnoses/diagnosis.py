@@ -7,6 +7,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 
 from ppl_lm.criticism.averages import over_prompts
 from ppl_lm.criticism.diagnoses.figures import GuideFigures, PromptFigures
@@ -73,7 +75,7 @@ def diagnose(
     guide: Callable[..., Any],
     prompts: Any,
     num_samples: int = 4096,
-    max_plate_nesting: int = 1,
+    max_plate_nesting: int | None = None,
 ) -> Diagnosis:
     """Draws from the guide and from the prior, weights both to the posterior's (`Pool`), finds exact posterior draws among the
     prior's where the likelihood has a bound, and says how far the guide is from the posterior.
@@ -163,9 +165,9 @@ def _figures(
     figures["seen"], figures["bounded"] = pool.seen(bound), bound is not None
     figures["possible"] = float((guide.log_weight > -torch.inf).double().mean())
     if "reward" in guide.records:
-        put("reward", mean(guide["reward"].flatten(0, 1)))
-        put("reward_prior", mean(prior["reward"].flatten(0, 1)))
-        rewards = torch.stack([d["reward"].flatten().double() for d in (prior, guide)])
+        rewards = torch.stack([_reward(draws) for draws in (prior, guide)])
+        put("reward", mean(rewards[1].unsqueeze(-1)))
+        put("reward_prior", mean(rewards[0].unsqueeze(-1)))
         put("reward_posterior", pool.posterior(rewards))
     log_w = guide.log_weight.flatten()
     put("ess", (kong_ess(log_w), ess_se(log_w)))
@@ -176,3 +178,8 @@ def _figures(
     cost = prior.cost + guide.cost  # of drawing for all prompts together
     figures["lm_tokens"], figures["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
     return figures, judge(**figures)
+
+
+def _reward(draws: Draws) -> Float64[Tensor, "S"]:
+    """Of each draw; the mean over prompts where they have but a joint weight, and over inner plates."""
+    return draws["reward"].double().flatten(0, 1).flatten(1).mean(1)

@@ -37,7 +37,7 @@ class ShownTexts(TypedDict):
 
 
 def samples(
-    diagnosis: Diagnosis, model: Callable[..., Any], guide: Callable[..., Any], max_plate_nesting: int = 1
+    diagnosis: Diagnosis, model: Callable[..., Any], guide: Callable[..., Any], max_plate_nesting: int | None = None
 ) -> list[ShownTexts]:
     """Of each of the first 8 prompts the first 8 texts under `prior`, `guide` and `posterior`.
 
@@ -96,7 +96,7 @@ def _resampled(draws: Draws, count: int) -> Draws | None:
     return replace(draws.map(lambda v: v.flatten(0, 1)[picks].unsqueeze(0)), kind="exact")
 
 
-def _texts(draws: Draws, model: Any, guide: Any, weighted: bool, nesting: int) -> list[ShownText]:
+def _texts(draws: Draws, model: Any, guide: Any, weighted: bool, nesting: int | None) -> list[ShownText]:
     name = draws.text_site
     one = draws[name].dim() == 4  # text a prompt
     gains = token_gains(model, guide, draws, name, nesting)[0, :, 0] if one else None  # (S, T)

@@ -26,7 +26,7 @@ def best_of_n(
     num_samples: int = 1000,
     n: int = 8,
     soft: bool = False,
-    max_plate_nesting: int = 1,
+    max_plate_nesting: int | None = None,
 ) -> Draws:
     """For each sample, n draws of the guide of which the likeliest evidence's is kept: that of the highest reward.
 

@@ -48,7 +48,8 @@ def suffix(model: Callable[..., Any], guide: Any, prompts: Any, max_plate_nestin
         x = state.latents[name][0]  # (N, B, T)
         before = vocabulary.lengths(x)
         place = (torch.rand(before.shape, dtype=torch.float64, device=x.device) * before).long()
-        with Resumed(name, x, place):
+        plates = (len(x), *[1] * (max_plate_nesting - 1), *x.shape[1:])  # the program's, between particles and prompts
+        with Resumed(name, x.reshape(plates), place.reshape(plates[:-1])):
             proposal = draw(model, guide, prompts, state.num_samples, max_plate_nesting)
         ratio = before.double().log() - vocabulary.lengths(proposal.latents[name][0]).double().log()
         return proposal, ratio if state.is_local else ratio.sum(-1, keepdim=True)

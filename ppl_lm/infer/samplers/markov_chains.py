@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
-from ppl_lm.infer.samplers.importance_sampling import draw
+from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
 from ppl_lm.infer.samplers.kernels import Kernel, Propose, suffix
+from ppl_lm.infer.traces.structure import nesting_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def mcmc(
     warmup: int = 100,
     num_chains: int = 32,
     kernel: Kernel = suffix,
-    max_plate_nesting: int = 1,
+    max_plate_nesting: int | None = None,
 ) -> Draws:
     """Markov chains whose law tends to the posterior, all run side by side, each from a draw of the guide.
 
@@ -70,8 +71,10 @@ def mcmc(
     ):
         if value < least:
             raise ValueError(f"{what}={value}; give at least {least}")
-    propose = kernel(model, guide, prompts, max_plate_nesting)
-    state = draw(model, guide, prompts, num_chains, max_plate_nesting)
+    require_prompts(prompts)
+    nesting = nesting_of(max_plate_nesting, model, guide, prompts)
+    propose = kernel(model, guide, prompts, nesting)
+    state = draw(model, guide, prompts, num_chains, nesting)
     cost, kept, rates = state.cost, [], []
     for i in range(warmup + num_samples):
         if i == warmup:

@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from ppl_lm.infer.draws import Draws, NoSupportError
-from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.importance_sampling import importance, require_prompts
 from ppl_lm.infer.samplers.rejection_sampling import propose_until, select
 from ppl_lm.infer.traces.layout import ROWS
+from ppl_lm.infer.traces.structure import nesting_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def quasi_rejection(
     num_samples: int = 1000,
     log_bound: float | Float[Tensor, ""] | Float[Tensor, "B"] | None = None,
     max_proposals: int = 1_000_000,
-    max_plate_nesting: int = 1,
+    max_plate_nesting: int | None = None,
 ) -> Draws:
     """Independent draws of p_b ∝ min(p(z, evidence), b q(z)): a draw of the guide with log weight w is kept with
     probability min(1, exp(w - log_bound)). Not the posterior: `log_guide` is log p_b, with Z_b estimated from the
@@ -80,9 +81,10 @@ def quasi_rejection(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; give at least 1")
-    pilot = None
+    require_prompts(prompts)
+    nesting, pilot = nesting_of(max_plate_nesting, model, guide, prompts), None
     if log_bound is None:
-        pilot = importance(model, guide, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
+        pilot = importance(model, guide, prompts, num_samples=num_samples, max_plate_nesting=nesting)
         log_bound = pilot.log_weight.flatten(0, 1).amax(0)
     bound = torch.as_tensor(log_bound, dtype=torch.float64)
     if bool((bound == -torch.inf).any()):
@@ -92,7 +94,7 @@ def quasi_rejection(
         return accept(part, bound), bound
 
     def propose(n: int) -> Draws:
-        return importance(model, guide, prompts, num_samples=n, max_plate_nesting=max_plate_nesting)
+        return importance(model, guide, prompts, num_samples=n, max_plate_nesting=nesting)
 
     kept, mask, proposals = propose_until(
         propose, keep, num_samples, max_proposals, max(1, ROWS // max(1, len(prompts)))

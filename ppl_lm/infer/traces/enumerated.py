@@ -58,7 +58,11 @@ def enumerate_sites(model: Callable[..., Any], guide: Callable[..., Any] | None,
         return sum(term.double().expand(shape) for term in terms).reshape(-1, batch)  # pyright: ignore
 
     def values(site: Site) -> Shaped[Tensor, "N B *E"]:
-        value, event = site["value"], len(site["fn"].event_shape)
+        value, event = site["value"], site["fn"].event_dim
+        if (
+            is_record(site) and event == value.dim()
+        ):  # Pyro was not told: all that enumeration and the plate do not account for
+            event = max(0, value.dim() - len(shape))
         event_shape = value.shape[value.dim() - event :]
         return value.expand(*shape, *event_shape).reshape(-1, batch, *event_shape)
 

@@ -10,7 +10,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_lm.infer.traces.particles import Particles, as_particles, by_prompt
-from ppl_lm.infer.traces.sites import Site, log_density, sample_sites
+from ppl_lm.infer.traces.sites import Site, is_record, log_density, sample_sites
 from ppl_lm.lm.prompts import Prompts
 
 ROWS = 2048  # texts that one run of a program takes
@@ -43,29 +43,48 @@ def require_all_prompts(particles: Particles) -> None:
             )
 
 
-def latent_values(particles: Particles, nesting: int) -> dict[str, Tensor]:
+def latent_values(particles: Particles) -> dict[str, Tensor]:
     """Of the guide's sites, (K, B, *inner, *event)."""
-    return {name: prompts_first(site, nesting) for name, site in particles.guide_sites.items()}
+    return {name: prompts_first(site, particles.nesting) for name, site in particles.guide_sites.items()}
 
 
-def observed_values(particles: Particles, nesting: int) -> dict[str, Tensor]:
+def observed_values(particles: Particles) -> dict[str, Tensor]:
     """Of the observed sites, without the dimension of the particles, which all observe the same."""
 
     def of_one(site: Site) -> Tensor:
         value = site["value"].detach()
-        return value[0] if value.dim() > nesting + site["fn"].event_dim else value
+        return value[0] if value.dim() > particles.nesting + site["fn"].event_dim else value
 
     return {name: of_one(site) for name, site in particles.observed_sites.items()}
 
 
-def record_values(particles: Particles) -> dict[str, Float[Tensor, "K B"]]:
-    """What the model recorded and is one number a text; the rest is left out."""
-    count, batch, records = particles.count, len(particles.prompts), {}
-    for name, value in particles.records.items():
-        sizes = zip(value.shape[::-1], (batch, count), strict=False)
-        if value.dim() <= 2 and all(size in (1, wanted) for size, wanted in sizes):
-            records[name] = value.double().expand(count, batch)
-    return records
+def record_values(particles: Particles) -> dict[str, Tensor]:
+    """What the model recorded, (K, B, *inner, *event) as float64, B being 1 for what all prompts share where they have but a
+    joint weight. Left out is what has the shape of neither the particles nor the prompts."""
+    sites = {name: site for name, site in particles.model_sites.items() if is_record(site)}
+    values = {name: _record(site, particles) for name, site in sites.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _record(site: Site, particles: Particles) -> Tensor | None:
+    value, nesting, event = site["value"].double(), particles.nesting, site["fn"].event_dim
+    if event >= value.dim():  # Pyro was not told: all that plates do not account for
+        event = max(0, value.dim() - nesting - 1)
+    missing = nesting + 1 + event - value.dim()
+    if missing < 0:
+        return None
+    value = value.reshape(*[1] * missing, *value.shape)  # (K, *plates, B, *event), with 1 for what is not there
+    batch = len(particles.prompts)
+    if value.shape[0] not in (1, particles.count) or value.shape[nesting] not in (1, batch):
+        return None
+    value = value.movedim(nesting, 1)  # (K, B, *plates, *event)
+    used = {f.dim for f in site["cond_indep_stack"]}
+    for dim in range(-nesting, -1):  # leftmost plate first
+        if dim in used or value.shape[2] > 1:
+            break
+        value = value.squeeze(2)
+    columns = batch if particles.is_local else value.shape[1]
+    return value.expand(particles.count, columns, *value.shape[2:])
 
 
 class Given(Messenger):
