@@ -9,6 +9,7 @@ from torch import nn
 from ppl_lm.infer.stored_weights import StoredWeights
 from ppl_lm.likelihood.reward import Reward, takes_completions
 from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.prompt_columns import as_columns
 from ppl_lm.lm.prompts import Prompts
 
 
@@ -119,6 +120,21 @@ def bind(program: Callable[..., Any], *args: Any, name: str | None = None, **kwa
     >>> target = bind(tilted, prior, reward=ppl_lm.rewards.vader, beta=0.2)   # doctest: +SKIP
     """
     return Bound(program, name, *args, **kwargs)
+
+
+def read_once(prompts: Any, *programs: Any) -> Any:
+    """Prompts that several programs can be called with, however they are given, and asked for their number: tokenised by the
+    first language model of a bound one; for plain functions alone what can be read only once as a list, or a dictionary of
+    columns."""
+    if isinstance(prompts, Prompts):
+        return prompts
+    for program in programs:
+        if isinstance(program, Bound) and (lm := program.lm) is not None:
+            return lm.prompts(prompts)
+    if hasattr(prompts, "__len__"):
+        return prompts
+    texts, columns = as_columns(prompts)
+    return {"prompt": texts, **columns} if columns else texts
 
 
 def require_separate(model: Any, guide: Any) -> None:

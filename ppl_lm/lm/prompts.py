@@ -1,6 +1,6 @@
 """`Prompts`: what a language model is asked to continue, tokenised once and left-padded."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from pyro.ops.provenance import get_provenance, track_provenance
 from torch import Tensor
 
+from ppl_lm.lm.prompt_columns import as_columns, plain, require_unicode
 from ppl_lm.lm.vocabulary import Vocabulary
 
 
@@ -31,33 +32,18 @@ class Prompts:
 
     @classmethod
     def make(cls, prompts: Any, vocabulary: Vocabulary, device: torch.device | str = "cpu") -> "Prompts":
-        """From a list of strings, a list of chats, a mapping or a dataset with the column `prompt`, or one string.
+        """From one string, or strings or chats in anything that can be iterated over, or a table with the column `prompt`: a
+        mapping, rows, a dataset, a frame of pandas, a table of pyarrow. See `as_columns`; it is read once.
 
         :raises ValueError: if a prompt is neither text nor a chat, or a column has another length."""
         if isinstance(prompts, Prompts):
             vocabulary.require_same(prompts.vocabulary, "the prompts and the language model")
             return prompts.to(device)
-        columns: dict[str, list[Any]] = {}
-        if isinstance(prompts, str):
-            texts: list[Any] = [prompts]
-        elif hasattr(prompts, "column_names") or hasattr(prompts, "keys"):  # datasets; dict, pandas
-            names = list(prompts.column_names if hasattr(prompts, "column_names") else prompts.keys())
-            if "prompt" not in names:
-                raise ValueError(f"a dataset of prompts needs the column 'prompt'; it has {names}")
-            for name in names:
-                if isinstance(prompts[name], str) or not isinstance(prompts[name], Iterable):
-                    raise ValueError(f"column {name!r} is {prompts[name]!r}; give a list with one entry a prompt")
-            texts = list(prompts["prompt"])
-            columns = {name: list(prompts[name]) for name in names if name != "prompt"}
-        elif isinstance(prompts, Iterable):
-            texts = list(prompts)
-        else:
-            raise ValueError(f"prompts={prompts!r}; give a list of strings or of chats, or a dataset")
-        for name, column in columns.items():
-            if len(column) != len(texts):
-                raise ValueError(f"column {name!r} has {len(column)} rows, the column 'prompt' has {len(texts)}")
+        given, columns = as_columns(prompts)
+        texts = [plain(text) for text in given]
         rows, ids_of = [], {}  # equal texts are encoded once
         for i, text in enumerate(texts):
+            require_unicode(text, f"prompt {i}")
             if isinstance(text, str):
                 if text not in ids_of:
                     ids_of[text] = vocabulary.encode(text)

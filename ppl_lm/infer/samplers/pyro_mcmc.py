@@ -8,6 +8,7 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.samplers.importance_sampling import draw
 from ppl_lm.infer.samplers.kernels import Kernel, suffix
@@ -44,6 +45,7 @@ class SequenceKernel(MCMCKernel):
         self._start: dict[str, Tensor] | None = None
 
     def setup(self, warmup_steps: int, prompts: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        prompts = read_once(prompts, self.model, self.guide)
         self._prompts, self._warmup, self._steps, self._counted = prompts, warmup_steps, 0, 0
         self._propose = self.kernel(self.model, self.guide, prompts, self.max_plate_nesting)
         start, self._start = self._start, None

@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import propose_until, select
 from ppl_lm.infer.traces.layout import ROWS
+from ppl_lm.lm.counts import require_count
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,9 @@ def quasi_rejection(
     :param max_proposals: for each prompt.
     :raises NoSupportError: if a prompt has too few draws after `max_proposals`.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}; give at least 1")
-    pilot = None
+    require_count("num_samples", num_samples)
+    require_count("max_proposals", max_proposals)
+    prompts, pilot = read_once(prompts, model, guide), None
     if log_bound is None:
         pilot = importance(model, guide, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
         log_bound = pilot.log_weight.flatten(0, 1).amax(0)

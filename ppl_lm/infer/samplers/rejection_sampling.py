@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.draws import TOLERANCE, Draws, NoSupportError, concatenate
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.observations import likelihood_bound
+from ppl_lm.lm.counts import require_count
 
 MIN_PROPOSALS = 64  # proposals at a time
 
@@ -37,8 +39,9 @@ def rejection(
     :raises ValueError: if there is no bound, or a draw exceeds it: an error, not a clamp.
     :raises NoSupportError: if a prompt has too few draws after `max_proposals`.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}; give at least 1")
+    require_count("num_samples", num_samples)
+    require_count("max_proposals", max_proposals)
+    prompts = read_once(prompts, model, guide)
     from_prior = log_bound is None
     if log_bound is None:
         log_bound = likelihood_bound(model, prompts)
