@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 import ppl_lm.experiments
+from ppl_lm.cli.single_options import Command
 
 REAL = ("calibration", "decoding", "divergences")  # on real language models; the others enumerate
 LONG = (*REAL, "verdicts")  # ten minutes each
@@ -55,4 +56,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False)
+    app.command(cls=Command)(main)
+    app()
