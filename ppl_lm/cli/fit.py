@@ -20,7 +20,7 @@ def command(
     lm: Annotated[str | None, typer.Option(help="A Hugging Face folder or hub name.", show_default="the LM that ships")] = None,
     reward: Annotated[str, typer.Option(help="vader, length, contains:WORD, or FILE.py:NAME.")] = "vader",
     beta: Annotated[float, typer.Option(help="Temperature of the reward; lower asks for more of it.")] = 0.2,
-    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line, or JSON lines with 'prompt'.",
+    prompts: Annotated[Path | None, typer.Option(help="A .txt, one a line; or .csv, .json, .jsonl, .parquet with 'prompt'.",
                                                  show_default="the model's BOS")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 40,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,

@@ -75,7 +75,7 @@ def _datasets(
     attributes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     chains, count, batch = *draws.log_guide.shape[:2], len(draws.prompts)
-    n = num_samples or draws.num_samples
+    n = draws.num_samples if num_samples is None else num_samples
     picks = draws.reweighted(n).cpu().expand(-1, batch)  # (S, B)
     shape = (chains, count) if draws.kind in EQUAL and n == draws.num_samples else (1, n)
     column = torch.arange(batch)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ppl_lm.infer.draws import EQUAL, TOGETHER, Draws
 from ppl_lm.infer.log_weights import log_mean, mean, weighted_mean
+from ppl_lm.lm.counts import require_count
 
 MIN_MEANS = 30  # independent means of weights, below which their standard error cannot be trusted
 
@@ -76,6 +77,7 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
     log_w = draws.log_weight.flatten(0, 1)  # (S, B)
     n = len(log_w)
     elbo, elbo_se = mean(log_w)
+    require_count("iwae_particles", iwae_particles)
     groups = iwae_particles_of(n, iwae_particles)
     bound = log_w[: n // groups * groups].reshape(-1, groups, log_w.shape[1])
     iwae, iwae_se = mean(bound.logsumexp(1) - math.log(groups))

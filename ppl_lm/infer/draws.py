@@ -20,6 +20,7 @@ from ppl_lm.infer.traces.layout import (
 from ppl_lm.infer.traces.particles import Particles
 from ppl_lm.infer.traces.structure import nesting_of
 from ppl_lm.lm import meter
+from ppl_lm.lm.counts import require_count
 from ppl_lm.lm.meter import Cost
 from ppl_lm.lm.prompts import Prompts
 
@@ -138,7 +139,8 @@ class Draws:
         """Indices (into the C·S flattened draws) of equally weighted posterior draws, by systematic resampling with
         the normalised weights, in random order; every index once where the draws are exact or Markov chains. The same at
         every call: torch's random state is neither used nor changed."""
-        n = num_samples or self.num_samples
+        n = self.num_samples if num_samples is None else num_samples
+        require_count("num_samples", n)
         if self.kind in EQUAL:
             if n > self.num_samples:
                 raise ValueError(f"num_samples={n}, but there are {self.num_samples} draws, equally weighted")
@@ -189,7 +191,11 @@ class Draws:
 
     def of_prompt(self, b: int) -> "Draws":
         """The draws of one prompt, still with a prompt dimension; `cost` stays everyone's. All prompts where only their
-        joint weight exists."""
+        joint weight exists.
+
+        :param b: counted from 0."""
+        if not 0 <= b < len(self.prompts):
+            raise ValueError(f"of_prompt({b}), but the draws are of {len(self.prompts)} prompts, counted from 0")
         if not self.is_local:
             return self
         draws = self.map(lambda v: v[:, :, b : b + 1], self.prompts[b : b + 1])
@@ -201,7 +207,7 @@ class Draws:
         """The same draws with every tensor passed through `pick`."""
         return replace(
             self,
-            prompts=prompts or self.prompts,
+            prompts=self.prompts if prompts is None else prompts,
             latents={k: pick(v) for k, v in self.latents.items()},
             records={k: pick(v) for k, v in self.records.items()},
             log_likelihoods={k: pick(v) for k, v in self.log_likelihoods.items()},

@@ -1,6 +1,6 @@
 """`Prompts`: what a language model is asked to continue, tokenised once and left-padded."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
+from ppl_lm.lm.prompt_columns import as_columns, plain, require_unicode
 from ppl_lm.lm.token_pieces import added, contexts, going_on
 from ppl_lm.lm.vocabulary import Vocabulary
 
@@ -35,7 +36,8 @@ class Prompts:
 
     @classmethod
     def make(cls, prompts: Any, vocabulary: Vocabulary, device: torch.device | str = "cpu") -> "Prompts":
-        """From a list of strings, a list of chats, a mapping or a dataset with the column `prompt`, or one string.
+        """From one string, or strings or chats in anything that can be iterated over, or a table with the column `prompt`: a
+        mapping, rows, a dataset, a frame of pandas, a table of pyarrow. See `as_columns`; it is read once.
 
         A string is plain text, also where it spells a control token: a warning says so. A chat is what
         `tokenizer.apply_chat_template` makes of it, but that texts which spell a control token are plain text; one that ends
@@ -47,33 +49,17 @@ class Prompts:
         if isinstance(prompts, Prompts):
             vocabulary.require_same(prompts.vocabulary, "the prompts and the language model")
             return prompts.to(device)
-        columns: dict[str, list[Any]] = {}
-        if isinstance(prompts, str):
-            texts: list[Any] = [prompts]
-        elif hasattr(prompts, "column_names") or hasattr(prompts, "keys"):  # datasets; dict, pandas
-            names = list(prompts.column_names if hasattr(prompts, "column_names") else prompts.keys())
-            if "prompt" not in names:
-                raise ValueError(f"a dataset of prompts needs the column 'prompt'; it has {names}")
-            for name in names:
-                if isinstance(prompts[name], str) or not isinstance(prompts[name], Iterable):
-                    raise ValueError(f"column {name!r} is {prompts[name]!r}; give a list with one entry a prompt")
-            texts = list(prompts["prompt"])
-            columns = {name: list(prompts[name]) for name in names if name != "prompt"}
-        elif isinstance(prompts, Iterable):
-            texts = list(prompts)
-        else:
-            raise ValueError(f"prompts={prompts!r}; give a list of strings or of chats, or a dataset")
-        for name, column in columns.items():
-            if len(column) != len(texts):
-                raise ValueError(f"column {name!r} has {len(column)} rows, the column 'prompt' has {len(texts)}")
+        given, columns = as_columns(prompts)
+        texts = [plain(text) for text in given]
         vocabulary.warn_of_control_tokens((text for text in texts if isinstance(text, str)), "prompt")
         rows: list[list[int]] = []
         ids_of: dict[Any, list[int]] = {}  # equal prompts are encoded once
         for i, text in enumerate(texts):
-            given = _for_template(columns, i)
-            key = text if isinstance(text, str) and not given else (repr(text), repr(given))
+            require_unicode(text, f"prompt {i}")
+            for_template = _for_template(columns, i)
+            key = text if isinstance(text, str) and not for_template else (repr(text), repr(for_template))
             if key not in ids_of:
-                ids_of[key] = _encoded(i, text, given, vocabulary)
+                ids_of[key] = _encoded(i, text, for_template, vocabulary)
             rows.append(ids_of[key])
         return cls.from_ids(rows, vocabulary, texts=texts, columns=columns, device=device)
 

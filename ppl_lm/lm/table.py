@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ppl_lm.lm.cache import Cache
+from ppl_lm.lm.counts import require_count
 from ppl_lm.lm.language_model import LanguageModel
 
 MAX_ROWS = 4_000_000
@@ -94,6 +95,7 @@ def table_lm(
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
+    require_count("max_prompt", max_prompt)
     if not 2 <= vocab_size <= 27:
         raise ValueError(f"vocab_size={vocab_size}; give 2 to 27 (letters and the end token)")
     words = [chr(ord("a") + i) for i in range(vocab_size - 1)] + ["<end>"]
@@ -120,6 +122,7 @@ def table_like(
     """A trainable uniform table with the vocabulary and length of `lm`.
 
     :param network: of another kind, say one that forgets: which row of the table is whose prefix."""
+    require_count("max_prompt", max_prompt)
     ends = lm.vocabulary.end_ids
     config = TableConfig(
         lm.vocabulary.size,

@@ -16,6 +16,7 @@ from ppl_lm.criticism.diagnoses.pool import Pool
 from ppl_lm.criticism.diagnoses.verdicts import Verdict, judge, of_prompts
 from ppl_lm.criticism.evidence import Evidence, log_evidence
 from ppl_lm.criticism.weights import ess_se, khat_se, max_weight, psis_khat
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.log_weights import kong_ess, mean
 from ppl_lm.infer.samplers.importance_sampling import importance
@@ -83,6 +84,7 @@ def diagnose(
     :param num_samples: draws of each for every prompt.
     """
     require_enough(num_samples)
+    prompts = read_once(prompts, model, guide)
     from_prior = importance(model, None, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
     from_guide = importance(model, guide, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
     bound = likelihood_bound(model, prompts, joint=not from_guide.is_local)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.likelihood.best_of import log_ratio
+from ppl_lm.lm.counts import require_count
 from ppl_lm.lm.decoder import invert
 
 CELLS = 2**22  # of the table of picks and groups, at a time
@@ -39,9 +40,8 @@ def best_of_n(
     :param guide: None draws from the model's own prior.
     :raises NoSupportError: if with `soft` all n draws of a sample are impossible under the posterior.
     """
-    for what, value, least in (("num_samples", num_samples, 2 if soft else 1), ("n", n, 1)):
-        if value < least:
-            raise ValueError(f"{what}={value}; give at least {least}")
+    require_count("num_samples", num_samples, 2 if soft else 1)
+    require_count("n", n)
     pool = importance(model, guide, prompts, num_samples=num_samples * n, max_plate_nesting=max_plate_nesting)
     by_group = (pool.log_weight if soft else pool.log_likelihood).reshape(num_samples, n, -1)  # (S, n, B)
     # (S, B); equals are alike, so that any order will do

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.draws import Draws, as_draws, concatenate
 from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.particles import run
 from ppl_lm.infer.traces.structure import nesting_of
 from ppl_lm.lm import meter
+from ppl_lm.lm.counts import require_count
 
 
 @torch.no_grad()
@@ -31,8 +33,8 @@ def importance(
         network and no reward. Likewise in all that follows.
     :raises ValueError: if `num_samples` is not positive, or a plate subsamples the prompts.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}; give at least 1")
+    require_count("num_samples", num_samples)
+    prompts = read_once(prompts, model, guide)
     require_prompts(prompts)
     nesting = nesting_of(max_plate_nesting, model, guide, prompts)
     size = max(2, ROWS // max(1, len(prompts)))
@@ -46,6 +48,8 @@ def importance(
 
 def draw(model: Any, guide: Any, prompts: Any, n: int, nesting: int) -> Draws:
     """n draws of the guide with their weights, in one run of guide and model; n is at least 2."""
+    prompts = read_once(prompts, model, guide)
+    require_prompts(prompts)
     with meter.measure() as cost:
         p = run(model, guide, (prompts,), {}, n, nesting)
     return replace(as_draws(p), cost=cost)

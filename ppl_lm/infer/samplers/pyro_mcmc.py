@@ -8,6 +8,7 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
 from ppl_lm.infer.samplers.kernels import Kernel, suffix
@@ -45,6 +46,7 @@ class SequenceKernel(MCMCKernel):
         self._start: dict[str, Tensor] | None = None
 
     def setup(self, warmup_steps: int, prompts: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        prompts = read_once(prompts, self.model, self.guide)
         self._prompts, self._warmup, self._steps, self._counted = prompts, warmup_steps, 0, 0
         require_prompts(prompts)
         self._nesting = nesting_of(self.max_plate_nesting, self.model, self.guide, prompts)

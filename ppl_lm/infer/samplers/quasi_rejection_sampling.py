@@ -8,11 +8,13 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.samplers.importance_sampling import importance, require_prompts
 from ppl_lm.infer.samplers.rejection_sampling import propose_until, select
 from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.structure import nesting_of
+from ppl_lm.lm.counts import require_count
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ def quasi_rejection(
     :param max_proposals: for each prompt.
     :raises NoSupportError: if a prompt has too few draws after `max_proposals`.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}; give at least 1")
+    require_count("num_samples", num_samples)
+    require_count("max_proposals", max_proposals)
+    prompts = read_once(prompts, model, guide)
     require_prompts(prompts)
     nesting, pilot = nesting_of(max_plate_nesting, model, guide, prompts), None
     if log_bound is None:

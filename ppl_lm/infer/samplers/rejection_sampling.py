@@ -8,11 +8,13 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.draws import TOLERANCE, Draws, NoSupportError, concatenate
 from ppl_lm.infer.samplers.importance_sampling import importance, require_prompts
 from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.observations import likelihood_bound
 from ppl_lm.infer.traces.structure import nesting_of
+from ppl_lm.lm.counts import require_count
 
 MIN_PROPOSALS = 64  # proposals at a time
 
@@ -38,8 +40,9 @@ def rejection(
     :raises ValueError: if there is no bound, or a draw exceeds it: an error, not a clamp.
     :raises NoSupportError: if a prompt has too few draws after `max_proposals`.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}; give at least 1")
+    require_count("num_samples", num_samples)
+    require_count("max_proposals", max_proposals)
+    prompts = read_once(prompts, model, guide)
     require_prompts(prompts)
     nesting, from_prior = nesting_of(max_plate_nesting, model, guide, prompts), log_bound is None
     if log_bound is None:

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
+from ppl_lm.lm.counts import require_count
+
 SMALLEST = 1e-15  # a point is kept so far below the end of the line that it does not round to it
 
 
@@ -127,6 +129,7 @@ def _inclusion(w: Float[Tensor, "N P"], count: int) -> Float[Tensor, "N P"]:
 
 
 def _uniform(log_w: Float[Tensor, "N P"], count: int) -> Float64[Tensor, "points P"]:
+    require_count("count", count)
     return torch.rand(count + 1, log_w.shape[1], dtype=torch.float64, device=log_w.device)
 
 

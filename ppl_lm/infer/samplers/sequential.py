@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.draws import Draws, NoSupportError, as_draws, concatenate
 from ppl_lm.infer.log_weights import kong_ess
 from ppl_lm.infer.samplers.importance_sampling import require_prompts
@@ -17,6 +18,7 @@ from ppl_lm.infer.traces.particles import run
 from ppl_lm.infer.traces.structure import nesting_of
 from ppl_lm.infer.traces.text_site import TextIs, text_law
 from ppl_lm.lm import meter
+from ppl_lm.lm.counts import require_count
 from ppl_lm.lm.token_sequence import TokenSequence
 
 PLAIN = SMCSettings()
@@ -54,6 +56,7 @@ def smc(
     """
     require_counts(num_samples, num_runs)
     settings.require_fits(guide)
+    prompts = read_once(prompts, model, guide)
     with meter.measure() as cost:
         prior, proposal = laws(model, guide, prompts)
         nesting = nesting_of(max_plate_nesting, model, guide, prompts)
@@ -71,9 +74,8 @@ def smc(
 
 def require_counts(num_samples: int, num_runs: int) -> None:
     """:raises ValueError: by name, if there are too few."""
-    for name, value, least in (("num_samples", num_samples, 2), ("num_runs", num_runs, 1)):
-        if value < least:
-            raise ValueError(f"{name}={value}; give at least {least}")
+    require_count("num_samples", num_samples, 2)
+    require_count("num_runs", num_runs)
 
 
 def laws(model: Any, guide: Any, prompts: Any) -> tuple[TokenSequence, TokenSequence | None]:

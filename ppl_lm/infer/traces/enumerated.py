@@ -11,6 +11,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import config_enumerate
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.traces.sites import Site, is_record, sample_sites
 from ppl_lm.likelihood.optimality import Optimality
 
@@ -35,6 +36,7 @@ def enumerate_sites(model: Callable[..., Any], guide: Callable[..., Any] | None,
 
     :raises ValueError: if a latent site cannot be enumerated, a site lies elsewhere than in the prompt plate alone, or there
         are too many values."""
+    prompts = read_once(prompts, model, guide)
     marked = config_enumerate(model, default="parallel", expand=False)
     trace = poutine.trace(poutine.enum(marked, first_available_dim=-2)).get_trace(prompts)
     sites = sample_sites(trace)

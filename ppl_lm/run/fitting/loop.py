@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ppl_lm.infer.binding import Bound
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.traces.parameters import trainable_parameters
+from ppl_lm.lm.counts import require_count
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.network import DivergedError
 from ppl_lm.lm.prompts import shuffled
@@ -88,6 +89,7 @@ def fit(
     :raises ValueError: on bad arguments, before anything is drawn.
     """
     _check(loss, batch_size, learning_rate, max_steps, time_limit, clip)
+    require_count("warmup", warmup)
     elbo = SequenceELBO(num_particles=128) if loss is None else loss
     reader = model.lm or guide.lm
     if reader is None:
@@ -225,7 +227,7 @@ def _check(
         raise ValueError(f"clip={clip}; give a multiple of the usual norm, above 0")
     if max_steps is None and time_limit is None:
         raise ValueError("give max_steps= or time_limit= (seconds), or both")
-    if max_steps is not None and max_steps < 1:
-        raise ValueError(f"max_steps={max_steps}; give at least 1")
+    if max_steps is not None:
+        require_count("max_steps", max_steps)
     if time_limit is not None and not time_limit > 0:
         raise ValueError(f"time_limit={time_limit} seconds; give a number above 0")
