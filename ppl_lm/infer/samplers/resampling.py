@@ -31,9 +31,9 @@ class Resampled:
 Rule = Callable[..., Resampled]
 """(log_w, count, u=None, through=None) -> Resampled.
 
-:param u: the uniform numbers in [0, 1) by which it chooses, (count + 1, P), float64; None draws them.
-:param through: (P,) a particle of each population that has to survive: the rule's law given that, and that one of its
-    offspring, all of them alike, is looked at. This is what conditional SMC needs (Andrieu et al. 2010)."""
+- `u`: the uniform numbers in [0, 1) by which it chooses, (count + 1, P), float64; None draws them.
+- `through`: (P,) a particle of each population that has to survive: the rule's law given that, and that one of its
+  offspring, all of them alike, is looked at. This is what conditional SMC needs (Andrieu et al. 2010)."""
 
 
 def multinomial(

@@ -40,7 +40,7 @@ def tempered(twist: Function, over: int) -> Function:
 
 
 def exact_twist(model: Callable[..., Any], prompts: Any) -> Function:
-    """ψ*_t(x_≤t) = E_p0[p(evidence | x) | x_≤t] by enumeration, for tiny vocabularies: with all tokens as `candidates` every
+    """ψ_t(x_≤t) = E_p0[p(evidence | x) | x_≤t] by enumeration, for tiny vocabularies: with all tokens as `candidates` every
     weight is Z, and every draw the posterior's.
 
     :raises ValueError: where texts cannot be enumerated, or if the model has another latent site."""
