@@ -50,8 +50,8 @@ from .criticism.calibration import sbc as sbc
 from .criticism.predictive_checks import predictive_check as predictive_check
 from .criticism.sensitivity import power_scale as power_scale
 from .criticism.text_diversity import diversity as diversity
-from .criticism.arviz_groups import to_arviz as to_arviz
-from .criticism.arviz_reading import from_arviz as from_arviz
+from .criticism.inference_data.arviz_groups import to_arviz as to_arviz
+from .criticism.inference_data.arviz_reading import from_arviz as from_arviz
 from .criticism import graphs as graphs
 from . import plot as plot
 

@@ -8,8 +8,9 @@ import pytest
 import tiny
 import torch
 
-from ppl_lm.criticism.arviz_groups import _storable, to_arviz, to_datatree
-from ppl_lm.criticism.arviz_reading import from_arviz
+from ppl_lm.criticism.inference_data.arviz_groups import to_arviz, to_datatree
+from ppl_lm.criticism.inference_data.arviz_reading import from_arviz
+from ppl_lm.criticism.inference_data.arviz_variables import storable
 from ppl_lm.criticism.diagnoses.diagnosis import diagnose, exact_among
 from ppl_lm.criticism.diagnoses.draws_diagnosis import diagnose_draws
 from ppl_lm.guides import finetuned, prior
@@ -66,7 +67,7 @@ def test_groups_and_dimensions(problem):
         *(
             "posterior",
             "completions",
-            "log_likelihood",
+            "unnormalised_log_likelihood",
             "log_prior",
             "guide",
             "proposals",
@@ -98,7 +99,7 @@ def test_every_group_of_the_schema(problem, tmp_path):
     assert data.prior["reward"].shape == (1, 50, 2) and data.posterior_predictive["optimal"].shape == (1, 300, 2)
     assert data.observed_data["optimal"].values.tolist() == [1.0, 1.0]
     assert float(data.constant_data["beta"]) == 0.3 and data.constant_data["rate"].dims == ("prompt",)
-    reward, log_lik = data.posterior["reward"].values, data.log_likelihood["optimal"].values
+    reward, log_lik = data.posterior["reward"].values, data.unnormalised_log_likelihood["optimal"].values
     assert abs(reward / 0.3 - log_lik).max() < 1e-9, "the same draws, in the same order"
     assert abs(data.log_prior["latent"].values - data.posterior["log_prior"].values).max() == 0
     assert data.posterior.attrs["seed"] == 7 and data.posterior.attrs["torch_version"]
@@ -268,4 +269,4 @@ def test_what_no_string_can_hold_is_written_all_the_same(tmp_path):
     again = az.from_netcdf(str(tmp_path / "draws.nc"))
     assert again.prior_completions["x_text"].values[0, 0, 0] == "\N{SYMBOL FOR NULL}"
     assert torch.equal(from_arviz(again, draws.prompts, "prior")["x"], draws["x"]), "the tokens are what counts"
-    assert _storable("a\ud800b") == "a?b"
+    assert storable("a\ud800b") == "a?b"

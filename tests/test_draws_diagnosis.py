@@ -25,7 +25,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ppl_lm.criticism.arviz_groups import to_arviz
+from ppl_lm.criticism.inference_data.arviz_groups import to_arviz
 from ppl_lm.criticism.chains import jackknife, r_hat
 from ppl_lm.criticism.diagnoses.draws_diagnosis import FIGURES, diagnose_draws
 from ppl_lm.criticism.diagnoses.draws_verdicts import CODES_OF_DRAWS

@@ -1,6 +1,6 @@
 from . import graphs as graphs
-from .arviz_groups import to_arviz as to_arviz, to_datatree as to_datatree
-from .arviz_reading import from_arviz as from_arviz
+from .inference_data.arviz_groups import to_arviz as to_arviz, to_datatree as to_datatree
+from .inference_data.arviz_reading import from_arviz as from_arviz
 from .calibration import Calibration as Calibration, sbc as sbc
 from .diagnoses.diagnosis import Diagnosis as Diagnosis, diagnose as diagnose, exact_among as exact_among
 from .diagnoses.draws_diagnosis import diagnose_draws as diagnose_draws
