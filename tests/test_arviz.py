@@ -8,11 +8,11 @@ import pytest
 import tiny
 import torch
 
+from ppl_lm.criticism.diagnoses.diagnosis import diagnose, exact_among
+from ppl_lm.criticism.diagnoses.draws_diagnosis import diagnose_draws
 from ppl_lm.criticism.inference_data.arviz_groups import to_arviz, to_datatree
 from ppl_lm.criticism.inference_data.arviz_reading import from_arviz
 from ppl_lm.criticism.inference_data.arviz_variables import storable
-from ppl_lm.criticism.diagnoses.diagnosis import diagnose, exact_among
-from ppl_lm.criticism.diagnoses.draws_diagnosis import diagnose_draws
 from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.enumeration import enumerate_posterior

@@ -14,6 +14,7 @@ from .model_comparison import ComparedModel as ComparedModel, compare_models as 
 from .predictive_checks import PredictiveCheck as PredictiveCheck, predictive_check as predictive_check
 from .reward_frontier import reward_kl_frontier as reward_kl_frontier
 from .sensitivity import Sensitivity as Sensitivity, power_scale as power_scale
+from .summaries import summary as summary
 from .text_diversity import diversity as diversity
 from .weights import (
     ess_se as ess_se,

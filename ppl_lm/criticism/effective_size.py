@@ -50,9 +50,9 @@ def _by_errors(draws: Draws) -> float | None:
 
 @dataclass(frozen=True)
 class Moments:
-    """Of each number, for each prompt, under the posterior: mean, standard deviation, the mean's Monte Carlo standard error `se`,
-    and how many independent draws would have that error, sd²/se²: NaN of a number that never changes, 0 where the error cannot
-    be told."""
+    """Of each number, for each prompt, under the posterior: mean, standard deviation, the mean's Monte Carlo standard error
+    `se`, and how many independent draws would have that error, sd²/se²: all of exact draws, NaN of a number that never changes,
+    0 where the error cannot be told."""
 
     mean: Float[Tensor, "B *E"]
     sd: Float[Tensor, "B *E"]
@@ -64,4 +64,9 @@ def moments(draws: Draws, values: Shaped[Tensor, "C S B *E"]) -> Moments:
     """Of numbers of each draw, by draws of every kind; see `expectation`."""
     estimate = expectation(draws, values)
     variance = expectation(draws, (values.double() - estimate.mean).square()).mean
-    return Moments(estimate.mean, variance.sqrt(), estimate.se, variance / estimate.se.square())
+    constant = variance.sqrt() <= 1e-12 * estimate.mean.abs()  # but for rounding
+    variance, amount = variance.where(~constant, 0.0), (variance / estimate.se.square()).where(~constant, math.nan)
+    se = estimate.se.where(~constant | estimate.se.isinf(), 0.0)
+    if draws.kind == "exact":
+        amount = torch.where(amount > 0, float(draws.num_samples), amount)
+    return Moments(estimate.mean, variance.sqrt(), se, amount)

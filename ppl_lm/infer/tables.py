@@ -15,8 +15,8 @@ def table_of_draws(
 ) -> Any:
     """A `pandas.DataFrame` with a row for each chain, draw and prompt.
 
-    :param latents: (C, S, B, *inner, *event), of which texts, several in one cell where an inner plate has them, and numbers are
-        shown.
+    :param latents: (C, S, B, *inner, *event), of which texts, several in one cell where an inner plate has them, and numbers
+        are shown.
     :param numbers: (C, S, B). B may be 1 of both: then every prompt's row has it."""
     import pandas as pd
 

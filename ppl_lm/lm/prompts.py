@@ -102,8 +102,8 @@ class Prompts:
 
     @property
     def names(self) -> list[str]:
-        """What each prompt is called in tables and in ArviZ, flat: its text, or the messages of a chat; " (2)" and so on is added
-        to those that are called like an earlier one."""
+        """What each prompt is called in tables and in ArviZ, flat: its text, or the messages of a chat; " (2)" and so on is
+        added to those that are called like an earlier one."""
         return distinct(map(readable, self.texts))
 
     def unpadded(self) -> list[tuple[int, ...]]:

@@ -38,19 +38,21 @@ def to_arviz(
     constant_data: Mapping[str, Any] | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> Any:
-    """An `arviz.InferenceData`, or with ArviZ 1 an `xarray.DataTree`. Its groups have the dimensions chain and draw, then `prompt`
-    with the prompts' names as coordinates (`.sel(prompt="The soup was")`; see `Prompts.names`), then plates by their names, then
-    `SITE_dim_0` and so on of events. What all prompts share has no prompt.
+    """An `arviz.InferenceData`, or with ArviZ 1 an `xarray.DataTree`. Its groups have the dimensions chain and draw, then
+    `prompt` with the prompts' names as coordinates (`.sel(prompt="The soup was")`; see `Prompts.names`), then plates by their
+    names, then `SITE_dim_0` and so on of events. What all prompts share has no prompt.
 
     - `posterior`: equally weighted numbers: the reward and the model's other records, lengths, log p of the prior (nats), and
-      latent sites that are no text. Weighted draws are resampled, since ArviZ's summaries know no weights. Copies of a draw stand
-      together, so that `ess` and `mcse` of `az.summary` are what the weights say (`ppl_lm.summary`).
-    - `completions`: tokens and text of the same draws; `log_prior`: of their latent sites together, nats: what `az.psens` scales.
+      latent sites that are no text. Weighted draws are resampled, since ArviZ's summaries know no weights. Copies of a draw
+      stand together, so that `ess_bulk` and `mcse_mean` of `az.summary` are what the weights say (`ppl_lm.summary`), a tenth
+      or so apart; of few SMC runs only `ppl_lm.summary` knows the errors.
+    - `completions`: tokens and text of the same draws; `log_prior`: of their latent sites together, nats: what `az.psens`
+      scales.
     - `log_likelihood`: of the same draws, log density of each observed site at each index of its plates, nats: what `az.loo`,
       `az.waic` and `az.compare` take.
     - `unnormalised_log_likelihood`: likewise of observed sites that are no normalised density: r/β of an `Optimality`,
-      `pyro.factor`, what `poutine.scale` raised to a power. ArviZ must not compare models by it, and finds it in no group that it
-      looks for; `compare_models` and `power_scale` take the draws.
+      `pyro.factor`, what `poutine.scale` raised to a power. ArviZ must not compare models by it, and finds it in no group
+      that it looks for; `compare_models` and `power_scale` take the draws.
     - `guide`: the raw draws with their tokens, numbers, log-probabilities and weights, nats. `az.psislw` takes `log_weight`.
     - `proposals`: log-probabilities of all that a sampler proposed, which discards some, and by which its evidence is known.
     - `sample_stats`: how each raw draw came about, such as the acceptance rates of Markov chains; how each run of SMC did, by
@@ -210,5 +212,3 @@ def _attributes(draws: Draws, picks: Tensor) -> dict[str, Any]:
 
 def _cost(draws: Draws) -> dict[str, int]:
     return {"lm_tokens": draws.cost.lm_tokens, "reward_calls": draws.cost.reward_calls}
-
-

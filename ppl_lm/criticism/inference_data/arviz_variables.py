@@ -45,7 +45,9 @@ def of_constant(name: str, value: np.ndarray, batch: int) -> Variable:
 
 
 def _dimensions(name: str, count: int, plates: Sequence[str | None]) -> tuple[str, ...]:
-    named = [p if p is None or (p == "prompt" and i == 0) or p not in OWN else f"{p}_plate" for i, p in enumerate(plates)]
+    named = [
+        p if p is None or (p == "prompt" and i == 0) or p not in OWN else f"{p}_plate" for i, p in enumerate(plates)
+    ]
     free = (f"{name}_dim_{i}" for i in range(count))
     return tuple(plate or next(free) for plate in [*named, *[None] * (count - len(named))])
 

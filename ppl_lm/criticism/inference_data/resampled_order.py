@@ -81,7 +81,9 @@ def _judges(draws: Draws, picks: Int[Tensor, "N"]) -> tuple[np.ndarray, np.ndarr
 
 
 def _scores_of(values: Float[Tensor, "N"]) -> np.ndarray:
-    return _normal_scores(values.unsqueeze(0), torch.full((len(values),), 1 / len(values), dtype=torch.float64))[0].numpy()
+    return _normal_scores(values.unsqueeze(0), torch.full((len(values),), 1 / len(values), dtype=torch.float64))[
+        0
+    ].numpy()
 
 
 def _normal_scores(values: Float[Tensor, "C S"], share: Float[Tensor, "N"]) -> Float[Tensor, "C S"]:
@@ -94,8 +96,8 @@ def _normal_scores(values: Float[Tensor, "C S"], share: Float[Tensor, "N"]) -> F
 
 def ess_of_rows(rows: np.ndarray) -> np.ndarray:
     """Effective sample size of the mean of each row, (V, N) -> (V,), as ArviZ finds it of one chain: split in halves, Geyer's
-    initial monotone sequence of autocorrelations (Vehtari et al. 2021), up to a few hundredths. All rows at once, since hundreds
-    of orders are tried."""
+    initial monotone sequence of autocorrelations (Vehtari et al. 2021), up to a few hundredths. All rows at once, since
+    hundreds of orders are tried."""
     half = rows.shape[1] // 2
     halves = np.stack([rows[:, :half], rows[:, -half:]], 1)  # (V, 2, N/2)
     means = halves.mean(-1, keepdims=True)
