@@ -88,7 +88,8 @@ def plate_names(particles: Particles, nesting: int) -> dict[str, tuple[str | Non
 
     def of_one(site: Site) -> tuple[str | None, ...]:
         plates = {f.dim: f.name for f in site["cond_indep_stack"] if f.vectorized}
-        first = "prompt" if plates.get(-1) in particles.prompt_plates else plates.get(-1)
+        last = plates.get(-1)
+        first = "prompt" if last in particles.prompt_plates else "prompt_plate" if last == "prompt" else last
         return first, *dropwhile(lambda name: name is None, (plates.get(dim) for dim in range(-nesting, -1)))
 
     names = {name: of_one(site) for name, site in particles.guide_sites.items()}
