@@ -1,5 +1,6 @@
 """`from_arviz`: draws from what `to_arviz` wrote."""
 
+import json
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -82,6 +83,8 @@ def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
 
 
 def _plates(variable: Any, skipped: int) -> tuple[str | None, ...]:
+    if "plates" in variable.attrs:
+        return tuple(json.loads(variable.attrs["plates"]))
     return plates_of(str(variable.name), [*map(str, variable.dims)][skipped:])
 
 

@@ -1,5 +1,6 @@
 """One variable of what ArviZ reads: values with named dimensions, and a group of them as a dataset."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,12 +25,12 @@ def of_draws(name: str, value: Tensor, batch: int, plates: Sequence[str | None] 
 
 
 def of_observed(name: str, value: Tensor, plates: Sequence[str | None] | None, batch: int) -> Variable:
-    """What was observed, (B, *inner, *event). Whole numbers are stored as such, since ArviZ draws them as bars, with the dtype
-    that they had."""
+    """What was observed, (B, *inner, *event). Whole numbers are stored as such, since ArviZ draws them as bars; with the dtype
+    and the plates that they had."""
     if plates is None:
         plates = ("prompt",) if value.shape == (batch,) else ()
+    kept = {"dtype": str(value.dtype).removeprefix("torch."), "plates": json.dumps(plates)}
     plates = plates[1:] if plates and plates[0] is None else plates
-    kept = {"dtype": str(value.dtype).removeprefix("torch.")}
     return _dimensions(name, value.dim(), plates), whole(value.detach().cpu().numpy()), kept
 
 
