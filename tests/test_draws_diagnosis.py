@@ -25,11 +25,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ppl_lm.criticism.arviz_groups import to_arviz
 from ppl_lm.criticism.chains import jackknife, r_hat
 from ppl_lm.criticism.diagnoses.draws_diagnosis import FIGURES, diagnose_draws
 from ppl_lm.criticism.diagnoses.draws_verdicts import CODES_OF_DRAWS
 from ppl_lm.criticism.effective_size import ess
+from ppl_lm.criticism.inference_data.arviz_groups import to_arviz
 from ppl_lm.criticism.weights import ess_se, khat_se, max_weight, psis_khat
 from ppl_lm.guides import finetuned
 from ppl_lm.infer.binding import bind

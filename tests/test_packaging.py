@@ -22,6 +22,7 @@ WITHIN_INFER = [  # a room or a module may import those above it
         "terms",
         "binding",
         "traces",
+        "tables",
         "draws",
         "log_weights",
         "objectives",

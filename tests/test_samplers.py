@@ -11,8 +11,8 @@ import torch
 from pyro import poutine
 from scipy import stats
 
-from ppl_lm.criticism.arviz_groups import to_arviz
 from ppl_lm.criticism.diagnoses.diagnosis import diagnose
+from ppl_lm.criticism.inference_data.arviz_groups import to_arviz
 from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError

@@ -10,10 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ppl_lm.infer.tables import as_html, table_of_draws
 from ppl_lm.infer.traces.layout import (
+    factors,
     latent_values,
     log_density_at,
     observed_values,
+    plate_names,
+    pointwise_log_likelihoods,
     record_values,
     require_all_prompts,
 )
@@ -27,6 +31,7 @@ from ppl_lm.lm.prompts import Prompts
 Kind = Literal["weighted", "exact", "chains", "runs", "conditional_runs", "rescored"]
 EQUAL = ("exact", "chains")  # kinds whose draws are equally weighted
 TOGETHER = ("runs", "conditional_runs")  # kinds whose draws of a chain depend on each other by resampling
+SHOWN = 5  # draws of each prompt in a notebook
 TOLERANCE = 1e-3  # nats, for the noise of float32 log-probabilities
 
 
@@ -53,8 +58,11 @@ class Draws:
           of the mean weight is unbiased for.
         - `rescored`: weighted draws or runs put under another guide (`under`), which is not the law that drew them: they have
           no weights any more.
-    :param observed: what the model observed, by site: `optimal` is 1 for each prompt. `log_likelihoods` holds each site's share
-        of `log_likelihood`.
+    :param observed: what the model observed, by site, (B, *inner, *event): `optimal` is 1 for each prompt.
+    :param log_likelihoods: each observed site's share of `log_likelihood`, at each index of its plates, (C, S, B, *inner).
+    :param factors: names of those observed sites whose share is no normalised log density: `Optimality`'s r/β, `pyro.factor`.
+    :param plates: of each site the names of its plates, in the order of its dimensions after (C, S): "prompt", then the inner
+        ones; None where there is no plate, such as first of a site outside the prompt plate.
     :param stats: how each draw came about, (C, S, B, ...), such as `acceptance_rate`; (C, 1, B, ...) where all draws of a chain
         share it, as those of an SMC run do.
     :param proposals: of a sampler that discards, all that it proposed (without `latents`).
@@ -73,6 +81,8 @@ class Draws:
     stats: dict[str, Tensor] = field(default_factory=dict)
     proposals: "Draws | None" = None
     texts: tuple[str, ...] = ()
+    factors: tuple[str, ...] = ()
+    plates: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.latents[name] if name in self.latents else self.records[name]
@@ -122,6 +132,17 @@ class Draws:
         latents = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.latents.items())
         records = "".join(f", {name}" for name in self.records)
         return f"Draws({self.kind}: {chains} × {draws}, prompts {reprlib.repr(self.prompts.texts)}; {latents}{records})"
+
+    def to_dataframe(self) -> Any:
+        """A `pandas.DataFrame` with a row for each draw and prompt: chain, draw, the prompt by name, texts, `log_prior`,
+        `log_likelihood`, `log_guide` and `log_weight` in nats, records, and latent sites that are one number."""
+        names = ("log_prior", "log_likelihood", "log_guide", "log_weight")
+        numbers = {name: getattr(self, name) for name in names} | self.records
+        return table_of_draws(self.prompts, self.texts, self.latents, numbers)
+
+    def _repr_html_(self) -> str:
+        few = self.map(lambda v: v[:1, :SHOWN])
+        return as_html(few.to_dataframe(), f"{self!r}, of which these are the first")
 
     @property
     def text_site(self) -> str:
@@ -199,7 +220,8 @@ class Draws:
         if not self.is_local:
             return self
         draws = self.map(lambda v: v[:, :, b : b + 1], self.prompts[b : b + 1])
-        observed = {k: v[b : b + 1] if v.shape == (len(self.prompts),) else v for k, v in self.observed.items()}
+        of_prompts = {k for k, v in self.observed.items() if self.plates.get(k, ("prompt",))[0] == "prompt" and v.dim()}
+        observed = {k: v[b : b + 1] if k in of_prompts else v for k, v in self.observed.items()}
         proposals = None if self.proposals is None else self.proposals.of_prompt(b)
         return replace(draws, observed=observed, proposals=proposals)
 
@@ -267,7 +289,9 @@ def as_draws(particles: Particles) -> Draws:
         log_guide=particles.log_proposal().unsqueeze(0),
         texts=tuple(particles.texts()),
         observed=observed_values(particles),
-        log_likelihoods={name: value.unsqueeze(0) for name, value in particles.log_likelihoods().items()},
+        log_likelihoods={n: v.unsqueeze(0) for n, v in pointwise_log_likelihoods(particles).items()},
+        factors=factors(particles),
+        plates=plate_names(particles),
     )
 
 

@@ -12,6 +12,7 @@ from pyro.ops.provenance import detach_provenance, get_provenance, track_provena
 from torch import Tensor
 
 from ppl_lm.lm.prompt_columns import as_columns, plain, require_unicode
+from ppl_lm.lm.prompt_names import distinct, readable
 from ppl_lm.lm.token_pieces import added, contexts, going_on
 from ppl_lm.lm.vocabulary import Vocabulary
 
@@ -93,6 +94,12 @@ class Prompts:
 
     def __len__(self) -> int:
         return self.batch_shape[0]
+
+    @property
+    def names(self) -> list[str]:
+        """What each prompt is called in tables and in ArviZ, flat: its text, or the messages of a chat; " (2)" and so on is
+        added to those that are called like an earlier one."""
+        return distinct(map(readable, self.texts))
 
     def unpadded(self) -> list[tuple[int, ...]]:
         """The token ids of each prompt, flat."""

@@ -21,8 +21,10 @@ from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.log_weights import kong_ess, mean
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import accept, select
+from ppl_lm.infer.tables import as_html
 from ppl_lm.infer.traces.observations import likelihood_bound
 
+SHOWN = ["verdict", "log_z", "log_z_se", "kl_q_p", "kl_q_p_se", "kl_p_q", "kl_p_q_se", "ess", "khat"]  # in a notebook
 MIN_EXACT = 20  # exact draws for a prompt, below which the reverse IWAE is the approximate one
 
 
@@ -47,6 +49,18 @@ class Diagnosis:
 
     def __repr__(self) -> str:
         return f"Diagnosis({self.verdict})"
+
+    def to_dataframe(self) -> Any:
+        """A `pandas.DataFrame` with a row for each prompt by name, a column for each figure, and the verdict's code."""
+        import pandas as pd
+
+        local = len(self.prompts) == len(self.guide.prompts)
+        names = self.guide.prompts.names if local else ["all prompts"]
+        table = pd.DataFrame([one.as_json() for one in self.prompts], index=pd.Index(names, name="prompt"))
+        return table.drop(columns="prompt")
+
+    def _repr_html_(self) -> str:
+        return as_html(self.to_dataframe()[SHOWN], str(self.verdict))
 
     def as_json(self) -> dict[str, Any]:
         """What `diagnosis.json` holds of it."""

@@ -129,10 +129,6 @@ class Particles:
         """log p of all observed sites, for exp(r/β): what a bounded `Optimality` subtracts is added again."""
         return self._by_prompt(self.log_p[n] + log_shift(s) for n, s in self.observed_sites.items())
 
-    def log_likelihoods(self) -> dict[str, Tensor]:
-        """`log_likelihood` site by site."""
-        return {n: self._by_prompt([self.log_p[n] + log_shift(s)]) for n, s in self.observed_sites.items()}
-
     @property
     def observed_sites(self) -> dict[str, Site]:
         return {name: self.model_sites[name] for name in self.log_p if name not in self.guide_sites}
