@@ -5,7 +5,7 @@ import tiny
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from ppl_lm.lm.chats import encode_chat
+from ppl_lm.lm.tokens.chats import encode_chat
 
 END = "<|end|>"
 THINK = (

@@ -11,7 +11,7 @@ import ppl_lm
 from ppl_lm.criticism.prefix_trees import prefix_tree
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.prompts import Prompts
-from ppl_lm.lm.token_pieces import pieces
+from ppl_lm.lm.tokens.token_pieces import pieces
 from ppl_lm.lm.vocabulary import Vocabulary
 from ppl_lm.models import tilted
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ppl_lm.criticism.effective_size import effective
 from ppl_lm.criticism.expectations import expectation
 from ppl_lm.infer.draws import Draws
-from ppl_lm.lm.token_pieces import text_of
+from ppl_lm.lm.tokens.token_pieces import text_of
 
 LAWS = ("prior", "guide", "posterior")
 Prefix = tuple[int, ...]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ppl_lm.embedded import FOLDER
-from ppl_lm.lm.checks import one_pass, self_check
-from ppl_lm.lm.copies import require_own_weights
-from ppl_lm.lm.folders import require_causal, require_model_folder
+from ppl_lm.lm.checking.checks import one_pass, self_check
+from ppl_lm.lm.checking.copies import require_own_weights
+from ppl_lm.lm.checking.folders import require_causal, require_model_folder
 from ppl_lm.lm.network import Network
 from ppl_lm.lm.token_sequence import TokenSequence
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ppl_lm.lm import cache as caches
 from ppl_lm.lm import meter
-from ppl_lm.lm.lengths import boundaries, context_length
+from ppl_lm.lm.checking.lengths import boundaries, context_length
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.vocabulary import Vocabulary, text_config
 

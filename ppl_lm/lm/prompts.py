@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppl_lm.lm.prompt_columns import as_columns, plain, require_unicode
 from ppl_lm.lm.prompt_names import distinct, readable
-from ppl_lm.lm.token_pieces import added, contexts, going_on
+from ppl_lm.lm.tokens.token_pieces import added, contexts, going_on
 from ppl_lm.lm.vocabulary import Vocabulary
 
 TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")

@@ -14,8 +14,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ppl_lm.embedded import FOLDER
-from ppl_lm.lm.chats import encode_chat, special_tokens
-from ppl_lm.lm.text_ends import TextEnds
+from ppl_lm.lm.tokens.chats import encode_chat, special_tokens
+from ppl_lm.lm.tokens.text_ends import TextEnds
 
 
 class Vocabulary(TextEnds):
@@ -107,7 +107,7 @@ class Vocabulary(TextEnds):
         """Ids of a chat, as `apply_chat_template` renders it up to the assistant's turn; but control tokens that its texts
         spell out are plain text.
 
-        :param arguments: `tools`, `documents`, `chat_template_kwargs`; see `ppl_lm.lm.chats.encode_chat`."""
+        :param arguments: `tools`, `documents`, `chat_template_kwargs`; see `ppl_lm.lm.tokens.chats.encode_chat`."""
         return encode_chat(self.tokenizer, messages, **arguments)
 
     def warn_of_control_tokens(self, texts: Iterable[str], what: str) -> None:

@@ -11,7 +11,7 @@ from ppl_lm.criticism.diagnoses.pool import pooled
 from ppl_lm.criticism.gains import token_gains
 from ppl_lm.criticism.text_diversity import diversity
 from ppl_lm.infer.draws import Draws, NoSupportError
-from ppl_lm.lm.token_pieces import pieces
+from ppl_lm.lm.tokens.token_pieces import pieces
 
 COUNT, MOST = 8, 8  # texts of each law that are shown, and prompts
 TEXTS, VARIED = 500, 4  # texts of each law whose variety is measured, and prompts

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ppl_lm.lm.chats import special_tokens
+from ppl_lm.lm.tokens.chats import special_tokens
 from ppl_lm.lm.vocabulary import Vocabulary
 
 Ids = tuple[int, ...]
