@@ -108,7 +108,8 @@ def test_figures_are_the_posteriors_within_their_errors(problem, sampler, tmp_pa
     p, x = truth.log_posterior.detach().exp(), truth.latents["x"]
     log_prior = truth.log_joint.detach() - truth.records["reward"] / 0.5
     length = draws.prompts.vocabulary.lengths(x).double()
-    bs = torch.tensor([STATISTICS["bs"](draws.prompts.decode(rows)) for rows in x.unbind(1)]).double().T
+    alone = [draws.prompts[b : b + 1].decode(rows) for b, rows in enumerate(x.unbind(1))]
+    bs = torch.tensor([STATISTICS["bs"](texts) for texts in alone]).double().T
     for b, figures in enumerate(made["prompts"]):
         for name, value in (
             ("reward", truth.records["reward"]),

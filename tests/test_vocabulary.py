@@ -114,7 +114,7 @@ def test_a_chat_has_the_templates_tokens_once():
 def test_special_text_in_a_message_is_plain(content):
     """Catches a user's message that closes its own turn."""
     v = chat_vocabulary()
-    for contents in ((content,), ("the soup", content), (content, "was good", content)):
+    for contents in ((content,), ("the soup", content, "why"), (content, "was good", content)):
         ids = v.encode_chat(chat(*contents))
         assert [i for i in ids if i < 5] == [1, *[3, 4] * len(contents), 3]
         roles = [m["role"] for m in chat(*contents)]
