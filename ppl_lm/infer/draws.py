@@ -293,12 +293,3 @@ def as_draws(particles: Particles) -> Draws:
         factors=factors(particles),
         plates=plate_names(particles),
     )
-
-
-def only_text(state: Draws) -> tuple[str, ...]:
-    if len(state.texts) != 1 or len(state.latents) != 1 or state[state.texts[0]].dim() != 4:
-        raise ValueError(
-            f"this kernel moves one text a prompt; the program has the latent sites {sorted(state.latents)}: use "
-            "kernel=independence, which moves them all"
-        )
-    return state.texts
