@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ppl_lm.infer.draws import Draws, concatenate
-from ppl_lm.infer.samplers.kernels import only_text
+from ppl_lm.infer.samplers.importance_sampling import only_text
 from ppl_lm.infer.samplers.population import grow
 from ppl_lm.infer.samplers.sequential import PLAIN, finish, laws, require_counts
 from ppl_lm.infer.samplers.settings import SMCSettings

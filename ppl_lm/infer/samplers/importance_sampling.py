@@ -58,3 +58,12 @@ def draw(model: Any, guide: Any, prompts: Any, n: int, nesting: int) -> Draws:
 def require_prompts(prompts: Any) -> None:
     if not len(prompts):
         raise ValueError("no prompt is given; give at least one, which may be empty: ['']")
+
+
+def only_text(state: Draws) -> tuple[str, ...]:
+    if len(state.texts) != 1 or len(state.latents) != 1 or state[state.texts[0]].dim() != 4:
+        raise ValueError(
+            f"this kernel moves one text a prompt; the program has the latent sites {sorted(state.latents)}: use "
+            "kernel=independence, which moves them all"
+        )
+    return state.texts

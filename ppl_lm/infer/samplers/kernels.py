@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.samplers.conditional import grow_around
-from ppl_lm.infer.samplers.importance_sampling import draw
+from ppl_lm.infer.samplers.importance_sampling import draw, only_text
 from ppl_lm.infer.samplers.sequential import PLAIN
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.traces.text_site import Resumed
@@ -84,12 +84,3 @@ def particle_gibbs(num_particles: int = 16, settings: SMCSettings = PLAIN) -> Ke
         return propose
 
     return kernel
-
-
-def only_text(state: Draws) -> tuple[str, ...]:
-    if len(state.texts) != 1 or len(state.latents) != 1 or state[state.texts[0]].dim() != 4:
-        raise ValueError(
-            f"this kernel moves one text a prompt; the program has the latent sites {sorted(state.latents)}: use "
-            "kernel=independence, which moves them all"
-        )
-    return state.texts

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
-from ppl_lm.infer.samplers.importance_sampling import importance
-from ppl_lm.infer.samplers.kernels import only_text
+from ppl_lm.infer.samplers.importance_sampling import importance, only_text
 from ppl_lm.infer.traces.text_site import text_law
 from ppl_lm.infer.twists.losses import Loss, Rollouts, ctl
 from ppl_lm.lm.language_model import LanguageModel
