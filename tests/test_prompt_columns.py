@@ -116,7 +116,6 @@ def test_chats_as_parquet_gives_them(tmp_path):
         (["a", "cut \ud83d off"], r"prompt 1 has half of a surrogate pair, '\\ud83d' at position 4"),
         ([[{"role": "user", "content": "\udc00"}]], "prompt 0 has half of a surrogate pair"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_read_is_said(lm, bad, message):
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,7 @@
 """The order of resampled draws: ArviZ's effective sizes and errors are the weights' own, and the draws stay the same ones."""
 
 import math
+from dataclasses import replace
 
 import arviz as az
 import numpy as np
@@ -73,6 +74,19 @@ def test_the_draws_are_the_same_ones_and_their_error_is_that_of_their_means():
     assert 0.8 < scores.std() < 1.25  # the standard deviation of 120 normal scores is 1 ± 0.065
 
 
+def test_resampling_adds_no_noise_of_its_own():
+    """Weights near 1, and numbers that go with them: one copy or none of a draw would make the error of the mean 1.2 times
+    as large."""
+    draws = weighted(0.3, 2000, 5)
+    value = draws["with"] + 3 * draws.log_weight
+    own = moments(draws, value)
+    means = value[0][draws.reweighted(4 * 2000), torch.arange(2)].mean(0)
+    assert bool(((means - own.mean).abs() < 0.5 * own.se).all())
+    posterior = to_arviz(replace(draws, records={"value": value})).posterior
+    errors = az.summary(posterior, var_names=["value"], round_to="none")["mcse_mean"]
+    assert abs(np.log(errors.to_numpy() / own.se.numpy())).max() < math.log(1.1)
+
+
 def test_runs_stand_together():
     draws = weighted(0.5, 4000, 0, runs=80)
     picks = arranged(draws, draws.reweighted())
@@ -93,7 +107,7 @@ def test_exact_draws_keep_their_order_and_few_draws_need_none():
         smc(target, None, ["", "a"], num_samples=8, num_runs=2),
         smc(target, None, ["", "a"], num_samples=30, num_runs=1),
     ):
-        assert to_arviz(draws).posterior["reward"].shape == (1, draws.num_samples, 2)
+        assert to_arviz(draws).posterior["reward"].shape == (1, 4 * draws.num_samples, 2)
     assert to_arviz(exact, num_samples=7).posterior["reward"].shape == (1, 7, 2)
 
 

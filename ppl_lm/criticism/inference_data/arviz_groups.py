@@ -26,6 +26,7 @@ from ppl_lm.infer.draws import EQUAL, Draws
 from ppl_lm.lm.prompt_names import distinct
 from ppl_lm.lm.prompts import Prompts
 
+COPIES = 4  # of a draw of average weight: with fewer, rounding their numbers adds to the error of the weights
 LOG_PROBABILITIES = ("log_prior", "log_likelihood", "log_guide")
 
 
@@ -64,7 +65,8 @@ def to_arviz(
     Attributes: versions, the draws' kind and cost, how many of the posterior's draws are different ones of the guide's
     (`unique_fraction`), and what the weighted ones are worth (`weighted_ess`, Kong's).
 
-    :param num_samples: draws in `posterior`; by default as many as were given.
+    :param num_samples: draws in `posterior`; by default as many as were given of exact draws and chains, and four times as many
+        of weighted ones: resampling that leaves a draw one copy or none is noise, which would add up to half to the errors.
     :param prior: draws of the model's prior: `importance(model, None, prompts)`.
     :param posterior_predictive: replicates of observed sites for each draw: `predictive(model, draws)`.
     :param constant_data: numbers, texts, or arrays, such as {"beta": 0.2}.
@@ -94,7 +96,8 @@ def _datasets(
     attributes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     chains, count, batch = *draws.log_guide.shape[:2], len(draws.prompts)
-    n = draws.num_samples if num_samples is None else num_samples
+    copies = draws.num_samples * (1 if draws.kind in EQUAL else COPIES)
+    n = copies if num_samples is None else num_samples
     picks = arranged(draws, draws.reweighted(n).cpu())  # (S, B), or (S, 1) where only the prompts' joint weight exists
     shape = (chains, count) if draws.kind in EQUAL and n == draws.num_samples else (1, n)
 
