@@ -1,6 +1,7 @@
 """`to_arviz`: draws as what ArviZ reads, in either of its two lives."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -77,7 +78,9 @@ def to_arviz(
     extra = (prior, posterior_predictive, constant_data, attributes)
     if not hasattr(az, "InferenceData"):
         return to_datatree(draws, num_samples, *extra)
-    return az.InferenceData(warn_on_custom_groups=False, **_datasets(draws, num_samples, *extra))
+    with warnings.catch_warnings():  # of groups that ArviZ does not know
+        warnings.simplefilter("ignore", UserWarning)
+        return az.InferenceData(**_datasets(draws, num_samples, *extra))
 
 
 def to_datatree(draws: Draws, num_samples: int | None = None, *extra: Any) -> Any:
