@@ -406,7 +406,7 @@ def test_wrong_steps_are_rejected(mutant, monkeypatch, unchecked):
             lambda before, after: increment(before, weights[-1]) + math.log(len(weights[-1]) / len(before)),
         )
     if mutant == "ESS after resampling":
-        monkeypatch.setattr(POPULATION, "ess_of", lambda log_w: torch.full_like(log_w[0], 5.0))
+        monkeypatch.setattr(POPULATION, "kong_ess", lambda log_w: torch.full_like(log_w[0], 5.0))
     with pytest.raises(AssertionError):
         test_the_increments_of_a_run_sum_to_its_log_z("expanded")
         test_the_effective_sample_size_is_that_of_the_weights_before_they_are_resampled("half", monkeypatch)
