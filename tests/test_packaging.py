@@ -20,6 +20,8 @@ ORDER = [
 WITHIN_INFER = [  # a room or a module may import those above it
     *(
         "terms",
+        "counts",
+        "stored_weights",
         "binding",
         "traces",
         "draws",

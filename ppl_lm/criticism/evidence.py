@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import EQUAL, TOGETHER, Draws
 from ppl_lm.infer.log_weights import log_mean, mean, weighted_mean
-from ppl_lm.lm.counts import require_count
 
 MIN_MEANS = 30  # independent means of weights, below which their standard error cannot be trusted
 

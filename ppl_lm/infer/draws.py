@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.traces.layout import (
     latent_values,
     log_density_at,
@@ -19,7 +20,6 @@ from ppl_lm.infer.traces.layout import (
 )
 from ppl_lm.infer.traces.particles import Particles
 from ppl_lm.lm import meter
-from ppl_lm.lm.counts import require_count
 from ppl_lm.lm.meter import Cost
 from ppl_lm.lm.prompts import Prompts
 

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.likelihood.best_of import log_ratio
-from ppl_lm.lm.counts import require_count
 from ppl_lm.lm.decoder import invert
 
 CELLS = 2**22  # of the table of picks and groups, at a time

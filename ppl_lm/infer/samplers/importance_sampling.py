@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from ppl_lm.infer.binding import read_once
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, as_draws, concatenate
 from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.particles import run
 from ppl_lm.lm import meter
-from ppl_lm.lm.counts import require_count
 
 
 @torch.no_grad()

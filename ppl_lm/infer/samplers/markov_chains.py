@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ppl_lm.infer.binding import read_once
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
 from ppl_lm.infer.samplers.importance_sampling import draw
 from ppl_lm.infer.samplers.kernels import Kernel, Propose, suffix
-from ppl_lm.lm.counts import require_count
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from ppl_lm.infer.binding import read_once
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import propose_until, select
 from ppl_lm.infer.traces.layout import ROWS
-from ppl_lm.lm.counts import require_count
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ppl_lm.infer.binding import read_once
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import TOLERANCE, Draws, NoSupportError, concatenate
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.observations import likelihood_bound
-from ppl_lm.lm.counts import require_count
 
 MIN_PROPOSALS = 64  # proposals at a time
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
-from ppl_lm.lm.counts import require_count
+from ppl_lm.infer.counts import require_count
 
 SMALLEST = 1e-15  # a point is kept so far below the end of the line that it does not round to it
 

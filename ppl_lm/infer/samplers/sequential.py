@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ppl_lm.infer.binding import read_once
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError, as_draws, concatenate
 from ppl_lm.infer.log_weights import kong_ess
 from ppl_lm.infer.samplers.importance_sampling import require_prompts
@@ -17,7 +18,6 @@ from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.particles import run
 from ppl_lm.infer.traces.text_site import TextIs, text_law
 from ppl_lm.lm import meter
-from ppl_lm.lm.counts import require_count
 from ppl_lm.lm.token_sequence import TokenSequence
 
 PLAIN = SMCSettings()

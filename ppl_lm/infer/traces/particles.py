@@ -17,6 +17,7 @@ from pyro.util import check_model_guide_match
 from torch import Tensor
 
 from ppl_lm.infer.binding import read_once, require_separate
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.traces.sites import (
     Site,
     TextSite,
@@ -30,7 +31,6 @@ from ppl_lm.infer.traces.sites import (
     score_site,
 )
 from ppl_lm.infer.traces.sources import ProposalTrace, Source
-from ppl_lm.lm.counts import require_count
 from ppl_lm.lm.prompts import Prompts
 
 PLATE = "particles"

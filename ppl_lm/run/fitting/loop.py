@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ppl_lm.infer.binding import Bound
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.traces.parameters import trainable_parameters
-from ppl_lm.lm.counts import require_count
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.network import DivergedError
 from ppl_lm.lm.prompts import shuffled
