@@ -35,7 +35,9 @@ def test_a_guides_language_model_is_read_back_as_it_was(tmp_path, dtype):
         with torch.no_grad():
             x = guide.lm(prompts).sample((4,))
             scores = [m(prompts).log_prob(x) for m in (again, guide.lm, lm)]
-        torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)  # rounding
+        torch.testing.assert_close(
+            scores[0], scores[1], rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5
+        )  # rounding
         assert float((scores[0] - scores[2]).abs().max()) > 0.01
     assert all(map(torch.equal, again.parameters(), guide.parameters()))
     again.vocabulary.require_same(lm.vocabulary, "both")
