@@ -3,7 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow notebooks lint format bench experiments wheel clean
+.PHONY: demo test slow notebooks docs lint format bench experiments wheel clean
 
 demo: .venv/.stamp
 	.venv/bin/ppl-lm fit tilted --output-dir runs/demo --overwrite
@@ -25,6 +25,12 @@ slow: .venv/.stamp-test
 
 notebooks: .venv/.stamp-test
 	$(PYTEST) tests/test_tutorials.py
+
+# The site, in runs/site: its pages, the notebooks, the reference, and the gallery, which is drawn meanwhile. A link that leads
+# nowhere is an error.
+docs: .venv/.stamp-docs
+	OMP_NUM_THREADS=2 NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet --config-file tutorials/site/mkdocs.yml
+	@echo "runs/site/index.html"
 
 lint: .venv/.stamp-test
 	.venv/bin/ruff check .
@@ -66,4 +72,8 @@ clean:
 
 .venv/.stamp-test: .venv/.stamp
 	$(PIP) --editable '.[test]'
+	touch $@
+
+.venv/.stamp-docs: .venv/.stamp-test
+	$(PIP) --editable '.[test,docs]'
 	touch $@

@@ -42,16 +42,17 @@ from .infer.prediction import predictive as predictive
 from .criticism.diagnoses.diagnosis import diagnose as diagnose
 from .criticism.diagnoses.draws_diagnosis import diagnose_draws as diagnose_draws
 from .criticism.expectations import expectation as expectation
+from .criticism.summaries import summary as summary
 from .criticism.evidence import log_evidence as log_evidence
 from .criticism.effective_size import ess as ess
-from .criticism.weights import pareto_smooth as pareto_smooth, psis_khat as psis_khat
+from .criticism.weights import psis_khat as psis_khat
 from .criticism.model_comparison import compare_models as compare_models
 from .criticism.calibration import sbc as sbc
 from .criticism.predictive_checks import predictive_check as predictive_check
 from .criticism.sensitivity import power_scale as power_scale
 from .criticism.text_diversity import diversity as diversity
-from .criticism.arviz_groups import to_arviz as to_arviz
-from .criticism.arviz_reading import from_arviz as from_arviz
+from .criticism.inference_data.arviz_groups import to_arviz as to_arviz
+from .criticism.inference_data.arviz_reading import from_arviz as from_arviz
 from .criticism import graphs as graphs
 from . import plot as plot
 

@@ -1,5 +1,7 @@
 """`to_arviz`: what ArviZ summarises is the posterior, not the guide; both of ArviZ's lives; NetCDF and back."""
 
+import warnings
+
 import arviz as az
 import arviz_base
 import matplotlib.pyplot
@@ -8,10 +10,11 @@ import pytest
 import tiny
 import torch
 
-from ppl_lm.criticism.arviz_groups import _storable, to_arviz, to_datatree
-from ppl_lm.criticism.arviz_reading import from_arviz
 from ppl_lm.criticism.diagnoses.diagnosis import diagnose, exact_among
 from ppl_lm.criticism.diagnoses.draws_diagnosis import diagnose_draws
+from ppl_lm.criticism.inference_data.arviz_groups import to_arviz, to_datatree
+from ppl_lm.criticism.inference_data.arviz_reading import from_arviz
+from ppl_lm.criticism.inference_data.arviz_variables import storable
 from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.enumeration import enumerate_posterior
@@ -54,7 +57,7 @@ def test_summary_is_the_posteriors_not_the_guides(problem):
     for row in range(2):
         assert abs(summary["mean"].iloc[row] - posterior) < 4 * se + 1e-3  # az.summary rounds to three digits
     attributes = data.posterior.attrs
-    assert attributes["num_samples"] == 20_000 and 0 < attributes["unique_fraction"] < 1
+    assert attributes["num_samples"] == 80_000 and 0 < attributes["unique_fraction"] < 1
     assert 0 < attributes["weighted_ess"] < 20_000
     assert all(value is not None for value in attributes.values())
 
@@ -66,7 +69,7 @@ def test_groups_and_dimensions(problem):
         *(
             "posterior",
             "completions",
-            "log_likelihood",
+            "unnormalised_log_likelihood",
             "log_prior",
             "guide",
             "proposals",
@@ -95,10 +98,10 @@ def test_every_group_of_the_schema(problem, tmp_path):
         constant_data={"beta": 0.3, "rate": [1.0, 2.0]},
         attributes={"seed": 7},
     )
-    assert data.prior["reward"].shape == (1, 50, 2) and data.posterior_predictive["optimal"].shape == (1, 300, 2)
+    assert data.prior["reward"].shape == (1, 50, 2) and data.posterior_predictive["optimal"].shape == (1, 1200, 2)
     assert data.observed_data["optimal"].values.tolist() == [1.0, 1.0]
     assert float(data.constant_data["beta"]) == 0.3 and data.constant_data["rate"].dims == ("prompt",)
-    reward, log_lik = data.posterior["reward"].values, data.log_likelihood["optimal"].values
+    reward, log_lik = data.posterior["reward"].values, data.unnormalised_log_likelihood["optimal"].values
     assert abs(reward / 0.3 - log_lik).max() < 1e-9, "the same draws, in the same order"
     assert abs(data.log_prior["latent"].values - data.posterior["log_prior"].values).max() == 0
     assert data.posterior.attrs["seed"] == 7 and data.posterior.attrs["torch_version"]
@@ -145,7 +148,7 @@ def test_datatree_is_what_arviz_1_reads(problem):
     draws = importance(target, guide, [""], num_samples=300)
     tree = to_datatree(draws)
     stacked = arviz_base.extract(tree, group="posterior", var_names="reward")
-    assert stacked.sizes["sample"] == 300
+    assert stacked.sizes["sample"] == 1200
     assert float(stacked.mean()) == pytest.approx(float(to_arviz(draws).posterior["reward"].mean()))
 
 
@@ -268,4 +271,143 @@ def test_what_no_string_can_hold_is_written_all_the_same(tmp_path):
     again = az.from_netcdf(str(tmp_path / "draws.nc"))
     assert again.prior_completions["x_text"].values[0, 0, 0] == "\N{SYMBOL FOR NULL}"
     assert torch.equal(from_arviz(again, draws.prompts, "prior")["x"], draws["x"]), "the tokens are what counts"
-    assert _storable("a\ud800b") == "a?b"
+    assert storable("a\ud800b") == "a?b"
+
+
+def test_prompts_are_coordinates_by_name(problem, tmp_path):
+    """Also of two that are alike; and what is read back is what was written."""
+    target, guide, _ = problem
+    prompts = ["a", "b", "a"]
+    draws = importance(target, guide, prompts, num_samples=60)
+    data = to_arviz(draws, prior=draws, posterior_predictive=predictive(target, draws))
+    data.to_netcdf(str(tmp_path / "draws.nc"))
+    again = az.from_netcdf(str(tmp_path / "draws.nc"))
+    for one in (data, again, to_datatree(draws)):
+        assert one["posterior"]["prompt"].values.tolist() == ["a", "b", "a (2)"]
+        assert (one["guide"]["reward"].sel(prompt="b").values == draws["reward"][..., 1].numpy()).all()
+    assert again.constant_data["prompt_text"].values.tolist() == prompts
+    assert torch.equal(from_arviz(again, guide.lm.prompts(prompts))["x"], draws["x"])
+    assert az.summary(again, var_names=["reward"]).index.tolist() == [f"reward[{name}]" for name in ("a", "b", "a (2)")]
+    for kind in ("kde", "cumulative", "scatter"):
+        az.plot_ppc(data, kind=kind, num_pp_samples=20)  # of whole numbers: bars
+    matplotlib.pyplot.close("all")
+
+
+def judged(prompts, prior, pairs, ratings, scale=1.0):
+    """Global weights, raters whom all prompts share, pairs that lie in a plate of their own, ratings of each text."""
+    dist = pyro.distributions
+    theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("raters", 3, dim=-2):
+        strictness = pyro.sample("strictness", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("pairs", len(pairs)):
+        pyro.sample("preferred", dist.Normal(theta.sum(-1), 1.0), obs=pairs)
+    with pyro.plate("prompts", len(prompts)):
+        x = pyro.sample("x", prior(prompts))
+        n = (x == 1).sum(-1).double()
+        pyro.sample("optimal", Optimality(n / 0.5, log_bound=8.0), obs=torch.ones(len(prompts)))
+        with pyro.plate("ratings", 3, dim=-2), pyro.poutine.scale(scale=scale):
+            pyro.sample("rating", dist.Bernoulli(logits=(n - 1) * strictness), obs=ratings)
+    pyro.factor("wish", theta.sum(-1))
+
+
+PAIRS, RATINGS = torch.tensor([0.3, -1.0, 0.2, 1.5, 0.0]), torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+
+
+def test_plates_are_dimensions_and_likelihoods_are_pointwise(tmp_path):
+    lm = table_lm(4, 3, concentration=1.0, seed=3)
+    model = bind(judged, lm, pairs=PAIRS, ratings=RATINGS)
+    draws = importance(model, None, ["a", "b"], num_samples=200, max_plate_nesting=2)
+    assert set(draws.factors) == {"optimal", "wish"}
+    shares = torch.stack([v.flatten(2).sum(-1) for v in draws.log_likelihoods.values()]).sum(0)
+    torch.testing.assert_close(shares, draws.log_likelihood[..., 0])
+    replicates = predictive(model, draws, max_plate_nesting=2)
+    data = to_arviz(draws, posterior_predictive={name: replicates[name] for name in ("rating", "preferred", "optimal")})
+    assert data.posterior["strictness"].dims == ("chain", "draw", "raters"), "once, not for each prompt"
+    assert data.posterior["theta"].dims == ("chain", "draw", "theta_dim_0")
+    assert data.posterior["log_prior"].dims == ("chain", "draw") and "prompt" in data.posterior["length"].dims
+    assert set(data.log_likelihood.data_vars) == {"preferred", "rating"}
+    assert data.log_likelihood["preferred"].dims == ("chain", "draw", "pairs")
+    assert data.log_likelihood["rating"].dims == ("chain", "draw", "prompt", "ratings")
+    assert data.observed_data["rating"].dims == ("prompt", "ratings")
+    assert data.observed_data["rating"].dtype.kind == "i" and data.observed_data["preferred"].dims == ("pairs",)
+    assert data.posterior_predictive["rating"].dims == ("chain", "draw", "prompt", "ratings")
+    assert set(data.unnormalised_log_likelihood.data_vars) == {"optimal", "wish"}
+    theta = data.posterior["theta"].sum("theta_dim_0")
+    expected = torch.distributions.Normal(torch.as_tensor(theta.values)[..., None], 1.0).log_prob(PAIRS)
+    assert abs(data.log_likelihood["preferred"].values - expected.numpy()).max() < 1e-6, "the same draws, in order"
+    n = (data.completions["x_tokens"] == 1).sum("x_tokens_dim_0")
+    logits = torch.as_tensor(((n - 1) * data.posterior["strictness"]).transpose(..., "prompt", "raters").values)
+    expected = torch.distributions.Bernoulli(logits=logits).log_prob(RATINGS.T.expand_as(logits))
+    assert abs(data.log_likelihood["rating"].values - expected.numpy()).max() < 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # k-hat is high from so few draws
+        assert [az.loo(data, var_name=name).n_data_points for name in ("rating", "preferred")] == [6, 5]
+    az.plot_ppc(data, var_names=["rating"], num_pp_samples=20)
+    matplotlib.pyplot.close("all")
+    data.to_netcdf(str(tmp_path / "draws.nc"))
+    again = from_arviz(az.from_netcdf(str(tmp_path / "draws.nc")), lm.prompts(["a", "b"]))
+    for name in ("theta", "strictness", "x"):
+        assert torch.equal(again[name], draws[name]) and again.plates[name] == draws.plates[name]
+    for name in ("rating", "preferred", "optimal"):
+        assert torch.equal(again.observed[name], draws.observed[name]) and again.plates[name] == draws.plates[name]
+        assert again.observed[name].dtype == draws.observed[name].dtype
+    one = importance(model, None, ["a", "b"], num_samples=1, max_plate_nesting=2)
+    assert to_arviz(one).posterior["strictness"].shape == (1, 4, 3)
+
+
+@pytest.mark.parametrize("site", ["optimal", "bounded", "factor", "scaled"])
+def test_what_is_no_density_cannot_be_compared_by_arviz(site):
+    """r/β is larger at a smaller β, and so would be its mean: az.compare would rank temperatures by their number."""
+    lm = table_lm(5, 4, concentration=1.0, seed=3)
+
+    def program(prompts, prior, beta):
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("x", prior(prompts))
+            r = (x == 1).sum(-1).double()
+            if site == "factor":
+                pyro.factor("evidence", r / beta)
+            elif site == "scaled":
+                with pyro.poutine.scale(scale=1 / beta):
+                    pyro.sample("evidence", pyro.distributions.Bernoulli(logits=r), obs=torch.ones(len(prompts)))
+            else:
+                law = Optimality(r / beta, 4 / beta if site == "bounded" else None)
+                pyro.sample("evidence", law, obs=torch.ones(len(prompts)))
+
+    made = {}
+    for beta in (1.5, 0.3):
+        draws = importance(bind(program, lm, beta=beta), None, ["", "a"], num_samples=100)
+        assert "log_likelihood" not in to_datatree(draws).children
+        made[str(beta)] = to_arviz(draws)
+        kept = made[str(beta)].unnormalised_log_likelihood["evidence"]
+        assert kept.dims == ("chain", "draw", "prompt")
+    with pytest.raises((TypeError, ValueError)):
+        az.compare(made)
+    with pytest.raises(TypeError, match="log likelihood not found"):
+        az.loo(made["1.5"])
+
+
+@pytest.mark.parametrize("life", [to_arviz, to_datatree], ids=["InferenceData", "DataTree"])
+def test_log_weights_are_among_the_sample_stats(problem, life):
+    target, guide, _ = problem
+    draws = importance(target, guide, ["", "a"], num_samples=50)
+    assert (life(draws)["sample_stats"]["log_weight"].values == draws.log_weight.numpy()).all()
+    assert "log_weight" not in from_arviz(life(draws), guide.lm.prompts(["", "a"])).stats
+
+
+def test_a_plate_may_be_called_like_a_number_or_a_dimension_of_arviz():
+    lm = table_lm(4, 3, concentration=1.0, seed=3)
+
+    def awkward(prompts, lm):
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("x", lm(prompts))
+            with pyro.plate("draw", 2, dim=-3), pyro.plate("length", 3, dim=-2):
+                pyro.sample("z", pyro.distributions.Normal(0.0 * x.sum(-1), 1.0))
+        with pyro.plate("prompt", 4):
+            pyro.sample("seen", pyro.distributions.Normal(torch.zeros(4), 1.0), obs=torch.zeros(4))
+
+    draws = importance(bind(awkward, lm), None, ["a", "b"], num_samples=30, max_plate_nesting=3)
+    data = to_arviz(draws)
+    assert data.guide["z"].dims == ("chain", "draw", "prompt", "draw_plate", "length")
+    assert data.posterior["z"].dims == ("chain", "draw", "prompt", "draw_plate", "z_length"), "a length is there, too"
+    assert data.log_likelihood["seen"].dims == ("chain", "draw", "prompt_plate")
+    assert torch.equal(from_arviz(data, lm.prompts(["a", "b"]))["z"], draws["z"])

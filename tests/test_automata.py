@@ -33,13 +33,13 @@ from ppl_lm.infer.objectives.divergences import forward_kl
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.likelihood.automata import Automaton
 from ppl_lm.lm.automaton_mask import TokenMask
-from ppl_lm.lm.byte_pieces import token_bytes
 from ppl_lm.lm.decoder import Decoder
 from ppl_lm.lm.experts import product
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.network import DivergedError
 from ppl_lm.lm.table import TableConfig, TableForCausalLM, table_lm
+from ppl_lm.lm.tokens.byte_pieces import token_bytes
 from ppl_lm.lm.vocabulary import Vocabulary
 from ppl_lm.models import constrained
 

@@ -25,11 +25,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ppl_lm.criticism.arviz_groups import to_arviz
 from ppl_lm.criticism.chains import jackknife, r_hat
 from ppl_lm.criticism.diagnoses.draws_diagnosis import FIGURES, diagnose_draws
 from ppl_lm.criticism.diagnoses.draws_verdicts import CODES_OF_DRAWS
 from ppl_lm.criticism.effective_size import ess
+from ppl_lm.criticism.inference_data.arviz_groups import to_arviz
 from ppl_lm.criticism.weights import ess_se, khat_se, max_weight, psis_khat
 from ppl_lm.guides import finetuned
 from ppl_lm.infer.binding import bind
@@ -108,7 +108,8 @@ def test_figures_are_the_posteriors_within_their_errors(problem, sampler, tmp_pa
     p, x = truth.log_posterior.detach().exp(), truth.latents["x"]
     log_prior = truth.log_joint.detach() - truth.records["reward"] / 0.5
     length = draws.prompts.vocabulary.lengths(x).double()
-    bs = torch.tensor([STATISTICS["bs"](draws.prompts.decode(rows)) for rows in x.unbind(1)]).double().T
+    alone = [draws.prompts[b : b + 1].decode(rows) for b, rows in enumerate(x.unbind(1))]
+    bs = torch.tensor([STATISTICS["bs"](texts) for texts in alone]).double().T
     for b, figures in enumerate(made["prompts"]):
         for name, value in (
             ("reward", truth.records["reward"]),

@@ -11,7 +11,7 @@
 Mutants that are rejected: the guide's draws without their weights; the prior's taken for the posterior's; rewards that
 depend on their completions alone.
 
-`tutorials/prefix_tree.png` is `picture("tutorials/prefix_tree.png", num_samples=20_000)`.
+`prefix_tree.png` of the site is `picture("tutorials/site/pages/pictures/prefix_tree.png", num_samples=20_000)`.
 """
 
 import io
@@ -61,7 +61,7 @@ letters.r_max = 1.0
 
 
 def picture(path, num_samples):
-    """The tree of the README: the embedded LM's texts after a prompt, and those of its posterior."""
+    """The tree of the page "How it works": the embedded LM's texts after a prompt, and those of its posterior."""
     lm = LanguageModel.from_pretrained(max_new_tokens=24)
     target = bind(tilted, lm, reward=rewards.vader, beta=0.2)
     prior = importance(target, None, ["The soup was"], num_samples=num_samples)

@@ -18,8 +18,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ppl_lm.criticism.arviz_groups import to_arviz
 from ppl_lm.criticism.evidence import log_evidence
+from ppl_lm.criticism.inference_data.arviz_groups import to_arviz
 from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError

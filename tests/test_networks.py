@@ -11,9 +11,9 @@ import torch
 import transformers as hf
 
 from ppl_lm.lm import meter
+from ppl_lm.lm.checking.lengths import boundaries, context_length
 from ppl_lm.lm.decoder import Decoder
 from ppl_lm.lm.language_model import LanguageModel
-from ppl_lm.lm.lengths import boundaries, context_length
 
 SMALL = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "initializer_range": 0.3, "eos_token_id": 2}
 ATTENTION = {**SMALL, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}

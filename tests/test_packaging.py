@@ -20,8 +20,11 @@ ORDER = [
 WITHIN_INFER = [  # a room or a module may import those above it
     *(
         "terms",
+        "counts",
+        "stored_weights",
         "binding",
         "traces",
+        "tables",
         "draws",
         "log_weights",
         "objectives",

@@ -47,7 +47,7 @@ from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.twists.functions import prefix_likelihood
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.table import table_lm
-from ppl_lm.lm.token_pieces import pieces
+from ppl_lm.lm.tokens.token_pieces import pieces
 from ppl_lm.lm.vocabulary import Vocabulary
 from ppl_lm.models import tilted
 from ppl_lm.plot.untrusted import plain, visible

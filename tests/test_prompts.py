@@ -168,7 +168,8 @@ def test_appending_continues_the_tokens_without_their_end(lm, prompts):
     """A second text prompted by a first: token for token, never through text."""
     end, pad = lm.vocabulary.end_ids[0], lm.vocabulary.pad_id
     x = torch.tensor([[9, 10, 11], [9, end, pad], [end, pad, pad], [200, 201, 202], [9, 9, end]])
-    longer = prompts.append(x, suffix=" so</s>")
+    with pytest.warns(UserWarning, match="suffix ' so</s>' spells the control token '</s>'"):
+        longer = prompts.append(x, suffix=" so</s>")
     tail = lm.vocabulary.plain(" so</s>")
     assert end not in tail
     cut = [[9, 10, 11], [9], [], [200, 201, 202], [9, 9]]

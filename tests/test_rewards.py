@@ -36,7 +36,7 @@ class FakePrompts(Prompts):
         return [row[: row.index(END) + 1] if END in row else row for row in x.tolist()]
 
     def decode(self, x: Tensor) -> list[str]:
-        return ["".join("abcdefghi"[i] for i in row if i != END) for row in self.completion_ids(x)]
+        return ["".join("abcdefghi"[i] for i in row if i != END) for row in self.completion_ids(x.flatten(0, -2))]
 
 
 def prompts_ab() -> FakePrompts:

@@ -11,8 +11,8 @@ import torch
 from pyro import poutine
 from scipy import stats
 
-from ppl_lm.criticism.arviz_groups import to_arviz
 from ppl_lm.criticism.diagnoses.diagnosis import diagnose
+from ppl_lm.criticism.inference_data.arviz_groups import to_arviz
 from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError
@@ -314,7 +314,7 @@ def test_inner_plates_keep_prompts_third():
         again = part.under(guide, max_plate_nesting=2)
         torch.testing.assert_close(again.log_guide, part.log_prior, atol=1e-6, rtol=0)
     posterior = to_arviz(draws).posterior
-    assert posterior["where"].dims[:3] == ("chain", "draw", "prompt") and posterior["topic"].shape == (1, 7, 3)
+    assert posterior["where"].dims[:3] == ("chain", "draw", "prompt") and posterior["topic"].shape == (1, 28, 3)
 
 
 def test_a_joint_weight_is_bounded_by_all_prompts():

@@ -5,16 +5,9 @@ import sys
 from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from ppl_lm.cli import compare, diagnose, fit, report, sample
-
-
-class Command(TyperCommand):
-    """A command whose function gets the context that it asks for, a `typer.Context`; typer passes the one it derives from."""
-
-    context_class = typer.Context
-
+from ppl_lm.cli.single_options import Command
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 for name, module in {"fit": fit, "sample": sample, "diagnose": diagnose, "report": report, "compare": compare}.items():

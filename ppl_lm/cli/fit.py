@@ -16,11 +16,13 @@ def command(
     context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"The posterior: {MODELS}, or FILE.py:NAME.")],
     guide: Annotated[str, typer.Option(help=f"The approximation: {GUIDES}, or FILE.py:NAME.")] = "finetuned",
+    init_from: Annotated[Path | None, typer.Option(metavar="RUN", help="Begin with the guide that an earlier fit wrote.",
+                                                   show_default="an untrained one")] = None,
     objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(OBJECTIVES)}.")] = "reverse_kl",
     lm: Annotated[str | None, typer.Option(help="A Hugging Face folder or hub name.", show_default="the LM that ships")] = None,
     reward: Annotated[str, typer.Option(help="vader, length, contains:WORD, or FILE.py:NAME.")] = "vader",
     beta: Annotated[float, typer.Option(help="Temperature of the reward; lower asks for more of it.")] = 0.2,
-    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line, or JSON lines with 'prompt'.",
+    prompts: Annotated[Path | None, typer.Option(help="A .txt, one a line; or .csv, .json, .jsonl, .parquet with 'prompt'.",
                                                  show_default="the model's BOS")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 40,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
@@ -51,7 +53,7 @@ def command(
     from ppl_lm.run.outcome import in_words
     from ppl_lm.run.programs import build
     from ppl_lm.run.prompts_file import read_prompts
-    from ppl_lm.run.run_folder import new_folder, require_free, require_outside
+    from ppl_lm.run.run_folder import guide_to_go_on_from, new_folder, require_free, require_outside
     from ppl_lm.run.run_record import FailedFit
     from ppl_lm.run.settings import Settings
     from ppl_lm.run.write_run import FitWriter, write_measurement
@@ -68,15 +70,17 @@ def command(
             model=absolute(model), guide=absolute(guide), objective=objective, reward=absolute(reward), beta=beta,
             lm=whole_path(lm), prompts=texts, columns=columns, max_new_tokens=max_new_tokens, device=device, seed=seed,
             batch_size=batch_size, particles=particles, learning_rate=learning_rate, max_steps=max_steps,
-            time_limit=time_limit,
+            time_limit=time_limit, init_from=None if init_from is None else str(init_from.resolve()),
         )  # fmt: skip
+        start = guide_to_go_on_from(settings)
         path = new_folder(model.rpartition(":")[2]) if output_dir is None else output_dir
         require_free(path, overwrite)
         require_outside(path, settings.lm)
+        require_outside(path, settings.init_from, "init-from")
         if num_samples is not None:
             require_enough(num_samples)
         loss = SequenceELBO(num_particles=particles, objective=objective_named(objective, beta))
-        programs = build(settings)
+        programs = build(settings, start, trainable=True)
         title = f"posterior {settings.model}, guide {settings.guide}, {len(texts)} prompt(s); fitting"
         with FitProgress(out, title) as progress, FitWriter(path, programs, as_typed(context), overwrite) as writer:
 

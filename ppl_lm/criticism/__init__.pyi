@@ -1,6 +1,6 @@
 from . import graphs as graphs
-from .arviz_groups import to_arviz as to_arviz, to_datatree as to_datatree
-from .arviz_reading import from_arviz as from_arviz
+from .inference_data.arviz_groups import to_arviz as to_arviz, to_datatree as to_datatree
+from .inference_data.arviz_reading import from_arviz as from_arviz
 from .calibration import Calibration as Calibration, sbc as sbc
 from .diagnoses.diagnosis import Diagnosis as Diagnosis, diagnose as diagnose, exact_among as exact_among
 from .diagnoses.draws_diagnosis import diagnose_draws as diagnose_draws
@@ -14,6 +14,7 @@ from .model_comparison import ComparedModel as ComparedModel, compare_models as 
 from .predictive_checks import PredictiveCheck as PredictiveCheck, predictive_check as predictive_check
 from .reward_frontier import reward_kl_frontier as reward_kl_frontier
 from .sensitivity import Sensitivity as Sensitivity, power_scale as power_scale
+from .summaries import summary as summary
 from .text_diversity import diversity as diversity
 from .weights import (
     ess_se as ess_se,

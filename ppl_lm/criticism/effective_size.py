@@ -1,9 +1,10 @@
 """`ess`: how many independent posterior draws any draws are worth."""
 
 import math
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ppl_lm.criticism.chains import columns, worst
@@ -43,10 +44,29 @@ def effective(draws: Draws) -> float | None:
 
 
 def _by_errors(draws: Draws) -> float | None:
-    amounts = []
-    for value in numbers(draws).values():
-        estimate = expectation(draws, value)
-        variance = expectation(draws, (value - estimate.mean).square()).mean
-        if 0 < float(estimate.se) < math.inf:
-            amounts.append(float(variance / estimate.se.square()))
-    return min(amounts, default=None)
+    amounts = [float(moments(draws, value).ess) for value in numbers(draws).values()]
+    return min((amount for amount in amounts if 0 < amount < math.inf), default=None)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of each number, for each prompt, under the posterior: mean, standard deviation, the mean's Monte Carlo standard error
+    `se`, and how many independent draws would have that error, sd²/se²: all of exact draws, NaN of a number that never changes,
+    0 where the error cannot be told."""
+
+    mean: Float[Tensor, "B *E"]
+    sd: Float[Tensor, "B *E"]
+    se: Float[Tensor, "B *E"]
+    ess: Float[Tensor, "B *E"]
+
+
+def moments(draws: Draws, values: Shaped[Tensor, "C S B *E"]) -> Moments:
+    """Of numbers of each draw, by draws of every kind; see `expectation`."""
+    estimate = expectation(draws, values)
+    variance = expectation(draws, (values.double() - estimate.mean).square()).mean
+    constant = variance.sqrt() <= 1e-12 * estimate.mean.abs()  # but for rounding
+    variance, amount = variance.where(~constant, 0.0), (variance / estimate.se.square()).where(~constant, math.nan)
+    se = estimate.se.where(~constant | estimate.se.isinf(), 0.0)
+    if draws.kind == "exact":
+        amount = torch.where(amount > 0, float(draws.num_samples), amount)
+    return Moments(estimate.mean, variance.sqrt(), se, amount)

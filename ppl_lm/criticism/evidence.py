@@ -1,19 +1,22 @@
 """The evidence bracket: lower bound ≤ log Z ≤ upper bound, and with it how far a guide is from its posterior."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import EQUAL, TOGETHER, Draws
 from ppl_lm.infer.log_weights import log_mean, mean, weighted_mean
+from ppl_lm.infer.tables import as_html
 
 MIN_MEANS = 30  # independent means of weights, below which their standard error cannot be trusted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evidence:
     """Bounds and estimates of log Z for each of B prompts, nats, float64, each with its standard error (`_se`).
 
@@ -26,6 +29,7 @@ class Evidence:
     :param upper_exact: whether those draws were exact. If not they are the guide's own, reweighted, and both upper bounds
         are approximate: they cannot show posterior mass that the guide never visits.
     :param log_z: estimate of log Z: from the proposals behind the exact draws, else from the guide's draws.
+    :param prompts: by name, as long as B; "all prompts" where only their joint evidence exists.
     """
 
     elbo: Float[Tensor, "B"]
@@ -44,6 +48,28 @@ class Evidence:
     kl_q_p_se: Float[Tensor, "B"]
     kl_p_q: Float[Tensor, "B"]
     kl_p_q_se: Float[Tensor, "B"]
+    prompts: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        lower, log_z, se, upper = (v.tolist() for v in (self.elbo, self.log_z, self.log_z_se, self.upper))
+        sign = "≤" if self.upper_exact else "≲"
+        rows = [
+            f"{a:.3f} ≤ log Z {z:.3f} ± {e:.3f} {sign} {b:.3f}"
+            for a, z, e, b in zip(lower, log_z, se, upper, strict=True)
+        ]
+        return f"Evidence({'; '.join(rows[:3])}{f'; … of {len(rows)} prompts' if len(rows) > 3 else ''} nats)"
+
+    def to_dataframe(self) -> Any:
+        """A `pandas.DataFrame` with a row for each prompt and a column for each figure, nats."""
+        import pandas as pd
+
+        figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "prompts"}
+        columns = {k: v.detach().cpu().numpy() if isinstance(v, Tensor) else v for k, v in figures.items()}
+        names = list(self.prompts) or list(range(len(self.log_z)))
+        return pd.DataFrame(columns, index=pd.Index(names, name="prompt"))
+
+    def _repr_html_(self) -> str:
+        return as_html(self.to_dataframe(), "Evidence bracket, nats")
 
     def __str__(self) -> str:
         label = "≤" if self.upper_exact else "≲ (approximate)"
@@ -76,6 +102,7 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
     log_w = draws.log_weight.flatten(0, 1)  # (S, B)
     n = len(log_w)
     elbo, elbo_se = mean(log_w)
+    require_count("iwae_particles", iwae_particles)
     groups = iwae_particles_of(n, iwae_particles)
     bound = log_w[: n // groups * groups].reshape(-1, groups, log_w.shape[1])
     iwae, iwae_se = mean(bound.logsumexp(1) - math.log(groups))
@@ -121,6 +148,7 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
         kl_q_p_se=kl_q_p_se,
         kl_p_q=kl_p_q,
         kl_p_q_se=kl_p_q_se,
+        prompts=tuple(draws.prompts.names) if draws.is_local else ("all prompts",),
     )
 
 

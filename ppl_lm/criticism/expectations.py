@@ -37,8 +37,8 @@ def expectation(
     The error is that of the influence w (v - mean) of each independent part: of each draw where all are independent; summed
     over a run where draws came about together, since only the runs are independent; of Markov chains ArviZ's `mcse` of the
     mean along them (Vehtari et al. 2021). Of weighted draws this is the delta method of self-normalised importance sampling,
-    whose bias is O(1/S); heavy tails make it too small, see `psis_khat`. `pareto_smooth(draws)` has less variance and a
-    little more bias.
+    whose bias is O(1/S); heavy tails make it too small, see `psis_khat`. `ppl_lm.criticism.pareto_smooth(draws)` has
+    less variance and a little more bias.
 
     :param values: one number or more of each draw, in any unit, such as a record; of a draw without weight it may be anything.
     :param weights: what each draw counts instead, normalised over all draws: equal ones give the mean under the law that drew

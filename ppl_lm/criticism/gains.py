@@ -9,12 +9,17 @@ from torch import Tensor
 
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.traces.layout import ROWS
+from ppl_lm.infer.traces.structure import nesting_of
 from ppl_lm.infer.traces.text_site import text_at
 
 
 @torch.no_grad()
 def token_gains(
-    model: Callable[..., Any], guide: Callable[..., Any], draws: Draws, site: str = "x", max_plate_nesting: int = 1
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    draws: Draws,
+    site: str = "x",
+    max_plate_nesting: int | None = None,
 ) -> Float[Tensor, "C S B T"]:
     """log q(x_t | prompt, x_<t) - log p0(x_t | prompt, x_<t) of each token of the draws, nats, float64, 0 after the end; also 0
     where neither can write the token. With the text as the only latent site, their sum over tokens is
@@ -29,10 +34,10 @@ def token_gains(
         raise ValueError(f"site {site!r} is not one text a prompt; the draws' texts are {list(draws.texts)}")
     flat = {name: value.flatten(0, 1) for name, value in draws.latents.items()}
     size = max(1, ROWS // len(draws.prompts))
-    parts = []
+    nesting, parts = nesting_of(max_plate_nesting, model, None, draws.prompts), []
     for start in range(0, draws.num_samples, size):
         values = {name: value[start : start + size] for name, value in flat.items()}
-        log_q, log_p = (_scored(program, draws, values, site, max_plate_nesting) for program in (guide, model))
+        log_q, log_p = (_scored(program, draws, values, site, nesting) for program in (guide, model))
         parts.append(torch.where((log_q == -torch.inf) & (log_p == -torch.inf), 0.0, log_q - log_p))
     gains = torch.cat(parts).reshape(x.shape)
     return torch.where(draws.prompts.vocabulary.alive(x), gains, 0.0)

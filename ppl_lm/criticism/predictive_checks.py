@@ -77,11 +77,11 @@ def predictive_check(
         `prior` is asked of draws that are the posterior's or came about together.
     :raises NoSupportError: if all weights are zero.
     """
+    if len(draws.prompts) != 1:
+        raise ValueError(f"draws of {len(draws.prompts)} prompts; give those of one: draws.of_prompt(b)")
     texts = draws.prompts.decode(observed) if isinstance(observed, Tensor) else list(observed)
     if not texts or isinstance(observed, str):
         raise ValueError("observed must be a list of at least one text, or their token ids of shape (N, T)")
-    if len(draws.prompts) != 1:
-        raise ValueError(f"draws of {len(draws.prompts)} prompts; give those of one: draws.of_prompt(b)")
     if draws.num_samples < 2:
         raise ValueError("one draw has no standard error; give at least 2")
     if resamples < 1:

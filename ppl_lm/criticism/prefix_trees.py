@@ -8,7 +8,7 @@ from torch import Tensor
 from ppl_lm.criticism.effective_size import effective
 from ppl_lm.criticism.expectations import expectation
 from ppl_lm.infer.draws import Draws
-from ppl_lm.lm.token_pieces import text_of
+from ppl_lm.lm.tokens.token_pieces import text_of
 
 LAWS = ("prior", "guide", "posterior")
 Prefix = tuple[int, ...]
@@ -73,13 +73,14 @@ def prefix_tree(
         num_samples={name: draws.num_samples for name, draws in given.items()},
         worth={name: _worth(name, draws, prompt) for name, draws in given.items()},
     )
+    context = prior.prompts.contexts[prompt]
     steps = next(iter(rows.values())).shape[-1]
     for prefix in kept:
         parent = tree[prefix]
         ended = bool(prefix) and prefix[-1] in vocabulary.end_ids
         graph.add_node(
             prefix,
-            text=text_of(vocabulary, prefix)[len(text_of(vocabulary, parent or ())) :],
+            text=text_of(vocabulary, prefix, context)[len(text_of(vocabulary, parent or (), context)) :],
             token=prefix[-1] if prefix else None,
             depth=len(prefix),
             over="end" if ended else "truncated" if len(prefix) == steps else None,

@@ -17,13 +17,26 @@ def numbers(draws: Draws) -> dict[str, Tensor]:
     vocabulary, columns_by_name = draws.prompts.vocabulary, dict(draws.records)
     for name in draws.texts:
         if draws[name].dim() == 4:  # one text a prompt
-            columns_by_name["length" if name == "x" else f"{name}_length"] = vocabulary.lengths(draws[name]).double()
+            columns_by_name[length_name(name)] = vocabulary.lengths(draws[name]).double()
     columns_by_name["log_prior"] = draws.log_prior
     columns = draws.log_guide.shape[-1]
     return {
         k: v.double() if v.shape[-1] == columns else v.double().mean(-1, keepdim=True)
         for k, v in columns_by_name.items()
     }
+
+
+def scalars(draws: Draws) -> dict[str, Tensor]:
+    """Everything of a draw that is a number or an array of numbers, float64, (C, S, B, ...): records, latent sites that are no
+    text, lengths of texts, log p of the prior. B is 1 of what all prompts share."""
+    known = {k: v.double() for k, v in (*draws.records.items(), *draws.latents.items()) if k not in draws.texts}
+    for name in draws.texts:
+        known[length_name(name)] = draws.prompts.vocabulary.lengths(draws[name]).double()
+    return {**known, "log_prior": draws.log_prior}
+
+
+def length_name(text: str) -> str:
+    return "length" if text == "x" else f"{text}_length"
 
 
 def recorded(draws: Draws, statistics: Mapping[str, Statistic] | None) -> Draws:

@@ -107,7 +107,7 @@ def survives(ids: Sequence[int], prompts: Prompts, b: int = 0) -> bool:
     vocabulary = prompts.vocabulary
 
     def again(rows: Sequence[int]) -> list[int]:
-        return vocabulary.plain(vocabulary.tokenizer.decode(list(rows), skip_special_tokens=True))
+        return vocabulary.plain(vocabulary.texts([rows])[0])
 
     if not ids or again(ids) == list(ids):
         return True
@@ -123,7 +123,7 @@ def _figures(x: Int[Tensor, "C S ..."], draws: Draws, b: int, seed: int) -> dict
     figures: dict[str, Any] = {"prompt": draws.prompts.texts[b], "num_samples": draws.num_samples}
     figures |= {f"distinct_{n}": distinct(rows, n) for n in ORDERS}
     has_text = vocabulary.tokenizer is not None
-    figures["self_bleu"] = self_bleu(vocabulary.decode(flat), seed) if has_text else None
+    figures["self_bleu"] = self_bleu(draws.prompts[b : b + 1].decode(flat), seed) if has_text else None
     whole = x.flatten(0, 1).flatten(1)  # (S, tokens)
     figures["unique"] = len(whole.unique(dim=0)) / len(whole)
 

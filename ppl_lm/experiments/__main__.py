@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 import ppl_lm.experiments
+from ppl_lm.cli.single_options import Command
 
 REAL = ("calibration", "decoding", "divergences")  # on real language models; the others enumerate
 LONG = (*REAL, "verdicts")  # ten minutes each
@@ -39,9 +40,11 @@ def main(
         raise typer.BadParameter(
             f"--lm and --time-limit are for {' and '.join(REAL)} alone; the others enumerate the texts of a tiny one"
         )
+    if time_limit is not None and not time_limit > 0:
+        raise typer.BadParameter(f"--time-limit {time_limit}: give a number of seconds above 0")
     all_hold = True
     for name in asked:
-        options = {"lm": lm, "time_limit": time_limit or 60.0} if name in REAL else {}
+        options = {"lm": lm, "time_limit": 60.0 if time_limit is None else time_limit} if name in REAL else {}
         result = import_module(f"ppl_lm.experiments.{name}").run(seed, **options)
         result.save(output_dir, name)
         out.print(result.table())
@@ -53,4 +56,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False)
+    app.command(cls=Command)(main)
+    app()

@@ -1,31 +1,29 @@
 """`bind`: a program and the networks it uses, as one module that Pyro and torch optimisers both understand."""
 
 import inspect
-import itertools
-import weakref
 from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
 from typing import Any
 
-import pyro
-from pyro.params.param_store import _MODULE_NAMESPACE_DIVIDER
 from torch import nn
 
-from ppl_lm.likelihood.reward import Reward
+from ppl_lm.infer.stored_weights import StoredWeights
+from ppl_lm.likelihood.reward import Reward, takes_completions
 from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.prompt_columns import as_columns
 from ppl_lm.lm.prompts import Prompts
-
-_numbers = itertools.count()
 
 
 class Bound(nn.Module):
     """A program with all its arguments but the prompts; see `bind`."""
 
-    def __init__(self, program: Callable[..., Any], *args: Any, **kwargs: Any):
+    def __init__(self, program: Callable[..., Any], store_name: str | None, *args: Any, **kwargs: Any):
         super().__init__()
         signature = inspect.signature(program)
         name = getattr(program, "__name__", type(program).__name__)
+        if "name" in signature.parameters:
+            raise TypeError(
+                f"{name}{signature} cannot be bound: bind takes name= for itself; call the argument something else"
+            )
         try:
             given = signature.bind(None, *args, **kwargs)
         except TypeError as error:
@@ -41,22 +39,27 @@ class Bound(nn.Module):
                     f"{name}{signature}: programs with *{parameter.name} cannot be bound; name each argument"
                 )
         self.program = program
-        arguments = {k: _as_network(v) for k, v in arguments.items()}
+        arguments = {k: _as_network(_as_rewards(k, v)) for k, v in arguments.items()}
         self.networks = nn.ModuleDict({k: v for k, v in arguments.items() if isinstance(v, nn.Module)})
-        self.arguments = {
-            k: _as_reward(v) if k in ("reward", "constraint") or _is_reward(v) else v
-            for k, v in arguments.items()
-            if not isinstance(v, nn.Module)
-        }
+        self.arguments = {k: v for k, v in arguments.items() if not isinstance(v, nn.Module)}
         for network in self.networks.modules():
             if isinstance(network, LanguageModel) and not network.is_checked:
                 network.self_check()
-        self.name = f"{name}_{next(_numbers)}"
-        weakref.finalize(self, _forget, self.name)
+        self._stored = StoredWeights(store_name, name)
+
+    @property
+    def name(self) -> str:
+        """Under which the trainable weights stand in Pyro's parameter store."""
+        return self._stored.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._stored = StoredWeights(name, name)
 
     @property
     def lm(self) -> LanguageModel | None:
-        """The first language model among the networks: its tokenizer reads the prompts."""
+        """The first language model among the networks, with what was loaded for it: its tokenizer reads the prompts."""
+        self._stored.load(self.networks)
         return next((m for m in self.networks.modules() if isinstance(m, LanguageModel)), None)
 
     def __reduce__(self) -> Any:
@@ -64,11 +67,10 @@ class Bound(nn.Module):
         return _bind, (self.program, dict(self.networks), self.arguments)
 
     def forward(self, prompts: Any, **kwargs: Any) -> Any:
-        if self.lm is not None and not (isinstance(prompts, Prompts) and prompts.vocabulary is self.lm.vocabulary):
-            prompts = self.lm.prompts(prompts)
-        for name, parameter in self.networks.named_parameters():
-            if parameter.requires_grad:  # what pyro.module does, without its warning for each frozen weight
-                pyro.param(f"{self.name}{_MODULE_NAMESPACE_DIVIDER}{name}", parameter)
+        lm = self.lm
+        if lm is not None and not (isinstance(prompts, Prompts) and prompts.vocabulary is lm.vocabulary):
+            prompts = lm.prompts(prompts)
+        self._stored.register(self.networks)
         return self.program(prompts, **{**self.networks, **self.arguments, **kwargs})
 
 
@@ -81,36 +83,58 @@ def _as_network(value: Any) -> Any:
     return value
 
 
-def _as_reward(value: Any) -> Reward:
-    return value if isinstance(value, Reward) else Reward(value)
-
-
-def _is_reward(value: Any) -> bool:
-    """Whether this is a function in the signature of rewards; other functions are passed on as they are."""
-    if not (inspect.isroutine(value) or isinstance(value, partial)):
-        return False
-    try:
-        parameters = inspect.signature(value).parameters
-    except ValueError:  # of a built-in
-        return False
-    return "completions" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+def _as_rewards(parameter: str, value: Any) -> Any:
+    """A `Reward` of what is one by the parameter that it is given for, or by its own signature, of whatever kind it is; also
+    in lists, tuples and dictionaries of rewards. Anything else as it is."""
+    if isinstance(value, Reward):
+        return value
+    if parameter in ("reward", "constraint") or takes_completions(value):
+        return Reward(value)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, Reward) or takes_completions(v) for v in value):
+        return [_as_rewards(parameter, v) for v in value]
+    if type(value) is dict and value and all(isinstance(v, Reward) or takes_completions(v) for v in value.values()):
+        return {k: _as_rewards(parameter, v) for k, v in value.items()}
+    return value
 
 
 def _bind(program: Callable[..., Any], networks: dict[str, nn.Module], arguments: dict[str, Any]) -> Bound:
-    return Bound(program, **networks, **arguments)
+    return Bound(program, None, **networks, **arguments)
 
 
-def bind(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Bound:
+def bind(program: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> Bound:
     """`program(prompts, *args, **kwargs)` as an `nn.Module` to be called with the prompts alone.
 
     Networks among the arguments, also in lists and dictionaries, become submodules; their trainable weights are
     registered in Pyro's parameter store under a name that no other bind uses, and leave the store with the module:
-    running a notebook cell twice trains two guides. Functions that take `completions`, or any keyword, become `Reward`s.
+    running a notebook cell twice trains two guides. What `pyro.get_param_store().load(file)` has read under that name is
+    taken over when the program is next run, or its `lm` asked for.
+    What is given as `reward` or `constraint`, callables of any kind that take `completions` or `completion_ids`, and functions
+    that take any keyword, become `Reward`s.
     Prompts may be given as strings, chats, a dataset or `Prompts`.
+
+    :param name: under which the weights stand in the parameter store; None: the program's own, numbered while another bind
+        of it is alive. Give one to what you save: a new process finds it again, whatever else either of them bound. The
+        optimiser's state, `optim.load(file)`, is for a new optimiser.
+    :raises TypeError: if the arguments are not the program's, one of them is called `name`, or a reward is none.
 
     >>> target = bind(tilted, prior, reward=ppl_lm.rewards.vader, beta=0.2)   # doctest: +SKIP
     """
-    return Bound(program, *args, **kwargs)
+    return Bound(program, name, *args, **kwargs)
+
+
+def read_once(prompts: Any, *programs: Any) -> Any:
+    """Prompts that several programs can be called with, however they are given, and asked for their number: tokenised by the
+    first language model of a bound one; for plain functions alone what can be read only once as a list, or a dictionary of
+    columns."""
+    if isinstance(prompts, Prompts):
+        return prompts
+    for program in programs:
+        if isinstance(program, Bound) and (lm := program.lm) is not None:
+            return lm.prompts(prompts)
+    if hasattr(prompts, "__len__"):
+        return prompts
+    texts, columns = as_columns(prompts)
+    return {"prompt": texts, **columns} if columns else texts
 
 
 def require_separate(model: Any, guide: Any) -> None:
@@ -124,10 +148,3 @@ def require_separate(model: Any, guide: Any) -> None:
             f"the guide shares {len(shared)} trainable weights with its target, first {shared[0]!r}: fitting would move "
             "the target; bind the guide to prior.copy()"
         )
-
-
-def _forget(name: str) -> None:
-    store = pyro.get_param_store()
-    for key in [k for k in store.keys() if k.startswith(name + _MODULE_NAMESPACE_DIVIDER)]:  # noqa: SIM118
-        with suppress(KeyError):  # the same weights under the name of another binding
-            del store[key]

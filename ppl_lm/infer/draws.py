@@ -10,14 +10,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ppl_lm.infer.counts import require_count
+from ppl_lm.infer.tables import as_html, table_of_draws
 from ppl_lm.infer.traces.layout import (
+    factors,
     latent_values,
     log_density_at,
     observed_values,
+    plate_names,
+    pointwise_log_likelihoods,
     record_values,
     require_all_prompts,
 )
 from ppl_lm.infer.traces.particles import Particles
+from ppl_lm.infer.traces.structure import nesting_of
 from ppl_lm.lm import meter
 from ppl_lm.lm.meter import Cost
 from ppl_lm.lm.prompts import Prompts
@@ -25,6 +31,7 @@ from ppl_lm.lm.prompts import Prompts
 Kind = Literal["weighted", "exact", "chains", "runs", "conditional_runs", "rescored"]
 EQUAL = ("exact", "chains")  # kinds whose draws are equally weighted
 TOGETHER = ("runs", "conditional_runs")  # kinds whose draws of a chain depend on each other by resampling
+SHOWN = 5  # draws of each prompt in a notebook
 TOLERANCE = 1e-3  # nats, for the noise of float32 log-probabilities
 
 
@@ -35,7 +42,7 @@ class Draws:
     :param latents: site name -> (C, S, B, *inner, *event), `inner` the plates left of the prompts'; B is 1 for a site
         outside the prompt plate. `draws["x"]` is one of them.
     :param texts: names of those latents that are completions, int64 token ids.
-    :param records: what the model recorded with `pyro.deterministic`, such as the reward, (C, S, B).
+    :param records: what the model recorded with `pyro.deterministic`, such as the reward, likewise, float64.
     :param log_prior: log p(z | prompt) of all latent sites, nats, float64, (C, S, B); (C, S, 1) where a site lies
         outside the prompt plate, so that only the prompts' joint weight exists. Likewise:
     :param log_likelihood: of all observed sites, for exp(r/β): a bounded `Optimality`'s shift is taken out again.
@@ -51,8 +58,11 @@ class Draws:
           of the mean weight is unbiased for.
         - `rescored`: weighted draws or runs put under another guide (`under`), which is not the law that drew them: they have
           no weights any more.
-    :param observed: what the model observed, by site: `optimal` is 1 for each prompt. `log_likelihoods` holds each site's share
-        of `log_likelihood`.
+    :param observed: what the model observed, by site, (B, *inner, *event): `optimal` is 1 for each prompt.
+    :param log_likelihoods: each observed site's share of `log_likelihood`, at each index of its plates, (C, S, B, *inner).
+    :param factors: names of those observed sites whose share is no normalised log density: `Optimality`'s r/β, `pyro.factor`.
+    :param plates: of each site the names of its plates, in the order of its dimensions after (C, S): "prompt", then the inner
+        ones; None where there is no plate, such as first of a site outside the prompt plate.
     :param stats: how each draw came about, (C, S, B, ...), such as `acceptance_rate`; (C, 1, B, ...) where all draws of a chain
         share it, as those of an SMC run do.
     :param proposals: of a sampler that discards, all that it proposed (without `latents`).
@@ -71,6 +81,8 @@ class Draws:
     stats: dict[str, Tensor] = field(default_factory=dict)
     proposals: "Draws | None" = None
     texts: tuple[str, ...] = ()
+    factors: tuple[str, ...] = ()
+    plates: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.latents[name] if name in self.latents else self.records[name]
@@ -121,22 +133,35 @@ class Draws:
         records = "".join(f", {name}" for name in self.records)
         return f"Draws({self.kind}: {chains} × {draws}, prompts {reprlib.repr(self.prompts.texts)}; {latents}{records})"
 
+    def to_dataframe(self) -> Any:
+        """A `pandas.DataFrame` with a row for each draw and prompt: chain, draw, the prompt by name, texts, `log_prior`,
+        `log_likelihood`, `log_guide` and `log_weight` in nats, records, and latent sites that are one number."""
+        names = ("log_prior", "log_likelihood", "log_guide", "log_weight")
+        numbers = {name: getattr(self, name) for name in names} | self.records
+        return table_of_draws(self.prompts, self.texts, self.latents, numbers)
+
+    def _repr_html_(self) -> str:
+        few = self.map(lambda v: v[:1, :SHOWN])
+        return as_html(few.to_dataframe(), f"{self!r}, of which these are the first")
+
     @property
     def text_site(self) -> str:
         """The site that is meant where none is named: `x`, or the first that is text."""
         return "x" if "x" in self.texts or not self.texts else self.texts[0]
 
     def text(self, name: str | None = None) -> list[list[str]]:
-        """Completions of the site `name` (None: `x`, or the first that is text), as text: one list a prompt, of all its
-        draws, chains one after the other; of all the texts of each draw where an inner plate holds several."""
+        """Completions of the site `name` (None: `x`, or the first that is text), as text that goes on after the prompt's: one
+        list a prompt, of all its draws, chains one after the other; of all the texts of each draw where an inner plate holds
+        several."""
         x = self.latents[name or self.text_site].flatten(0, 1).transpose(0, 1)  # (B, C·S, *inner, T)
-        return [self.prompts.decode(rows.flatten(0, -2)) for rows in x]
+        return [self.prompts[b : b + 1].decode(rows.flatten(0, -2)) for b, rows in enumerate(x)]
 
     def reweighted(self, num_samples: int | None = None) -> Int[Tensor, "S B"]:
         """Indices (into the C·S flattened draws) of equally weighted posterior draws, by systematic resampling with
         the normalised weights, in random order; every index once where the draws are exact or Markov chains. The same at
         every call: torch's random state is neither used nor changed."""
-        n = num_samples or self.num_samples
+        n = self.num_samples if num_samples is None else num_samples
+        require_count("num_samples", n)
         if self.kind in EQUAL:
             if n > self.num_samples:
                 raise ValueError(f"num_samples={n}, but there are {self.num_samples} draws, equally weighted")
@@ -152,7 +177,7 @@ class Draws:
         return {name: value.flatten(0, 1) for name, value in self.latents.items()}
 
     @torch.no_grad()
-    def under(self, guide: Callable[..., Any], max_plate_nesting: int = 1) -> "Draws":
+    def under(self, guide: Callable[..., Any], max_plate_nesting: int | None = None) -> "Draws":
         """The same draws with `log_guide` under another guide: how probable it finds them, nats. For `log_evidence`, and for
         posterior draws that are to be measured against a guide. Exact draws and chains stay what they are; others become
         `rescored`, since it is not this guide that drew them.
@@ -160,7 +185,8 @@ class Draws:
         :raises ValueError: if the guide has other latent sites."""
         with meter.measure() as cost:
             columns = self.log_guide.shape[-1]
-            log_q = log_density_at(guide, self.flat_latents(), self.prompts, max_plate_nesting, columns)
+            nesting = nesting_of(max_plate_nesting, guide, None, self.prompts)
+            log_q = log_density_at(guide, self.flat_latents(), self.prompts, nesting, columns)
         kind: Kind = self.kind if self.kind in EQUAL else "rescored"
         return replace(self, log_guide=log_q.reshape(self.log_guide.shape), kind=kind, cost=self.cost + cost)
 
@@ -186,11 +212,16 @@ class Draws:
 
     def of_prompt(self, b: int) -> "Draws":
         """The draws of one prompt, still with a prompt dimension; `cost` stays everyone's. All prompts where only their
-        joint weight exists."""
+        joint weight exists.
+
+        :param b: counted from 0."""
+        if not 0 <= b < len(self.prompts):
+            raise ValueError(f"of_prompt({b}), but the draws are of {len(self.prompts)} prompts, counted from 0")
         if not self.is_local:
             return self
         draws = self.map(lambda v: v[:, :, b : b + 1], self.prompts[b : b + 1])
-        observed = {k: v[b : b + 1] if v.shape == (len(self.prompts),) else v for k, v in self.observed.items()}
+        of_prompts = {k for k, v in self.observed.items() if self.plates.get(k, ("prompt",))[0] == "prompt" and v.dim()}
+        observed = {k: v[b : b + 1] if k in of_prompts else v for k, v in self.observed.items()}
         proposals = None if self.proposals is None else self.proposals.of_prompt(b)
         return replace(draws, observed=observed, proposals=proposals)
 
@@ -198,7 +229,7 @@ class Draws:
         """The same draws with every tensor passed through `pick`."""
         return replace(
             self,
-            prompts=prompts or self.prompts,
+            prompts=self.prompts if prompts is None else prompts,
             latents={k: pick(v) for k, v in self.latents.items()},
             records={k: pick(v) for k, v in self.records.items()},
             log_likelihoods={k: pick(v) for k, v in self.log_likelihoods.items()},
@@ -244,28 +275,21 @@ def _pick_stat(value: Tensor, pick: Callable[[Tensor], Tensor], count: int) -> T
     return picked[:, :1] if bool((picked == picked[:, :1]).all()) else picked
 
 
-def as_draws(particles: Particles, nesting: int = 1) -> Draws:
+def as_draws(particles: Particles) -> Draws:
     """Particles as one chain of draws.
 
     :raises ValueError: if a plate subsamples, or lies where the prompts' does."""
     require_all_prompts(particles)
     return Draws(
         prompts=particles.prompts,
-        latents={name: value.unsqueeze(0) for name, value in latent_values(particles, nesting).items()},
+        latents={name: value.unsqueeze(0) for name, value in latent_values(particles).items()},
         records={name: value.unsqueeze(0) for name, value in record_values(particles).items()},
         log_prior=particles.log_prior().unsqueeze(0),
         log_likelihood=particles.log_likelihood().unsqueeze(0),
         log_guide=particles.log_proposal().unsqueeze(0),
         texts=tuple(particles.texts()),
-        observed=observed_values(particles, nesting),
-        log_likelihoods={name: value.unsqueeze(0) for name, value in particles.log_likelihoods().items()},
+        observed=observed_values(particles),
+        log_likelihoods={n: v.unsqueeze(0) for n, v in pointwise_log_likelihoods(particles).items()},
+        factors=factors(particles),
+        plates=plate_names(particles),
     )
-
-
-def only_text(state: Draws) -> tuple[str, ...]:
-    if len(state.texts) != 1 or len(state.latents) != 1 or state[state.texts[0]].dim() != 4:
-        raise ValueError(
-            f"this kernel moves one text a prompt; the program has the latent sites {sorted(state.latents)}: use "
-            "kernel=independence, which moves them all"
-        )
-    return state.texts

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from ppl_lm.infer.traces.parameters import trainable_of_block
 from ppl_lm.infer.traces.particles import Particles, run
 from ppl_lm.infer.traces.sites import TextSite
 from ppl_lm.infer.traces.sources import Source
+from ppl_lm.infer.traces.structure import nesting_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class SequenceELBO(ELBO):
     gradient, others get the same score-function treatment, and learnable model parameters get theirs: with every baseline.
 
     :param num_particles: K, texts drawn for each prompt and step; at least 2, for the baseline.
-    :param max_plate_nesting: as in Pyro, of the programs without the particles.
+    :param max_plate_nesting: as in Pyro, of the programs without the particles; None: found by a run of the programs that asks
+        no network and no reward.
     :param micro_batch: texts scored with gradients at a time; None: as many as a memory budget allows. The gradient
         does not depend on it.
     :param objective: an `Objective`, or a plain function from `Terms` to an `Estimate`. Others than `reverse_kl` are for guides
@@ -83,7 +86,7 @@ class SequenceELBO(ELBO):
     def __init__(
         self,
         num_particles: int = 16,
-        max_plate_nesting: int = 1,
+        max_plate_nesting: int | None = None,
         micro_batch: int | None = None,
         objective: Objective | ObjectiveFunction = reverse_kl,
         baseline: Baseline | BaselineFunction = leave_one_out,
@@ -115,7 +118,8 @@ class SequenceELBO(ELBO):
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch={micro_batch}; give at least 1 text, or None")
         super().__init__(num_particles=num_particles, vectorize_particles=True)
-        self.max_plate_nesting = max_plate_nesting
+        self.max_plate_nesting: Any = max_plate_nesting
+        self._nesting: tuple[Any, Any, int] | None = None  # of which model and guide it is known
         self.micro_batch = micro_batch
         self.objective = as_objective(objective)
         self.baseline, self.log_z = as_estimate(baseline), as_estimate(log_z or MovingLogZ())
@@ -131,8 +135,16 @@ class SequenceELBO(ELBO):
 
     def particles(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Particles:
         """One run of guide and model: the first phase."""
-        settings = self.num_particles, self.max_plate_nesting, self.source, self.pathwise
-        return run(model, guide, args, kwargs, *settings)
+        nesting = self.nesting(model, guide, *args, **kwargs)
+        return run(model, guide, args, kwargs, self.num_particles, nesting, self.source, self.pathwise)
+
+    def nesting(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+        """`max_plate_nesting`, or what it is found to be for these programs, once."""
+        known = self._nesting
+        if known is None or known[0]() is not model or known[1]() is not guide:
+            found = nesting_of(self.max_plate_nesting, model, guide, *args, **kwargs)
+            known = self._nesting = weakref.ref(model), weakref.ref(guide), found
+        return known[2]
 
     @property
     def pathwise(self) -> bool:

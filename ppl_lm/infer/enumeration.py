@@ -20,7 +20,7 @@ class EnumeratedPosterior(EnumeratedSites):
 
     :param latents: site name -> (N, B, ...).
     :param log_joint: log p(z, evidence | prompt), (N, B); `log_q` likewise, under the guide, or None.
-    :param records: what the model recorded, (N, B).
+    :param records: what the model recorded, (N, B, ...).
     """
 
     @property

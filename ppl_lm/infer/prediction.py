@@ -9,15 +9,17 @@ from torch import Tensor
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.traces.layout import sites_at
 from ppl_lm.infer.traces.observations import replicates
+from ppl_lm.infer.traces.structure import nesting_of
 
 
 @torch.no_grad()
-def predictive(model: Callable[..., Any], draws: Draws, max_plate_nesting: int = 1) -> dict[str, Tensor]:
+def predictive(model: Callable[..., Any], draws: Draws, max_plate_nesting: int | None = None) -> dict[str, Tensor]:
     """A replicate of each observed site for every draw, as they come, (C, S, B, ...): of a prior's draws the prior predictive;
     of exact draws or chains the posterior predictive, and of weighted draws with their weights. As `pyro.infer.Predictive`
     does, it runs the model once more on the draws, rewards included.
 
     :raises ValueError: if a site cannot be sampled, such as an `Optimality` without a bound."""
-    runs = sites_at(model, draws.flat_latents(), draws.prompts, max_plate_nesting)
-    parts = [replicates(sites, max_plate_nesting) for _, sites in runs]
+    nesting = nesting_of(max_plate_nesting, model, None, draws.prompts)
+    runs = sites_at(model, draws.flat_latents(), draws.prompts, nesting)
+    parts = [replicates(sites, nesting) for _, sites in runs]
     return {k: torch.cat([p[k] for p in parts]).unflatten(0, draws.log_guide.shape[:2]) for k in parts[0]}

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ppl_lm.lm.automaton_mask import TokenMask
-from ppl_lm.lm.byte_pieces import token_bytes
 from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.tokens.byte_pieces import token_bytes
 from ppl_lm.lm.vocabulary import Vocabulary
 
 NEVER = torch.iinfo(torch.int16).max  # tokens until an end that is out of reach

@@ -6,8 +6,8 @@ from string import ascii_lowercase, ascii_uppercase, digits
 import networkx
 
 from ppl_lm.likelihood.automata import Automaton
-from ppl_lm.lm.byte_pieces import token_bytes
-from ppl_lm.lm.token_pieces import text_of
+from ppl_lm.lm.tokens.byte_pieces import token_bytes
+from ppl_lm.lm.tokens.token_pieces import text_of
 
 
 def automaton_graph(automaton: Automaton) -> networkx.DiGraph:

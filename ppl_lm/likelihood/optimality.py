@@ -8,6 +8,8 @@ from jaxtyping import Float, Shaped
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
+from ppl_lm.lm import pyro_sums  # noqa: F401  # for its effect: enumerated sites beside float64 ones
+
 
 class Optimality(TorchDistribution):
     """How likely "this text is optimal" (O = 1) is, given its reward: p(O=1 | x) = exp(log_potential(x)).

@@ -12,27 +12,32 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
-from math import inf, isfinite, prod
-from numbers import Real
-from typing import Any
+from functools import partial
+from math import isfinite, prod
+from typing import Any, Never
 
 import numpy as np
 import torch
 from jaxtyping import Float64, Int
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
-from torch import Tensor
+from torch import Tensor, nn
 
+from ppl_lm.likelihood.reward_values import RewardError, as_number, as_rewards, short
 from ppl_lm.lm import meter
+from ppl_lm.lm.network import Network
 from ppl_lm.lm.prompts import Prompts
-
-
-class RewardError(ValueError):
-    """A reward function failed, or returned something that is not one reward for each completion."""
 
 
 class RewardTimeout(RewardError):
     """A reward function did not answer in time."""
+
+
+SUM_OF_REWARDS = (
+    "rewards are not added or scaled as objects. Give one function that does: def both(**inputs): return [a + 0.5 * b for a, b "
+    "in zip(first(**inputs), second(**inputs))]; or a program of your own that takes two rewards, each bound by its name"
+)
 
 
 @contextmanager
@@ -48,12 +53,25 @@ def preserved_rng() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+_asked: ContextVar[bool] = ContextVar("asked", default=True)
+
+
+@contextmanager
+def unasked() -> Iterator[None]:
+    """Inside the block every `Reward` is 0, or `r_max` where that is less, and no function is called."""
+    token = _asked.set(False)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
 class Reward:
     """Wraps a reward function; `reward(prompts, x)` is r(x | prompt), in the unit of the function.
 
-    :param function: any callable in TRL's signature, plain or `async`. It is given, by name, those of `prompts`,
-        `completions`, `completion_ids` and the prompts' columns that it accepts, as copies. For chat prompts a
-        completion is `[{"role": "assistant", "content": text}]`.
+    :param function: any callable in TRL's signature, plain or `async`: a function, an object, a module. It is given, by
+        name, those of `prompts`, `completions`, `completion_ids` and the prompts' columns that it accepts, as copies. For
+        chat prompts a completion is `[{"role": "assistant", "content": text}]`. Its numbers are of any kind that float64 holds.
     :param r_max: a bound that no reward exceeds; if None, `function.r_max` where there is one.
     :param timeout: seconds that one call (all completions together) may take; None waits for ever. A plain function
         that hangs is left behind in a daemon thread, since Python cannot stop it.
@@ -70,17 +88,17 @@ class Reward:
             r_max = function.r_max if r_max is None else r_max
             timeout = function.timeout if timeout is None else timeout
             function = function.function
-        if not callable(function):
-            raise TypeError(f"a reward is a function f(prompts, completions, ...) -> list of floats; got {function!r}")
+        require_reward(function)
         r_max = getattr(function, "r_max", None) if r_max is None else r_max
-        if r_max is not None and not isfinite(r_max):
-            raise ValueError(f"r_max={r_max}; give a finite number, or None where rewards have no bound")
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout={timeout} seconds; give a number above 0, or None to wait for ever")
+        bound, seconds = as_number(r_max), as_number(timeout)
+        if r_max is not None and (bound is None or not isfinite(bound)):
+            raise ValueError(f"r_max={short(r_max)}; give a finite number, or None where rewards have no bound")
+        if timeout is not None and not (seconds is not None and seconds > 0):
+            raise ValueError(f"timeout={short(timeout)} seconds; give a number above 0, or None to wait for ever")
         self.function = function
-        self.name = self.__name__ = getattr(function, "__name__", type(function).__name__)
-        self.r_max = None if r_max is None else float(r_max)
-        self.timeout = timeout
+        named = function.func if isinstance(function, partial) else function
+        self.name = self.__name__ = getattr(named, "__name__", type(named).__name__)
+        self.r_max, self.timeout = bound, seconds
 
     def __repr__(self) -> str:
         return f"Reward({self.name}, r_max={self.r_max}, timeout={self.timeout})"
@@ -95,6 +113,17 @@ class Reward:
                 prompts, x = replace(prompts, ids=detach_provenance(prompts.ids)), detach_provenance(x)
             return track_provenance(self.score(prompts, x), provenance)
         return self.function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the function has besides, such as an object's own methods."""
+        if name.startswith("__") or "function" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.function, name)
+
+    def _no_arithmetic(self, *_: Any) -> Never:
+        raise TypeError(SUM_OF_REWARDS)
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _no_arithmetic
 
     def score(self, prompts: Prompts, x: Int[Tensor, "*#S T"]) -> Float64[Tensor, "*#S"]:
         """The reward of each completion, float64, detached, on x's device.
@@ -115,11 +144,11 @@ class Reward:
                 f"not broadcast against the prompts' batch shape {tuple(prompts.batch_shape)}"
             ) from error
         n = prod(shape)
-        if n == 0:
-            return torch.empty(shape, dtype=torch.float64, device=x.device)
+        if n == 0 or not _asked.get():
+            return torch.full(shape, min(0.0, self.r_max or 0.0), dtype=torch.float64, device=x.device)
         rows = torch.arange(prod(prompts.batch_shape)).reshape(prompts.batch_shape).expand(shape).flatten().tolist()
         ids = x.detach().expand(*shape, x.shape[-1]).reshape(n, -1)  # (N, T)
-        texts: list[str] = prompts.decode(ids)
+        texts: list[str] = prompts.decode(ids.reshape(*shape, -1))
 
         def repeated(items: list[Any]) -> list[Any]:
             return [items[row] if isinstance(items[row], str) else copy.deepcopy(items[row]) for row in rows]
@@ -132,16 +161,18 @@ class Reward:
             for prompt, text in zip(repeated_prompts, texts, strict=True)
         ]
         inputs["completion_ids"] = prompts.completion_ids(ids)
-        first = f"first prompt {_short(prompts.texts[rows[0]])}, first completion {_short(texts[0])}"
+        first = f"first prompt {short(prompts.texts[rows[0]])}, first completion {short(texts[0])}"
 
         meter.add(reward_calls=n)
         returned = self._call(self._accepted(inputs), first)
-        return torch.tensor(self._checked(returned, texts), dtype=torch.float64, device=x.device).reshape(shape)
+        return torch.tensor(
+            as_rewards(returned, texts, self.name, self.r_max), dtype=torch.float64, device=x.device
+        ).reshape(shape)
 
     def _accepted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Those of `inputs` that the function's signature accepts."""
         try:
-            signature = inspect.signature(self.function)
+            signature = signature_of(self.function)
         except ValueError:  # some built-in callables have none
             return inputs
         kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
@@ -153,7 +184,8 @@ class Reward:
         except TypeError as error:
             raise RewardError(
                 f"reward {self.name!r} has the signature {signature}: {error}. It is called by name with prompts, "
-                "completions, completion_ids and the columns of the prompts' data set, as far as it accepts them"
+                "completions, completion_ids and the columns of the prompts' data set, as far as it accepts them. A network "
+                "of the program's own is bound by another name than reward or constraint"
             ) from error
         return inputs
 
@@ -176,44 +208,53 @@ class Reward:
             message = f"reward {self.name!r} raised {type(error).__name__}: {error}; {first}"
             raise RewardError(message) from error
 
-    def _checked(self, returned: Any, texts: list[str]) -> list[float]:
-        """The rewards as plain floats, one for each text."""
-        n = len(texts)
-        if not isinstance(returned, (Tensor, np.generic)) and hasattr(returned, "__array__"):
-            returned = np.asarray(returned)  # pandas and the like
-        if not isinstance(returned, (Tensor, np.ndarray, list, tuple)):
-            raise RewardError(
-                f"reward {self.name!r} returned {_short(returned)} of type {type(returned).__name__}; it needs a list "
-                f"of {n} numbers, one for each completion (first completion {_short(texts[0])})"
-            )
-        shape = (len(returned),) if isinstance(returned, (list, tuple)) else tuple(returned.shape)
-        if shape != (n,):
-            raise RewardError(
-                f"reward {self.name!r} returned {type(returned).__name__} of shape {shape}; it needs shape ({n},), one "
-                f"number for each completion, and is not broadcast (first completion {_short(texts[0])})"
-            )
-        items = returned.tolist() if isinstance(returned, (Tensor, np.ndarray)) else returned
-        most = inf if self.r_max is None else self.r_max
-        if all(type(item) is float and item < inf and item <= most for item in items):  # NaN is not
-            return list(items)
-        return [self._checked_item(i, item, texts) for i, item in enumerate(items)]
 
-    def _checked_item(self, i: int, item: Any, texts: list[str]) -> float:
-        if not isinstance(item, float) and isinstance(item, (Tensor, np.generic, np.ndarray)) and item.ndim == 0:
-            item = item.item()
-        value = float(item) if isinstance(item, (float, Real)) else None  # float first: to ask `Real` takes long
-        if value is None or not value < inf:  # `not <`: NaN too
-            need = "a real number, or -inf for a text that must not occur"
-        elif self.r_max is None or value <= self.r_max:
-            return value
-        elif value <= self.r_max + 1e-6 * max(1.0, abs(self.r_max)):
-            return self.r_max  # float32 may round r_max itself up
-        else:
-            need = f"at most its declared r_max={self.r_max:g}"
-        raise RewardError(
-            f"reward {self.name!r} returned {_short(item)} for completion {i} of {len(texts)}, {_short(texts[i])}; "
-            f"it needs {need}"
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """What a call takes by name: of a module its `forward`'s.
+
+    :raises ValueError: of some built-in callables, which have none."""
+    return inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+
+
+def takes_completions(function: Any) -> bool:
+    """Whether a callable of whatever kind asks for `completions` or `completion_ids` by name, as rewards do; or is a function
+    that takes anything by name. What takes anything but is no function may be a network or a tokenizer."""
+    if not callable(function) or inspect.isclass(function):
+        return False
+    try:
+        parameters = signature_of(function).parameters
+    except (ValueError, TypeError):  # of a built-in
+        return False
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    is_function = inspect.isroutine(function) or isinstance(function, partial)
+    return "completions" in parameters or "completion_ids" in parameters or (is_function and anything)
+
+
+def require_reward(function: Any) -> None:
+    """:raises TypeError: if this is no callable that could score completions; the message says what to give instead."""
+    what = "a reward is a function f(prompts, completions, ...) -> list of floats"
+    if isinstance(function, str):
+        raise TypeError(
+            f"{what}; got {function!r}, a name, which the command line alone reads: give the function, such as "
+            "ppl_lm.rewards.vader"
         )
+    if isinstance(function, (list, tuple, set, dict)):
+        raise TypeError(f"{what}; got a {type(function).__name__}: {SUM_OF_REWARDS}")
+    if inspect.isclass(function):
+        raise TypeError(f"{what}; got the class {function.__name__}: give an instance of it")
+    if isinstance(function, Network):
+        raise TypeError(
+            f"{what}; got a language model: bind one by another argument's name, or score texts with it yourself"
+        )
+    is_pipeline = type(function).__module__.startswith("transformers.pipelines")
+    is_pretrained = isinstance(function, nn.Module) and hasattr(getattr(function, "config", None), "model_type")
+    if is_pipeline or (is_pretrained and not takes_completions(function)):
+        raise TypeError(
+            f"{what}; got {type(function).__name__} of Hugging Face's: for a sequence classifier give "
+            "ppl_lm.rewards.classifier(model, label, tokenizer); around another write a function of texts"
+        )
+    if not callable(function):
+        raise TypeError(f"{what}; got {function!r}")
 
 
 class _Unanswered(Exception):
@@ -247,8 +288,3 @@ def _in_thread(function: Callable[[], Any], timeout: float | None) -> Any:
     if not outcome:
         raise _Unanswered
     return outcome[0]
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,6 +1,6 @@
 """Ready rewards: functions in TRL's signature, `f(prompts, completions, completion_ids, **columns) -> list[float]`.
 
-One that has a bound carries it as the attribute `r_max`. On the command line a reward is named as `parse` reads it.
+One that has a bound carries it as the attribute `r_max`.
 """
 
 import re

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ppl_lm.embedded import FOLDER
-from ppl_lm.lm.checks import one_pass, self_check
-from ppl_lm.lm.copies import require_own_weights
-from ppl_lm.lm.folders import require_causal, require_model_folder
+from ppl_lm.lm.checking.checks import one_pass, self_check
+from ppl_lm.lm.checking.copies import require_own_weights
+from ppl_lm.lm.checking.folders import require_causal, require_model_folder, save, saved_settings
 from ppl_lm.lm.network import Network
 from ppl_lm.lm.token_sequence import TokenSequence
 
@@ -41,16 +41,18 @@ class LanguageModel(Network):
     def from_pretrained(
         cls,
         name_or_folder: str | Path = FOLDER,
-        max_new_tokens: int = 40,
+        max_new_tokens: int | None = None,
         *,
         end_ids: Iterable[int] | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> "LanguageModel":
         """A frozen LM from a folder or a hub name; without one, the small LM that ships with the package.
 
         Checks itself before it is returned (`self_check`).
 
+        :param max_new_tokens: None: as many as it was saved with (`save_pretrained`), else 40; `end_ids` likewise, else those
+            that the folder's files name; `dtype` likewise, else float32.
         :raises ValueError: if weights are missing, unexpected, misshapen or not finite, or if the model scores its own
             samples differently from how it drew them.
         """
@@ -60,6 +62,12 @@ class LanguageModel(Network):
         on_the_hub = isinstance(name_or_folder, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_folder)
         if folder.exists() or not on_the_hub:
             require_model_folder(folder, what)
+        saved = saved_settings(folder)
+        length: int = saved.get("max_new_tokens", 40) if max_new_tokens is None else max_new_tokens
+        end_ids, dtype = (
+            saved.get("end_ids") if end_ids is None else end_ids,
+            dtype or saved.get("dtype", torch.float32),
+        )
         state = torch.random.get_rng_state()
         try:
             with quiet():  # what transformers' report of the weights warns of is refused below
@@ -77,7 +85,7 @@ class LanguageModel(Network):
             raise ValueError(f"{what} could not be loaded: {error}") from error
         finally:
             torch.random.set_rng_state(state)
-        lm = cls(model.to(device or default_device()), tokenizer, max_new_tokens, end_ids)
+        lm = cls(model.to(device or default_device()), tokenizer, length, end_ids)
         one_pass(lm)
         for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if report.get(fault):
@@ -89,6 +97,14 @@ class LanguageModel(Network):
                 raise ValueError(f"{what}: weight {name!r} holds NaN or infinite values")
         lm.self_check()
         return lm
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a Hugging Face folder with weights and tokenizer, which `from_pretrained(folder)` reads back as it was, and
+        transformers too. Of a fitted guide: `guide.lm.save_pretrained(folder)`.
+
+        :raises ValueError: if the network is none of transformers' own, such as a product or an adapter."""
+        with quiet():
+            save(self, Path(folder))
 
     def forward(self, prompts: Any) -> TokenSequence:
         """The distribution over completions of `prompts` (strings, chats, a dataset, or `Prompts`)."""

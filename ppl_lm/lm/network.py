@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ppl_lm.lm import cache as caches
 from ppl_lm.lm import meter
-from ppl_lm.lm.lengths import boundaries, context_length
+from ppl_lm.lm.checking.lengths import boundaries, context_length
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.vocabulary import Vocabulary, text_config
 
@@ -64,6 +64,19 @@ class Network(nn.Module):
 
     def prompts(self, prompts: Any) -> Prompts:
         return Prompts.make(prompts, self.vocabulary, self.device)
+
+    def completions(self, texts: str | Iterable[str]) -> Int[Tensor, "B T"]:
+        """Token ids of given texts as this network's completions, for `obs=` and `log_prob`: (B, T) int64, each with its end
+        token (the first of `end_ids`) and padding, as the tokenizer alone would cut the text up.
+
+        A text of exactly T tokens has no end token and pays for none: it is one that has begun. So a first text that a second
+        one goes on from, and that is to be a beginning rather than a whole, comes from a network with its length as
+        `max_new_tokens`: `LanguageModel(lm.model, tokenizer, n)`; what ends earlier has chosen to end.
+
+        :raises ValueError: if a text is empty, has more than T tokens, or is not what its ids say."""
+        given = [texts] if isinstance(texts, str) else list(texts)
+        rows = [self.vocabulary.completion(text, self.max_new_tokens, f"text {i}") for i, text in enumerate(given)]
+        return torch.tensor(rows, dtype=torch.int64, device=self.device).reshape(len(rows), self.max_new_tokens)
 
     @property
     def device(self) -> torch.device:

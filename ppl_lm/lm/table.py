@@ -94,6 +94,7 @@ def table_lm(
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
+    _require_room(max_prompt)
     if not 2 <= vocab_size <= 27:
         raise ValueError(f"vocab_size={vocab_size}; give 2 to 27 (letters and the end token)")
     words = [chr(ord("a") + i) for i in range(vocab_size - 1)] + ["<end>"]
@@ -120,6 +121,7 @@ def table_like(
     """A trainable uniform table with the vocabulary and length of `lm`.
 
     :param network: of another kind, say one that forgets: which row of the table is whose prefix."""
+    _require_room(max_prompt)
     ends = lm.vocabulary.end_ids
     config = TableConfig(
         lm.vocabulary.size,
@@ -131,3 +133,8 @@ def table_like(
     table = LanguageModel(network(config), lm.vocabulary.tokenizer, lm.max_new_tokens, end_ids=ends)
     table.vocabulary = lm.vocabulary
     return table.to(lm.device).requires_grad_(True)
+
+
+def _require_room(max_prompt: Any) -> None:
+    if type(max_prompt) is not int or max_prompt < 1:
+        raise ValueError(f"max_prompt={max_prompt!r}; give a whole number of tokens, at least 1")

@@ -11,7 +11,8 @@ from pyro.distributions import TorchDistribution, constraints
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
-from ppl_lm.lm.checks import require_fit
+from ppl_lm.lm import pyro_sums  # noqa: F401  # for its effect: enumerated sites beside float64 ones
+from ppl_lm.lm.checking.checks import require_fit
 from ppl_lm.lm.decoder import sample
 from ppl_lm.lm.network import DivergedError, Network
 from ppl_lm.lm.prompts import Prompts

@@ -2,16 +2,20 @@
 
 import hashlib
 import re
+import reprlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from ppl_lm.embedded import FOLDER
-from ppl_lm.lm.text_ends import TextEnds
+from ppl_lm.lm.tokens.chats import encode_chat, special_tokens
+from ppl_lm.lm.tokens.text_ends import TextEnds
 
 
 class Vocabulary(TextEnds):
@@ -68,12 +72,22 @@ class Vocabulary(TextEnds):
         return cls.of(AutoTokenizer.from_pretrained(name_or_folder), config, generation)
 
     def decode(self, x: Int[Tensor, "N T"]) -> list[str]:
-        """Text of each completion, without special tokens: N strings; equal rows are decoded once."""
-        rows = [tuple(row) for row in self.completion_ids(x)]
-        distinct = list(dict.fromkeys(rows))
-        texts = self.tokenizer.batch_decode(list(map(list, distinct)), skip_special_tokens=True) if rows else []
+        """Text of each completion by itself, without special tokens: N strings. `Prompts.decode` gives it as it stands after
+        its prompt: where the tokens write a space first, some tokenizers (SentencePiece) drop it at the start of a text."""
+        return self.texts(self.completion_ids(x))
+
+    def texts(self, rows: Iterable[Iterable[int]]) -> list[str]:
+        """What these tokens write, without special tokens, whatever the tokenizer's file says of cleaning spaces up. The one
+        decoder; equal rows are decoded once."""
+        keys = [tuple(row) for row in rows]
+        distinct = list(dict.fromkeys(keys))
+        if not distinct:
+            return []
+        texts = self.tokenizer.batch_decode(
+            list(map(list, distinct)), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         text_of = dict(zip(distinct, texts, strict=True))
-        return [text_of[row] for row in rows]
+        return [text_of[key] for key in keys]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt. Text that looks like a special token is plain text; the empty prompt is the BOS token."""
@@ -89,29 +103,57 @@ class Vocabulary(TextEnds):
             raise ValueError(f"prompt {text!r} has no tokens and this tokenizer has no BOS token; give a longer prompt")
         return [self.bos_id]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Ids of a chat up to the assistant's turn. The template's special tokens are special, those that a message's
-        content spells out are plain text."""
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise ValueError("this tokenizer has no chat template: give prompts as strings, not as messages")
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> list[int]:
+        """Ids of a chat, as `apply_chat_template` renders it up to the assistant's turn; but control tokens that its texts
+        spell out are plain text.
 
-        def render(messages: Sequence[Mapping[str, Any]]) -> str:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        :param arguments: `tools`, `documents`, `chat_template_kwargs`; see `ppl_lm.lm.tokens.chats.encode_chat`."""
+        return encode_chat(self.tokenizer, messages, **arguments)
 
-        special = set(self.tokenizer.all_special_tokens) | {
-            t.content for t in getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        }
-        if not any(s in str(m.get("content")) for m in messages for s in special):
-            return self.plain(render(messages), special=True)
-        marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
-        ids: list[int] = []
-        for n, part in enumerate(re.split("\ue000(\\d+)\ue001", render(marked))):  # template, number, template, ...
-            ids += self.plain(str(messages[int(part)].get("content"))) if n % 2 else self.plain(part, special=True)
-        return ids
+    def warn_of_control_tokens(self, texts: Iterable[str], what: str) -> None:
+        """Warns if a text that is encoded as plain text spells a control token."""
+        tokens = sorted(set(special_tokens(self.tokenizer).values()) - {""})
+        spelled = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+        for text in texts:
+            if found := spelled.search(text):
+                warnings.warn(
+                    f"{what} {reprlib.repr(text)} spells the control token {found[0]!r}, which is encoded as plain text. If a "
+                    "chat template made it, give the chat's messages instead, or its tokens: Prompts.from_ids",
+                    stacklevel=4,
+                )
+                return
 
-    def plain(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a piece of text, nothing added; with `special`, what looks like a special token is one."""
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"])
+    def plain(self, text: str) -> list[int]:
+        """Ids of a text, nothing added; what looks like a special token is plain text."""
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def completion(self, text: str, length: int, what: str) -> list[int]:
+        """Ids of a text with its end token and padding, `length` in all; without an end token where it has as many itself.
+
+        :param what: names it in messages.
+        :raises ValueError: if it has no such ids."""
+        if not isinstance(text, str):
+            raise ValueError(f"{what} is {text!r}; give a string")
+        ids = self.plain(text)
+        if not ids:
+            raise ValueError(f"{what} is empty: {text!r} has no tokens; give at least one, or the ids themselves")
+        if len(ids) > length:
+            raise ValueError(
+                f"{what} has {len(ids)} tokens, {text[:60]!r}; completions here have at most {length}: raise max_new_tokens"
+            )
+        ended = [self.tokenizer.decode([i]) for i in ids if i in self.end_ids]
+        if ended:
+            raise ValueError(
+                f"{what} holds the end token {ended[0]!r}, after which a completion has nothing: {text[:60]!r}"
+            )
+        row = [*ids, min(self.end_ids)][:length]
+        row += [self.pad_id] * (length - len(row))
+        (read,) = self.decode(torch.tensor([row]))
+        if read != text:
+            raise ValueError(
+                f"{what} cannot be encoded: {text[:60]!r} reads {read[:60]!r} in this tokenizer's tokens; give what they write"
+            )
+        return row
 
     @cached_property
     def fingerprint(self) -> str:

@@ -34,7 +34,7 @@ def heat(
     owned = ax is None
     ax = axes(ax)
     figure: Any = ax.figure
-    scale = scale or largest(numbers)
+    scale = largest(numbers, scale)
     colours = ScalarMappable(Normalize(-scale, scale), colormaps["RdBu"])
     bar = figure.colorbar(colours, ax=ax, location="bottom", fraction=0.08, aspect=40, pad=0.04)
     bar.set_label("log q - log p0 of each token [nats]")
@@ -124,5 +124,10 @@ def as_numbers(tokens: Sequence[str], values: Iterable[float | None]) -> list[fl
     return numbers
 
 
-def largest(numbers: Sequence[float]) -> float:
-    return max((abs(v) for v in numbers if math.isfinite(v)), default=0.0) or 1.0
+def largest(numbers: Sequence[float], scale: float | None = None) -> float:
+    """The colours' scale, nats: as given, or the largest of the numbers.
+
+    :raises ValueError: if it is not above 0."""
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale}; give a number of nats above 0, or None for the largest value")
+    return scale or max((abs(v) for v in numbers if math.isfinite(v)), default=0.0) or 1.0

@@ -12,7 +12,7 @@ def heat_html(tokens: Sequence[str], values: Iterable[float], scale: float | Non
     """Tokens as HTML spans of class `token`, and `up`, `down` or `unknown` by the sign of their value, which is in `title`. The
     custom property `--v`, -1 to 1, is the value by `scale` (None: the largest there is), for the stylesheet to colour."""
     numbers = as_numbers(tokens, values)
-    scale = scale or largest(numbers)
+    scale = largest(numbers, scale)
     spans = []
     for token, value in zip(tokens, numbers, strict=True):
         sign = "unknown" if math.isnan(value) else "up" if value > 0 else "down" if value < 0 else "zero"

@@ -50,7 +50,9 @@ def _measured(fit: Fit, gain: float) -> tuple[str, float]:
 
 
 def _which(fit: Fit) -> str:
-    return {"last": "the last one", "best": f"that of step {fit.kept_step}", "start": "the prior itself"}[fit.kept]
+    return {"last": "the last one", "best": f"that of step {fit.kept_step}", "start": "the one that it began with"}[
+        fit.kept
+    ]
 
 
 def _duration(fit: Fit) -> str:

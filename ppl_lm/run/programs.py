@@ -30,9 +30,10 @@ class Programs:
     prompts: Prompts
 
 
-def build(settings: Settings, fitted: Path | None = None) -> Programs:
+def build(settings: Settings, fitted: Path | None = None, trainable: bool = False) -> Programs:
     """Loads the LM and binds the programs; with `fitted`, the guide's network is read from that folder.
 
+    :param trainable: whether that network is to be fitted further.
     :raises ValueError: on anything that does not exist or does not fit together, by name."""
     if not 0 < settings.beta < math.inf:
         raise ValueError(f"beta={settings.beta}; the reward's temperature must be above 0")
@@ -53,6 +54,7 @@ def build(settings: Settings, fitted: Path | None = None) -> Programs:
 
         network = LanguageModel.from_pretrained(fitted, settings.max_new_tokens, device=settings.device)
         network.vocabulary.require_same(prior.vocabulary, f"{fitted.name} and the prior")
+        network.requires_grad_(trainable)
     target, approximation = model_and_guide(model, guide, prior, network, reward, settings.beta)
     prompts = prior.prompts({"prompt": settings.prompts, **settings.columns})
     prior(prompts)  # refuses prompts that do not fit the context

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ppl_lm.criticism.arviz_reading import from_arviz
+from ppl_lm.criticism.inference_data.arviz_reading import from_arviz
 from ppl_lm.embedded import FOLDER
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.vocabulary import Vocabulary

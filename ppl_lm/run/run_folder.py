@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ppl_lm.run.config import FORMAT, Config
 from ppl_lm.run.files import read_json
+from ppl_lm.run.settings import Settings
 
 MARK = "config.json"  # a folder with one that ppl-lm wrote is a run
 WRITTEN = ("guide", "draws*.nc", "diagnosis*.json", "samples*.json", "metrics.jsonl", "fit.json", "report.html", MARK)
@@ -34,10 +35,11 @@ def require_free(folder: Path, overwrite: bool = False, keep_fit: bool = False) 
         raise ValueError(f"output-dir={str(folder)!r} holds a fitted guide, which draws do not replace; give another")
 
 
-def require_outside(folder: Path, lm: str | None) -> None:
-    """:raises ValueError: if the language model lies in the folder, which is to be emptied."""
+def require_outside(folder: Path, lm: str | None, name: str = "lm") -> None:
+    """:raises ValueError: if the language model, or another folder that is to be read, lies in the folder, which is to be
+    emptied."""
     if lm is not None and Path(lm).is_dir() and Path(lm).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"lm={lm!r} lies in output-dir={str(folder)!r}, which would be emptied; give another")
+        raise ValueError(f"{name}={lm!r} lies in output-dir={str(folder)!r}, which would be emptied; give another")
 
 
 def claim(folder: Path, overwrite: bool) -> None:
@@ -72,6 +74,20 @@ def read_config(folder: Path) -> Config:
         return Config.from_json(record)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{str(folder / MARK)!r} is damaged: {error}") from None
+
+
+def guide_to_go_on_from(settings: Settings) -> Path | None:
+    """Where the fitted guide lies that a fit is to begin with; None where it begins anew.
+
+    :raises ValueError: if `init_from` is no run with a fitted guide, or one of another kind of guide."""
+    if settings.init_from is None:
+        return None
+    theirs = read_config(Path(settings.init_from)).settings
+    if theirs.guide != settings.guide:
+        raise ValueError(
+            f"init-from={settings.init_from!r} fitted the guide {theirs.guide!r}; give --guide {theirs.guide}"
+        )
+    return fitted_guide(Path(settings.init_from))
 
 
 def fitted_guide(folder: Path) -> Path:

@@ -10,7 +10,7 @@ import torch
 from pyro.params.param_store import _MODULE_NAMESPACE_DIVIDER
 
 from ppl_lm.infer.binding import Bound
-from ppl_lm.lm.language_model import LanguageModel, quiet
+from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.prompts import Prompts
 
 
@@ -22,12 +22,8 @@ def save_guide(folder: Path, guide: Bound, probes: Prompts) -> None:
     lm = trained_language_model(guide)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".guide-"))
     try:
-        with quiet():
-            lm.model.save_pretrained(temporary)  # type: ignore[operator]
-        lm.vocabulary.tokenizer.save_pretrained(temporary)
-        copy = LanguageModel.from_pretrained(
-            temporary, lm.max_new_tokens, device=lm.device, dtype=next(lm.parameters()).dtype
-        )
+        lm.save_pretrained(temporary)
+        copy = LanguageModel.from_pretrained(temporary, device=lm.device)
         with torch.random.fork_rng(), torch.no_grad():
             few = probes.take(torch.arange(min(4, len(probes))))
             x = lm(few).sample()

@@ -9,10 +9,13 @@ class Settings:
     """Of a fit, or of draws by a sampler; saved in `config.json`.
 
     :param lm: a folder or a hub name; None is the LM that ships with the package.
+    :param init_from: the run whose fitted guide the fit began with; None: a guide that is untrained, as `finetuned` a copy
+        of the prior.
     :param time_limit: seconds."""
 
     model: str
     guide: str = "finetuned"
+    init_from: str | None = None
     objective: str = "reverse_kl"
     lm: str | None = None
     reward: str = "vader"

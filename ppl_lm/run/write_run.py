@@ -8,7 +8,7 @@ from typing import IO, Any
 
 from torch import nn
 
-from ppl_lm.criticism.arviz_groups import to_arviz
+from ppl_lm.criticism.inference_data.arviz_groups import to_arviz
 from ppl_lm.run.config import Config
 from ppl_lm.run.files import finite, write_draws, write_json
 from ppl_lm.run.fitting.loop import Fit

@@ -7,6 +7,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 
 from ppl_lm.criticism.averages import over_prompts
 from ppl_lm.criticism.diagnoses.figures import GuideFigures, PromptFigures
@@ -14,12 +16,15 @@ from ppl_lm.criticism.diagnoses.pool import Pool
 from ppl_lm.criticism.diagnoses.verdicts import Verdict, judge, of_prompts
 from ppl_lm.criticism.evidence import Evidence, log_evidence
 from ppl_lm.criticism.weights import ess_se, khat_se, max_weight, psis_khat
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.log_weights import kong_ess, mean
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import accept, select
+from ppl_lm.infer.tables import as_html
 from ppl_lm.infer.traces.observations import likelihood_bound
 
+SHOWN = ["verdict", "log_z", "log_z_se", "kl_q_p", "kl_q_p_se", "kl_p_q", "kl_p_q_se", "ess", "khat"]  # in a notebook
 MIN_EXACT = 20  # exact draws for a prompt, below which the reverse IWAE is the approximate one
 
 
@@ -44,6 +49,18 @@ class Diagnosis:
 
     def __repr__(self) -> str:
         return f"Diagnosis({self.verdict})"
+
+    def to_dataframe(self) -> Any:
+        """A `pandas.DataFrame` with a row for each prompt by name, a column for each figure, and the verdict's code."""
+        import pandas as pd
+
+        local = len(self.prompts) == len(self.guide.prompts)
+        names = self.guide.prompts.names if local else ["all prompts"]
+        table = pd.DataFrame([one.as_json() for one in self.prompts], index=pd.Index(names, name="prompt"))
+        return table.drop(columns="prompt")
+
+    def _repr_html_(self) -> str:
+        return as_html(self.to_dataframe()[SHOWN], str(self.verdict))
 
     def as_json(self) -> dict[str, Any]:
         """What `diagnosis.json` holds of it."""
@@ -73,7 +90,7 @@ def diagnose(
     guide: Callable[..., Any],
     prompts: Any,
     num_samples: int = 4096,
-    max_plate_nesting: int = 1,
+    max_plate_nesting: int | None = None,
 ) -> Diagnosis:
     """Draws from the guide and from the prior, weights both to the posterior's (`Pool`), finds exact posterior draws among the
     prior's where the likelihood has a bound, and says how far the guide is from the posterior.
@@ -81,6 +98,7 @@ def diagnose(
     :param num_samples: draws of each for every prompt.
     """
     require_enough(num_samples)
+    prompts = read_once(prompts, model, guide)
     from_prior = importance(model, None, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
     from_guide = importance(model, guide, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
     bound = likelihood_bound(model, prompts, joint=not from_guide.is_local)
@@ -163,9 +181,9 @@ def _figures(
     figures["seen"], figures["bounded"] = pool.seen(bound), bound is not None
     figures["possible"] = float((guide.log_weight > -torch.inf).double().mean())
     if "reward" in guide.records:
-        put("reward", mean(guide["reward"].flatten(0, 1)))
-        put("reward_prior", mean(prior["reward"].flatten(0, 1)))
-        rewards = torch.stack([d["reward"].flatten().double() for d in (prior, guide)])
+        rewards = torch.stack([_reward(draws) for draws in (prior, guide)])
+        put("reward", mean(rewards[1].unsqueeze(-1)))
+        put("reward_prior", mean(rewards[0].unsqueeze(-1)))
         put("reward_posterior", pool.posterior(rewards))
     log_w = guide.log_weight.flatten()
     put("ess", (kong_ess(log_w), ess_se(log_w)))
@@ -176,3 +194,8 @@ def _figures(
     cost = prior.cost + guide.cost  # of drawing for all prompts together
     figures["lm_tokens"], figures["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
     return figures, judge(**figures)
+
+
+def _reward(draws: Draws) -> Float64[Tensor, "S"]:
+    """Of each draw; the mean over prompts where they have but a joint weight, and over inner plates."""
+    return draws["reward"].double().flatten(0, 1).flatten(1).mean(1)

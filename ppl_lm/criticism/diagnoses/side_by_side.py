@@ -11,7 +11,7 @@ from ppl_lm.criticism.diagnoses.pool import pooled
 from ppl_lm.criticism.gains import token_gains
 from ppl_lm.criticism.text_diversity import diversity
 from ppl_lm.infer.draws import Draws, NoSupportError
-from ppl_lm.lm.token_pieces import pieces
+from ppl_lm.lm.tokens.token_pieces import pieces
 
 COUNT, MOST = 8, 8  # texts of each law that are shown, and prompts
 TEXTS, VARIED = 500, 4  # texts of each law whose variety is measured, and prompts
@@ -37,7 +37,7 @@ class ShownTexts(TypedDict):
 
 
 def samples(
-    diagnosis: Diagnosis, model: Callable[..., Any], guide: Callable[..., Any], max_plate_nesting: int = 1
+    diagnosis: Diagnosis, model: Callable[..., Any], guide: Callable[..., Any], max_plate_nesting: int | None = None
 ) -> list[ShownTexts]:
     """Of each of the first 8 prompts the first 8 texts under `prior`, `guide` and `posterior`.
 
@@ -96,7 +96,7 @@ def _resampled(draws: Draws, count: int) -> Draws | None:
     return replace(draws.map(lambda v: v.flatten(0, 1)[picks].unsqueeze(0)), kind="exact")
 
 
-def _texts(draws: Draws, model: Any, guide: Any, weighted: bool, nesting: int) -> list[ShownText]:
+def _texts(draws: Draws, model: Any, guide: Any, weighted: bool, nesting: int | None) -> list[ShownText]:
     name = draws.text_site
     one = draws[name].dim() == 4  # text a prompt
     gains = token_gains(model, guide, draws, name, nesting)[0, :, 0] if one else None  # (S, T)
@@ -105,7 +105,7 @@ def _texts(draws: Draws, model: Any, guide: Any, weighted: bool, nesting: int) -
     reward = draws.records.get("reward")
     rows = []
     for s, row in enumerate(x):
-        tokens = pieces(draws.prompts.vocabulary, row.cpu())
+        tokens = pieces(draws.prompts.vocabulary, row.cpu(), draws.prompts.contexts[0])
         text: ShownText = {"tokens": tokens, "gains": None, "reward": None}
         if gains is not None:
             text["gains"] = gains[s, : len(tokens)].tolist()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppl_lm.criticism.weights import khat_threshold
+from ppl_lm.infer.tables import as_html
 
 GOOD_SHARE = 0.15  # of the prior's distance from the posterior that a good guide may be away, error included
 GOOD_NATS = 0.125  # or this much in absolute terms
@@ -23,7 +24,7 @@ FAILED = ("collapsed", "misses_mass", "worse_than_prior")
 CODES = ("good", "poor", "collapsed", "misses_mass", "worse_than_prior", "unknown")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
     """:param code: of a guide one of `CODES`, of draws one of `CODES_OF_DRAWS`.
     :param sentence: what was found, with its figures.
@@ -35,6 +36,15 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"{self.code}: {self.sentence} {self.remedy}".rstrip()
+
+    def __repr__(self) -> str:
+        return f"Verdict({self})"
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        row = {"found": self.sentence, "what to do": self.remedy}
+        return as_html(pd.DataFrame([row], index=pd.Index([self.code], name="verdict")), "Verdict")
 
 
 def good_limit(was: float) -> float:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.likelihood.best_of import log_ratio
@@ -26,7 +27,7 @@ def best_of_n(
     num_samples: int = 1000,
     n: int = 8,
     soft: bool = False,
-    max_plate_nesting: int = 1,
+    max_plate_nesting: int | None = None,
 ) -> Draws:
     """For each sample, n draws of the guide of which the likeliest evidence's is kept: that of the highest reward.
 
@@ -39,9 +40,8 @@ def best_of_n(
     :param guide: None draws from the model's own prior.
     :raises NoSupportError: if with `soft` all n draws of a sample are impossible under the posterior.
     """
-    for what, value, least in (("num_samples", num_samples, 2 if soft else 1), ("n", n, 1)):
-        if value < least:
-            raise ValueError(f"{what}={value}; give at least {least}")
+    require_count("num_samples", num_samples, 2 if soft else 1)
+    require_count("n", n)
     pool = importance(model, guide, prompts, num_samples=num_samples * n, max_plate_nesting=max_plate_nesting)
     by_group = (pool.log_weight if soft else pool.log_likelihood).reshape(num_samples, n, -1)  # (S, n, B)
     # (S, B); equals are alike, so that any order will do

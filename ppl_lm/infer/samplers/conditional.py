@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
-from ppl_lm.infer.draws import Draws, concatenate, only_text
+from ppl_lm.infer.draws import Draws, concatenate
+from ppl_lm.infer.samplers.importance_sampling import only_text
 from ppl_lm.infer.samplers.population import grow
 from ppl_lm.infer.samplers.sequential import PLAIN, finish, laws, require_counts
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.traces.layout import ROWS
+from ppl_lm.infer.traces.structure import nesting_of
 from ppl_lm.lm import meter
 
 
@@ -22,7 +24,7 @@ def conditional_smc(
     *,
     num_samples: int = 256,
     settings: SMCSettings = PLAIN,
-    max_plate_nesting: int = 1,
+    max_plate_nesting: int | None = None,
 ) -> Draws:
     """For each planted draw a run of `smc` with these settings, one of whose texts is that draw and survives every resampling
     (Andrieu, Doucet & Holenstein 2010).
@@ -40,7 +42,8 @@ def conditional_smc(
             f"planted= must hold exact posterior draws (rejection), and these are {planted.kind}: around others a run's mean "
             "weight is no bound; particle_gibbs() moves draws that are not exact"
         )
-    return grow_around(planted, model, guide, settings, num_samples, max_plate_nesting)
+    nesting = nesting_of(max_plate_nesting, model, guide, planted.prompts)
+    return grow_around(planted, model, guide, settings, num_samples, nesting)
 
 
 def grow_around(

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 
+from ppl_lm.infer.binding import read_once
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, as_draws, concatenate
 from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.particles import run
+from ppl_lm.infer.traces.structure import nesting_of
 from ppl_lm.lm import meter
 
 
@@ -19,34 +22,48 @@ def importance(
     prompts: Any,
     *,
     num_samples: int = 1000,
-    max_plate_nesting: int = 1,
+    max_plate_nesting: int | None = None,
 ) -> Draws:
     """`num_samples` draws of the guide for each prompt, with what is needed to weight them: importance sampling.
 
     The mean of `exp(draws.log_weight)` is an unbiased estimate of Z for each prompt.
 
     :param guide: None draws from the model's own prior.
+    :param max_plate_nesting: how many plates lie within each other, the prompts' among them; None: found by a run that asks no
+        network and no reward. Likewise in all that follows.
     :raises ValueError: if `num_samples` is not positive, or a plate subsamples the prompts.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}; give at least 1")
+    require_count("num_samples", num_samples)
+    prompts = read_once(prompts, model, guide)
+    require_prompts(prompts)
+    nesting = nesting_of(max_plate_nesting, model, guide, prompts)
     size = max(2, ROWS // max(1, len(prompts)))
     counts = [min(size, num_samples - done) for done in range(0, num_samples, size)]
     parts = []
     for n in counts:
-        part = draw(model, guide, prompts, max(2, n), max_plate_nesting)  # a single particle would have no plate
+        part = draw(model, guide, prompts, max(2, n), nesting)  # a single particle would have no plate
         parts.append(part if n > 1 else part.map(lambda v: v[:, :1]))
     return concatenate(parts)
 
 
-def draw(model: Any, guide: Any, prompts: Any, n: int, nesting: int = 1) -> Draws:
+def draw(model: Any, guide: Any, prompts: Any, n: int, nesting: int) -> Draws:
     """n draws of the guide with their weights, in one run of guide and model; n is at least 2."""
+    prompts = read_once(prompts, model, guide)
     require_prompts(prompts)
     with meter.measure() as cost:
         p = run(model, guide, (prompts,), {}, n, nesting)
-    return replace(as_draws(p, nesting), cost=cost)
+    return replace(as_draws(p), cost=cost)
 
 
 def require_prompts(prompts: Any) -> None:
     if not len(prompts):
         raise ValueError("no prompt is given; give at least one, which may be empty: ['']")
+
+
+def only_text(state: Draws) -> tuple[str, ...]:
+    if len(state.texts) != 1 or len(state.latents) != 1 or state[state.texts[0]].dim() != 4:
+        raise ValueError(
+            f"this kernel moves one text a prompt; the program has the latent sites {sorted(state.latents)}: use "
+            "kernel=independence, which moves them all"
+        )
+    return state.texts

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_lm.infer.draws import Draws, only_text
+from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.samplers.conditional import grow_around
-from ppl_lm.infer.samplers.importance_sampling import draw
+from ppl_lm.infer.samplers.importance_sampling import draw, only_text
 from ppl_lm.infer.samplers.sequential import PLAIN
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.traces.text_site import Resumed
@@ -48,7 +48,8 @@ def suffix(model: Callable[..., Any], guide: Any, prompts: Any, max_plate_nestin
         x = state.latents[name][0]  # (N, B, T)
         before = vocabulary.lengths(x)
         place = (torch.rand(before.shape, dtype=torch.float64, device=x.device) * before).long()
-        with Resumed(name, x, place):
+        plates = (len(x), *[1] * (max_plate_nesting - 1), *x.shape[1:])  # the program's, between particles and prompts
+        with Resumed(name, x.reshape(plates), place.reshape(plates[:-1])):
             proposal = draw(model, guide, prompts, state.num_samples, max_plate_nesting)
         ratio = before.double().log() - vocabulary.lengths(proposal.latents[name][0]).double().log()
         return proposal, ratio if state.is_local else ratio.sum(-1, keepdim=True)

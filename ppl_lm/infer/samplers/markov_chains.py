@@ -8,9 +8,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
-from ppl_lm.infer.samplers.importance_sampling import draw
+from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
 from ppl_lm.infer.samplers.kernels import Kernel, Propose, suffix
+from ppl_lm.infer.traces.structure import nesting_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def mcmc(
     warmup: int = 100,
     num_chains: int = 32,
     kernel: Kernel = suffix,
-    max_plate_nesting: int = 1,
+    max_plate_nesting: int | None = None,
 ) -> Draws:
     """Markov chains whose law tends to the posterior, all run side by side, each from a draw of the guide.
 
@@ -63,15 +66,14 @@ def mcmc(
     :param kernel: `suffix`, `independence` or `particle_gibbs()`, or any function of that signature.
     :raises NoSupportError: if a chain has met no possible text by the end of its warm-up.
     """
-    for what, value, least in (
-        ("num_samples", num_samples, 1),
-        ("warmup", warmup, 0),
-        ("num_chains", num_chains, 2),  # R-hat compares chains
-    ):
-        if value < least:
-            raise ValueError(f"{what}={value}; give at least {least}")
-    propose = kernel(model, guide, prompts, max_plate_nesting)
-    state = draw(model, guide, prompts, num_chains, max_plate_nesting)
+    require_count("num_samples", num_samples)
+    require_count("warmup", warmup, 0)
+    require_count("num_chains", num_chains, 2)  # R-hat compares chains
+    prompts = read_once(prompts, model, guide)
+    require_prompts(prompts)
+    nesting = nesting_of(max_plate_nesting, model, guide, prompts)
+    propose = kernel(model, guide, prompts, nesting)
+    state = draw(model, guide, prompts, num_chains, nesting)
     cost, kept, rates = state.cost, [], []
     for i in range(warmup + num_samples):
         if i == warmup:

@@ -8,11 +8,13 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.draws import Draws
-from ppl_lm.infer.samplers.importance_sampling import draw
+from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
 from ppl_lm.infer.samplers.kernels import Kernel, suffix
 from ppl_lm.infer.samplers.markov_chains import require_support, step
 from ppl_lm.infer.traces.layout import Given
+from ppl_lm.infer.traces.structure import nesting_of
 
 
 class SequenceKernel(MCMCKernel):
@@ -37,15 +39,18 @@ class SequenceKernel(MCMCKernel):
         guide: Callable[..., Any] | None = None,
         *,
         kernel: Kernel = suffix,
-        max_plate_nesting: int = 1,
+        max_plate_nesting: int | None = None,
     ):
         self.model, self.guide, self.kernel, self.max_plate_nesting = model, guide, kernel, max_plate_nesting
         self.transforms: dict[str, _As] | None = None  # Pyro calls `setup` where it finds none
         self._start: dict[str, Tensor] | None = None
 
     def setup(self, warmup_steps: int, prompts: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        prompts = read_once(prompts, self.model, self.guide)
         self._prompts, self._warmup, self._steps, self._counted = prompts, warmup_steps, 0, 0
-        self._propose = self.kernel(self.model, self.guide, prompts, self.max_plate_nesting)
+        require_prompts(prompts)
+        self._nesting = nesting_of(self.max_plate_nesting, self.model, self.guide, prompts)
+        self._propose = self.kernel(self.model, self.guide, prompts, self._nesting)
         start, self._start = self._start, None
         self._enter(self._fresh() if start is None else self._at(start))
         self._rates = torch.zeros_like(self._state.log_guide[0, 0])
@@ -89,10 +94,10 @@ class SequenceKernel(MCMCKernel):
 
     @torch.no_grad()
     def _fresh(self) -> Draws:
-        return draw(self.model, self.guide, self._prompts, 2, self.max_plate_nesting)
+        return draw(self.model, self.guide, self._prompts, 2, self._nesting)
 
     def _at(self, params: dict[str, Tensor]) -> Draws:
-        with Given({name: torch.stack([value, value]) for name, value in params.items()}, self.max_plate_nesting):
+        with Given({name: torch.stack([value, value]) for name, value in params.items()}, self._nesting):
             state = self._fresh()
         if state.latents.keys() != params.keys():
             raise ValueError(f"got values of {sorted(params)}; this program's latent sites are {sorted(state.latents)}")

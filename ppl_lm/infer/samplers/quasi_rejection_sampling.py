@@ -8,10 +8,13 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError
-from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.importance_sampling import importance, require_prompts
 from ppl_lm.infer.samplers.rejection_sampling import propose_until, select
 from ppl_lm.infer.traces.layout import ROWS
+from ppl_lm.infer.traces.structure import nesting_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def quasi_rejection(
     num_samples: int = 1000,
     log_bound: float | Float[Tensor, ""] | Float[Tensor, "B"] | None = None,
     max_proposals: int = 1_000_000,
-    max_plate_nesting: int = 1,
+    max_plate_nesting: int | None = None,
 ) -> Draws:
     """Independent draws of p_b ∝ min(p(z, evidence), b q(z)): a draw of the guide with log weight w is kept with
     probability min(1, exp(w - log_bound)). Not the posterior: `log_guide` is log p_b, with Z_b estimated from the
@@ -78,11 +81,13 @@ def quasi_rejection(
     :param max_proposals: for each prompt.
     :raises NoSupportError: if a prompt has too few draws after `max_proposals`.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}; give at least 1")
-    pilot = None
+    require_count("num_samples", num_samples)
+    require_count("max_proposals", max_proposals)
+    prompts = read_once(prompts, model, guide)
+    require_prompts(prompts)
+    nesting, pilot = nesting_of(max_plate_nesting, model, guide, prompts), None
     if log_bound is None:
-        pilot = importance(model, guide, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
+        pilot = importance(model, guide, prompts, num_samples=num_samples, max_plate_nesting=nesting)
         log_bound = pilot.log_weight.flatten(0, 1).amax(0)
     bound = torch.as_tensor(log_bound, dtype=torch.float64)
     if bool((bound == -torch.inf).any()):
@@ -92,7 +97,7 @@ def quasi_rejection(
         return accept(part, bound), bound
 
     def propose(n: int) -> Draws:
-        return importance(model, guide, prompts, num_samples=n, max_plate_nesting=max_plate_nesting)
+        return importance(model, guide, prompts, num_samples=n, max_plate_nesting=nesting)
 
     kept, mask, proposals = propose_until(
         propose, keep, num_samples, max_proposals, max(1, ROWS // max(1, len(prompts)))

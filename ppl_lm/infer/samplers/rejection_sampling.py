@@ -8,10 +8,13 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import TOLERANCE, Draws, NoSupportError, concatenate
-from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.importance_sampling import importance, require_prompts
 from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.observations import likelihood_bound
+from ppl_lm.infer.traces.structure import nesting_of
 
 MIN_PROPOSALS = 64  # proposals at a time
 
@@ -25,7 +28,7 @@ def rejection(
     num_samples: int = 1000,
     log_bound: float | None = None,
     max_proposals: int = 1_000_000,
-    max_plate_nesting: int = 1,
+    max_plate_nesting: int | None = None,
 ) -> Draws:
     """`num_samples` exact, independent posterior draws for each prompt: a draw of the guide with log weight w is kept
     with probability exp(w - log_bound).
@@ -37,9 +40,11 @@ def rejection(
     :raises ValueError: if there is no bound, or a draw exceeds it: an error, not a clamp.
     :raises NoSupportError: if a prompt has too few draws after `max_proposals`.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}; give at least 1")
-    from_prior = log_bound is None
+    require_count("num_samples", num_samples)
+    require_count("max_proposals", max_proposals)
+    prompts = read_once(prompts, model, guide)
+    require_prompts(prompts)
+    nesting, from_prior = nesting_of(max_plate_nesting, model, guide, prompts), log_bound is None
     if log_bound is None:
         log_bound = likelihood_bound(model, prompts)
         if log_bound is None:
@@ -62,7 +67,7 @@ def rejection(
         return accept(part, nats), nats
 
     def propose(n: int) -> Draws:
-        return importance(model, guide, prompts, num_samples=n, max_plate_nesting=max_plate_nesting)
+        return importance(model, guide, prompts, num_samples=n, max_plate_nesting=nesting)
 
     kept, mask, proposals = propose_until(
         propose, keep, num_samples, max_proposals, max(1, ROWS // max(1, len(prompts)))

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
+from ppl_lm.infer.counts import require_count
+
 SMALLEST = 1e-15  # a point is kept so far below the end of the line that it does not round to it
 
 
@@ -29,9 +31,9 @@ class Resampled:
 Rule = Callable[..., Resampled]
 """(log_w, count, u=None, through=None) -> Resampled.
 
-:param u: the uniform numbers in [0, 1) by which it chooses, (count + 1, P), float64; None draws them.
-:param through: (P,) a particle of each population that has to survive: the rule's law given that, and that one of its
-    offspring, all of them alike, is looked at. This is what conditional SMC needs (Andrieu et al. 2010)."""
+- `u`: the uniform numbers in [0, 1) by which it chooses, (count + 1, P), float64; None draws them.
+- `through`: (P,) a particle of each population that has to survive: the rule's law given that, and that one of its
+  offspring, all of them alike, is looked at. This is what conditional SMC needs (Andrieu et al. 2010)."""
 
 
 def multinomial(
@@ -127,6 +129,7 @@ def _inclusion(w: Float[Tensor, "N P"], count: int) -> Float[Tensor, "N P"]:
 
 
 def _uniform(log_w: Float[Tensor, "N P"], count: int) -> Float64[Tensor, "points P"]:
+    require_count("count", count)
     return torch.rand(count + 1, log_w.shape[1], dtype=torch.float64, device=log_w.device)
 
 

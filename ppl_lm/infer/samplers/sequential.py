@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError, as_draws, concatenate
 from ppl_lm.infer.log_weights import kong_ess
 from ppl_lm.infer.samplers.importance_sampling import require_prompts
@@ -14,6 +16,7 @@ from ppl_lm.infer.samplers.population import History, Population, grow, log_z_in
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.particles import run
+from ppl_lm.infer.traces.structure import nesting_of
 from ppl_lm.infer.traces.text_site import TextIs, text_law
 from ppl_lm.lm import meter
 from ppl_lm.lm.token_sequence import TokenSequence
@@ -30,7 +33,7 @@ def smc(
     num_samples: int = 256,
     num_runs: int = 1,
     settings: SMCSettings = PLAIN,
-    max_plate_nesting: int = 1,
+    max_plate_nesting: int | None = None,
 ) -> Draws:
     """`num_samples` weighted texts for each prompt that grew together: sequential Monte Carlo (Doucet et al. 2001; twisted:
     Zhao et al. 2024).
@@ -53,14 +56,16 @@ def smc(
     """
     require_counts(num_samples, num_runs)
     settings.require_fits(guide)
+    prompts = read_once(prompts, model, guide)
     with meter.measure() as cost:
         prior, proposal = laws(model, guide, prompts)
+        nesting = nesting_of(max_plate_nesting, model, guide, prompts)
         batch, parts, done = len(prior.prompts), [], 0
         size = max(1, ROWS // (num_samples * settings.expand * batch))  # runs at a time
         while done < num_runs:
             runs = min(size, num_runs - done)
             population, history = grow(prior, proposal, settings, num_samples, runs)
-            parts.append(finish(model, prompts, population, history, batch, max_plate_nesting))
+            parts.append(finish(model, prompts, population, history, batch, nesting))
             done += runs
     draws = replace(concatenate(parts, dim=0), cost=cost)
     require_support(draws)
@@ -69,9 +74,8 @@ def smc(
 
 def require_counts(num_samples: int, num_runs: int) -> None:
     """:raises ValueError: by name, if there are too few."""
-    for name, value, least in (("num_samples", num_samples, 2), ("num_runs", num_runs, 1)):
-        if value < least:
-            raise ValueError(f"{name}={value}; give at least {least}")
+    require_count("num_samples", num_samples, 2)
+    require_count("num_runs", num_runs)
 
 
 def laws(model: Any, guide: Any, prompts: Any) -> tuple[TokenSequence, TokenSequence | None]:
@@ -89,9 +93,7 @@ def laws(model: Any, guide: Any, prompts: Any) -> tuple[TokenSequence, TokenSequ
     return prior, proposal
 
 
-def finish(
-    model: Any, prompts: Any, population: Population, history: History, batch: int, max_plate_nesting: int = 1
-) -> Draws:
+def finish(model: Any, prompts: Any, population: Population, history: History, batch: int, nesting: int) -> Draws:
     """Grown texts as draws, (runs, K, B): the model's own joint density takes the place of the last intermediate target."""
     count, populations, steps = population.x.shape
     runs = populations // batch
@@ -100,10 +102,10 @@ def finish(
         return v.reshape(count * runs, batch, *v.shape[2:])
 
     x, token_log_p = by_particle(population.x), by_particle(population.token_log_p)
-    plates = (len(x), *[1] * (max_plate_nesting - 1), *x.shape[1:])  # the program's, between particles and prompts
+    plates = (len(x), *[1] * (nesting - 1), *x.shape[1:])  # the program's, between particles and prompts
     with TextIs(x.reshape(plates), token_log_p.reshape(plates)):
-        particles = run(model, None, (prompts,), {}, count * runs, max_plate_nesting)
-    draws = as_draws(particles, max_plate_nesting)
+        particles = run(model, None, (prompts,), {}, count * runs, nesting)
+    draws = as_draws(particles)
     if len(draws.latents) != 1 or not draws.is_local or draws.latents[draws.texts[0]].dim() != 4:
         raise ValueError(
             f"SMC grows one text a prompt; this program has the latent sites {sorted(draws.latents)}: use importance() or "

@@ -11,6 +11,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import config_enumerate
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.traces.sites import Site, is_record, sample_sites
 from ppl_lm.likelihood.optimality import Optimality
 
@@ -35,6 +36,7 @@ def enumerate_sites(model: Callable[..., Any], guide: Callable[..., Any] | None,
 
     :raises ValueError: if a latent site cannot be enumerated, a site lies elsewhere than in the prompt plate alone, or there
         are too many values."""
+    prompts = read_once(prompts, model, guide)
     marked = config_enumerate(model, default="parallel", expand=False)
     trace = poutine.trace(poutine.enum(marked, first_available_dim=-2)).get_trace(prompts)
     sites = sample_sites(trace)
@@ -58,7 +60,11 @@ def enumerate_sites(model: Callable[..., Any], guide: Callable[..., Any] | None,
         return sum(term.double().expand(shape) for term in terms).reshape(-1, batch)  # pyright: ignore
 
     def values(site: Site) -> Shaped[Tensor, "N B *E"]:
-        value, event = site["value"], len(site["fn"].event_shape)
+        value, event = site["value"], site["fn"].event_dim
+        if (
+            is_record(site) and event == value.dim()
+        ):  # Pyro was not told: all that enumeration and the plate do not account for
+            event = max(0, value.dim() - len(shape))
         event_shape = value.shape[value.dim() - event :]
         return value.expand(*shape, *event_shape).reshape(-1, batch, *event_shape)
 

@@ -1,6 +1,7 @@
 """Between Pyro's layout of values, particles first and prompts last, and that of draws; and programs run at given values."""
 
 from collections.abc import Callable, Iterator
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_lm.infer.traces.particles import Particles, as_particles, by_prompt
-from ppl_lm.infer.traces.sites import Site, log_density, sample_sites
+from ppl_lm.infer.traces.sites import Site, is_density, is_record, log_density, log_shift, sample_sites
 from ppl_lm.lm.prompts import Prompts
 
 ROWS = 2048  # texts that one run of a program takes
@@ -43,29 +44,89 @@ def require_all_prompts(particles: Particles) -> None:
             )
 
 
-def latent_values(particles: Particles, nesting: int) -> dict[str, Tensor]:
+def latent_values(particles: Particles) -> dict[str, Tensor]:
     """Of the guide's sites, (K, B, *inner, *event)."""
-    return {name: prompts_first(site, nesting) for name, site in particles.guide_sites.items()}
+    return {name: prompts_first(site, particles.nesting) for name, site in particles.guide_sites.items()}
 
 
-def observed_values(particles: Particles, nesting: int) -> dict[str, Tensor]:
+def observed_values(particles: Particles) -> dict[str, Tensor]:
     """Of the observed sites, without the dimension of the particles, which all observe the same."""
 
     def of_one(site: Site) -> Tensor:
-        value = site["value"].detach()
-        return value[0] if value.dim() > nesting + site["fn"].event_dim else value
+        value, event_dim, nesting = site["value"].detach(), site["fn"].event_dim, particles.nesting
+        value = value[0] if value.dim() > nesting + event_dim else value
+        plates, event = value.shape[: value.dim() - event_dim], value.shape[value.dim() - event_dim :]
+        sizes = {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized}
+        plates = [1] * (nesting - len(plates)) + list(plates)
+        full = [sizes.get(d - nesting, 1) if size == 1 else size for d, size in enumerate(plates)]
+        ordered = prompts_first({**site, "value": value.reshape(*plates, *event).expand(1, *full, *event)}, nesting)[0]
+        return ordered if -1 in sizes else ordered.squeeze(0)
 
     return {name: of_one(site) for name, site in particles.observed_sites.items()}
 
 
-def record_values(particles: Particles) -> dict[str, Float[Tensor, "K B"]]:
-    """What the model recorded and is one number a text; the rest is left out."""
-    count, batch, records = particles.count, len(particles.prompts), {}
-    for name, value in particles.records.items():
-        sizes = zip(value.shape[::-1], (batch, count), strict=False)
-        if value.dim() <= 2 and all(size in (1, wanted) for size, wanted in sizes):
-            records[name] = value.double().expand(count, batch)
-    return records
+def pointwise_log_likelihoods(particles: Particles) -> dict[str, Tensor]:
+    """Of each observed site, for exp(r/β), at each index of its plates, float64, (K, B, *inner); B is the size of another plate
+    of observations where they have one there, and 1 where they have none."""
+
+    def at_each_index(name: str, site: Site) -> Tensor:
+        term = (particles.log_p[name] + log_shift(site)).detach().double()
+        term = term.reshape(*[1] * (particles.nesting + 1 - term.dim()), *term.shape)
+        return prompts_first({**site, "value": term.expand(particles.count, *term.shape[1:])}, particles.nesting)
+
+    return {name: at_each_index(name, site) for name, site in particles.observed_sites.items()}
+
+
+def factors(particles: Particles) -> tuple[str, ...]:
+    """Names of the observed sites whose likelihood is no normalised density."""
+    return tuple(name for name, site in particles.observed_sites.items() if not is_density(site))
+
+
+def plate_names(particles: Particles) -> dict[str, tuple[str | None, ...]]:
+    """Of each site's dimensions after that of the draws, without those of its events: "prompt" for the prompts' plate; None
+    of one that has no plate."""
+
+    def of_one(site: Site) -> tuple[str | None, ...]:
+        plates = {f.dim: f.name for f in site["cond_indep_stack"] if f.vectorized}
+        last = plates.get(-1)
+        first = "prompt" if last in particles.prompt_plates else "prompt_plate" if last == "prompt" else last
+        return first, *dropwhile(lambda name: name is None, (plates.get(dim) for dim in range(-particles.nesting, -1)))
+
+    names = {name: of_one(site) for name, site in particles.guide_sites.items()}
+    of_model = {name: of_one(site) for name, site in particles.model_sites.items()}
+    for name, value in record_values(particles).items():
+        of_model[name] = ("prompt" if value.shape[1] == len(particles.prompts) else None, *of_model[name][1:])
+    alike = {name: plates for name, plates in of_model.items() if len(names.get(name, plates)) == len(plates)}
+    return names | alike
+
+
+def record_values(particles: Particles) -> dict[str, Tensor]:
+    """What the model recorded, (K, B, *inner, *event) as float64, B being 1 for what all prompts share where they have but a
+    joint weight. Left out is what has the shape of neither the particles nor the prompts."""
+    sites = {name: site for name, site in particles.model_sites.items() if is_record(site)}
+    values = {name: _record(site, particles) for name, site in sites.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _record(site: Site, particles: Particles) -> Tensor | None:
+    value, nesting, event = site["value"].double(), particles.nesting, site["fn"].event_dim
+    if event >= value.dim():  # Pyro was not told: all that plates do not account for
+        event = max(0, value.dim() - nesting - 1)
+    missing = nesting + 1 + event - value.dim()
+    if missing < 0:
+        return None
+    value = value.reshape(*[1] * missing, *value.shape)  # (K, *plates, B, *event), with 1 for what is not there
+    batch = len(particles.prompts)
+    if value.shape[0] not in (1, particles.count) or value.shape[nesting] not in (1, batch):
+        return None
+    value = value.movedim(nesting, 1)  # (K, B, *plates, *event)
+    used = {f.dim for f in site["cond_indep_stack"]}
+    for dim in range(-nesting, -1):  # leftmost plate first
+        if dim in used or value.shape[2] > 1:
+            break
+        value = value.squeeze(2)
+    columns = batch if particles.is_local else value.shape[1]
+    return value.expand(particles.count, columns, *value.shape[2:])
 
 
 class Given(Messenger):

@@ -56,7 +56,7 @@ def as_terms(
                 "is defined then"
             )
     texts = [name for name, site in particles.guide_sites.items() if is_sequence(site)]
-    (only,) = texts if len(particles.guide_sites) == 1 else (None,)
+    only = texts[0] if len(texts) == len(particles.guide_sites) == 1 else None
 
     def tokens(of: dict[str, Tensor]) -> Tensor | None:
         if only is None or of[only].shape[:-1].numel() != scale.numel():

@@ -18,7 +18,8 @@ from ppl_lm.likelihood.optimality import Optimality
 @torch.no_grad()
 def likelihood_bound(model: Callable[..., Any], prompts: Any, joint: bool = False) -> float | None:
     """Upper bound of the log-likelihood in nats, or None: the sum of what each observed site declares in
-    `infer={"log_bound": ...}` or, a bounded `Optimality`, by itself.
+    `infer={"log_bound": ...}` or, a bounded `Optimality`, by itself; 0 of another discrete one, such as a text or a rating,
+    whose likelihood is a probability.
 
     :param joint: of all prompts together, as a latent site outside the prompt plate needs it; else of each prompt.
     """
@@ -29,6 +30,8 @@ def likelihood_bound(model: Callable[..., Any], prompts: Any, joint: bool = Fals
         bound = site["infer"].get("log_bound")
         if bound is None and isinstance(site["fn"], Optimality):
             bound = site["fn"].log_bound
+        elif bound is None and getattr(site["fn"].support, "is_discrete", False):
+            bound = 0.0
         if bound is None:
             return None
         if site["mask"] is not None:  # where it is False the site's factor is 1

@@ -25,7 +25,7 @@ def trainable_of_block() -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def trainable_parameters(
-    model: Callable[..., Any], guide: Callable[..., Any], prompts: Any, max_plate_nesting: int = 1
+    model: Callable[..., Any], guide: Callable[..., Any], prompts: Any, max_plate_nesting: int
 ) -> list[Tensor]:
     """Every trainable parameter of two programs: of their networks, and what they make with `pyro.param`. Runs both once."""
     with trainable_of_block() as parameters:

@@ -1,9 +1,10 @@
 """One run of guide and model with K particles."""
 
+import reprlib
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import pyro
@@ -12,11 +13,12 @@ from jaxtyping import Bool, Float64
 from pyro import poutine
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match
 from torch import Tensor
 
-from ppl_lm.infer.binding import require_separate
+from ppl_lm.infer.binding import read_once, require_separate
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.traces.sites import (
     Site,
     TextSite,
@@ -50,6 +52,8 @@ class Particles:
         guide's.
     :param from_guide: then which particles the guide drew as it is, (K, B), where that is all that is known.
     :param repeated: whether an earlier step has seen these very draws.
+    :param given: what the programs were given first; `nesting`: how many plates lie within each other, without the particles';
+        `rows`: of each plate that subsamples, which of its members this run is of.
     """
 
     count: int
@@ -64,6 +68,9 @@ class Particles:
     proposal_log_q: dict[str, Tensor] | None = None
     from_guide: Bool[Tensor, "K B"] | None = None
     repeated: bool = False
+    given: Any = None
+    nesting: int = 1
+    rows: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def latents(self) -> dict[str, Tensor]:
@@ -74,16 +81,36 @@ class Particles:
         """What the model recorded with `pyro.deterministic`."""
         return {name: site["value"] for name, site in self.model_sites.items() if is_record(site)}
 
-    @property
+    @cached_property
     def prompts(self) -> Prompts:
-        """Of the text that continues no other: batch shape (B,)."""
-        return self.first_text()["fn"].prompts
+        """What the programs were given, batch shape (B,), whatever their texts go on from."""
+        text = self.first_text()
+        law, size = text["fn"], text["fn"].batch_shape[-1]
+        try:
+            given = Prompts.make(self.given, law.lm.vocabulary, law.prompts.ids.device)
+        except (TypeError, ValueError):  # what a program makes its prompts of by itself
+            given = law.prompts
+        here = [self.rows[f.name] for f in text["cond_indep_stack"] if f.dim == -1 and f.name in self.rows]
+        if here and len(given.batch_shape) == 1 and len(given) > size:
+            given = given.take(here[0])
+        for prompts in (given, law.prompts):
+            if prompts.batch_shape == (size,):
+                return prompts
+        raise ValueError(
+            f"the programs' first argument is {reprlib.repr(self.given)}, and site {text['name']!r} holds {size} texts along "
+            "its last dimension: give the prompts first, one for each of them"
+        )
 
     def first_text(self) -> Site:
-        for site in self.guide_sites.values():
-            if is_sequence(site) and len(site["fn"].prompts.batch_shape) == 1:
-                return site
-        raise ValueError("the guide has no text among its sites: use Pyro's own inference for such programs")
+        """The first latent text that goes on from a prompt, or from whatever else; where none is latent, an observed one."""
+        latent = [site for site in self.guide_sites.values() if is_sequence(site)]
+        plain = [site for site in latent if len(site["fn"].prompts.batch_shape) == 1]
+        for site in (*plain, *latent, *filter(is_sequence, self.model_sites.values())):
+            return site
+        raise ValueError(
+            f"no site of these programs is a text, neither of the guide's {sorted(self.guide_sites)} nor of the model's "
+            f"{sorted(self.model_sites)}: use Pyro's own inference for them"
+        )
 
     def texts(self) -> dict[str, TextSite]:
         """The guide's texts by the name of their site, (K, *plates, B, T)."""
@@ -101,10 +128,6 @@ class Particles:
     def log_likelihood(self) -> Float64[Tensor, "K B"]:
         """log p of all observed sites, for exp(r/β): what a bounded `Optimality` subtracts is added again."""
         return self._by_prompt(self.log_p[n] + log_shift(s) for n, s in self.observed_sites.items())
-
-    def log_likelihoods(self) -> dict[str, Tensor]:
-        """`log_likelihood` site by site."""
-        return {n: self._by_prompt([self.log_p[n] + log_shift(s)]) for n, s in self.observed_sites.items()}
 
     @property
     def observed_sites(self) -> dict[str, Site]:
@@ -140,23 +163,18 @@ class Particles:
 
     @property
     def prompt_plates(self) -> set[str]:
-        """Names of the plate of the prompts, in guide and model."""
+        """Names of the plate of the prompts, in guide and model, which may name theirs differently."""
         name = self.first_text()["name"]
-        sites = (self.guide_sites[name], self.model_sites[name])
-        return {f.name for site in sites for f in site["cond_indep_stack"] if f.dim == -1}
+        of_model = _last_plate(self.model_sites[name]) if name in self.model_sites else set()
+        twins = [name, *(n for n, s in self.model_sites.items() if of_model & _last_plate(s))]
+        return of_model.union(*(_last_plate(self.guide_sites[n]) for n in twins if n in self.guide_sites))
 
     @property
     def is_local(self) -> bool:
         """Whether every site lies in the prompt plate, so that each prompt has a weight of its own."""
-        name = self.first_text()["name"]
-
-        def local(sites: dict[str, Site]) -> bool:  # guide and model may name their plates differently
-            plates = [
-                {f.name for f in s["cond_indep_stack"] if f.dim == -1} for s in sites.values() if not is_record(s)
-            ]
-            return all(plate & {f.name for f in sites[name]["cond_indep_stack"] if f.dim == -1} for plate in plates)
-
-        return local(self.guide_sites) and local(self.model_sites)
+        plates = self.prompt_plates
+        sites = (*self.guide_sites.values(), *self.model_sites.values())
+        return all(plates & _last_plate(site) for site in sites if not is_record(site))
 
     def is_hard(self) -> bool:
         """Whether the evidence rules texts out: a site says so, or one that was drawn is impossible."""
@@ -178,7 +196,7 @@ def run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     num_particles: int,
-    max_plate_nesting: int = 1,
+    max_plate_nesting: int,
     source: Source | None = None,
     pathwise: bool = True,
 ) -> Particles:
@@ -195,7 +213,10 @@ def run(
         with nullcontext() if pathwise else _Detached():
             return poutine.trace(program).get_trace(*args, **kwargs)
 
-    nesting, proposed = max_plate_nesting + 1, None
+    require_count("max_plate_nesting", max_plate_nesting)
+    if args:
+        args = (read_once(args[0], model, guide), *args[1:])
+    nesting, proposed, traces = max_plate_nesting + 1, None, []
     if guide is None:
         model_trace = trace_of(model)
         model_sites = sample_sites(model_trace)
@@ -208,6 +229,7 @@ def run(
         if proposed is not None and (lacks := set(sample_sites(guide_trace)) - set(sample_sites(proposed.trace))):
             raise ValueError(f"the source draws no site {min(lacks)!r}; it must draw every latent site of the guide")
         model_trace = trace_of(model, guide_trace)
+        traces.append(guide_trace)
         guide_sites = {n: s for n, s in sample_sites(guide_trace).items() if not s["is_observed"]}
         model_sites = sample_sites(model_trace)
         missing = [n for n, s in model_sites.items() if not s["is_observed"] and n not in guide_sites]
@@ -215,6 +237,10 @@ def run(
             raise ValueError(f"the guide has no site {missing[0]!r}; it must draw every latent site of the model")
         check_model_guide_match(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace), nesting)
     particles = Particles(num_particles, guide_sites, model_sites, {}, {}, {}, {}, partial(trace_of, model), guide)
+    particles.given, particles.nesting = args[0] if args else None, max_plate_nesting
+    for trace in (*traces, model_trace):
+        nodes: Any = trace.nodes
+        particles.rows |= {n: s["value"] for n, s in nodes.items() if site_is_subsample(s)}
     if proposed is not None:
         particles.proposal_log_q = {name: proposed.log_density(name) for name in guide_sites}
         particles.from_guide, particles.repeated = proposed.from_guide, proposed.repeated
@@ -242,6 +268,10 @@ def run(
     return particles
 
 
+def _last_plate(site: Site) -> set[str]:
+    return {f.name for f in site["cond_indep_stack"] if f.dim == -1}
+
+
 class _Detached(Messenger):
     """Values without the graph of their draw: later sites' densities then depend on parameters of their own alone."""
 
@@ -262,7 +292,7 @@ def by_prompt(terms: Iterable[Tensor], count: int, batch: int) -> Float64[Tensor
     return total
 
 
-def as_particles(program: Callable[..., Any], num_particles: int, max_plate_nesting: int = 1) -> Callable[..., Any]:
+def as_particles(program: Callable[..., Any], num_particles: int, max_plate_nesting: int) -> Callable[..., Any]:
     """The program with all its sites in an outermost plate of `num_particles`. To be replayed from outside, so that the
     plate broadcasts replayed sites too."""
     return pyro.plate(PLATE, num_particles, dim=-max_plate_nesting - 1)(program)

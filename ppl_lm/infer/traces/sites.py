@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
+from pyro.distributions.torch import Independent
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_site_shape
@@ -77,6 +80,15 @@ def log_shift(site: Site) -> Tensor:
     bound = (fn.log_bound or 0.0) if isinstance(fn, Optimality) else 0.0
     shift = torch.full(fn.batch_shape, bound, dtype=torch.float64, device=site["value"].device)
     return scale_and_mask(shift, site["scale"], site["mask"])
+
+
+def is_density(site: Site) -> bool:
+    """Whether an observed site's log-probability is that of a normalised law: neither of `Optimality`, whose exp(r/β) has any
+    norm, nor of `pyro.factor`, nor raised to a power by `poutine.scale`."""
+    fn = site["fn"]
+    while isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
+        fn = fn.base_dist
+    return not isinstance(fn, Optimality | Unit) and bool((torch.as_tensor(site["scale"]) == 1).all())
 
 
 def score_site(name: str, site: Site, tokens: dict[str, Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from ppl_lm.lm.token_sequence import TokenSequence
 class Resumed(Messenger):
     """The guide's text site draws `value` anew from `start` on, instead of all of it."""
 
-    def __init__(self, name: str, value: Int[Tensor, "N B T"], start: Int[Tensor, "N B"]):
+    def __init__(self, name: str, value: Int[Tensor, "*S T"], start: Int[Tensor, "*S"]):
         super().__init__()
         self.name, self.value, self.start = name, value, start
 
@@ -40,7 +40,7 @@ def text_law(program: Callable[..., Any], prompts: Any) -> TokenSequence:
 
 
 def text_at(
-    program: Callable[..., Any], latents: dict[str, Tensor], prompts: Prompts, name: str, max_plate_nesting: int = 1
+    program: Callable[..., Any], latents: dict[str, Tensor], prompts: Prompts, name: str, max_plate_nesting: int
 ) -> TextSite:
     """The text site `name` of a program at given values of its latent sites, (S, B, *inner, *event), found by running the
     program up to there: rewards are not called.

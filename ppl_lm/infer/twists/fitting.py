@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppl_lm.infer.draws import Draws, NoSupportError, concatenate, only_text
-from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.binding import read_once
+from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
+from ppl_lm.infer.samplers.importance_sampling import importance, only_text
 from ppl_lm.infer.traces.text_site import text_law
 from ppl_lm.infer.twists.losses import Loss, Rollouts, ctl
 from ppl_lm.lm.language_model import LanguageModel
@@ -46,6 +47,7 @@ def fit_twist(
         raise ValueError("this twist has nothing to train; make one with twist_like(prior)")
     if steps < 1 or num_samples < 2:
         raise ValueError(f"steps={steps}, num_samples={num_samples}; give at least 1 and 2")
+    prompts = read_once(prompts, model, guide)
     prior = text_law(model, prompts).lm
     twist.vocabulary.require_same(prior.vocabulary, "twist and target")
     optimiser = torch.optim.Adam(free, lr=learning_rate, betas=(0.9, 0.99))

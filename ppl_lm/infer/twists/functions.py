@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.enumeration import enumerate_posterior
 from ppl_lm.infer.samplers.twist import Function
 from ppl_lm.infer.traces.observations import log_likelihood_of_text
@@ -39,10 +40,11 @@ def tempered(twist: Function, over: int) -> Function:
 
 
 def exact_twist(model: Callable[..., Any], prompts: Any) -> Function:
-    """ψ*_t(x_≤t) = E_p0[p(evidence | x) | x_≤t] by enumeration, for tiny vocabularies: with all tokens as `candidates` every
+    """ψ_t(x_≤t) = E_p0[p(evidence | x) | x_≤t] by enumeration, for tiny vocabularies: with all tokens as `candidates` every
     weight is Z, and every draw the posterior's.
 
     :raises ValueError: where texts cannot be enumerated, or if the model has another latent site."""
+    prompts = read_once(prompts, model)
     truth = enumerate_posterior(model, None, prompts)
     if len(truth.latents) != 1:
         raise ValueError(f"the model has the latent sites {sorted(truth.latents)}; a twist is of one text alone")

@@ -1,5 +1,6 @@
 """`fit`: one visible loop."""
 
+import itertools
 import math
 import statistics
 import time
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_lm.infer.binding import Bound
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.traces.parameters import trainable_parameters
 from ppl_lm.lm.meter import measure
@@ -54,7 +56,7 @@ def fit(
     prompts: Any,
     loss: SequenceELBO | None = None,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     learning_rate: float | None = None,
     warmup: int = 15,
     clip: float = 3.0,
@@ -73,7 +75,9 @@ def fit(
     :param loss: what is minimised and how it is estimated, as for Pyro's `SVI`; None: `SequenceELBO(num_particles=128)`. One
         with an objective, estimate or source that remembers steps is for one fit. Standard RL and GRPO are fitted too, but
         kept only if they come closer to the posterior.
-    :param batch_size: prompts a step.
+    :param batch_size: prompts a step; None: 16, or all of them where a latent site lies outside the prompt plate, whose
+        posterior is that of all prompts together. All of them come in their order, fewer in a new one each epoch: a guide with
+        a `pyro.param` for each prompt needs all.
     :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run. None: found in
         the warm-up by how far a step moves the guide; see `ppl_lm.run.fitting.learning_rate`.
     :param clip: largest norm of the gradient, in multiples of its median over the last `WINDOW` steps. A limit near the
@@ -84,23 +88,32 @@ def fit(
         which guide's weights were restored: `best` or `start`.
     :raises ValueError: on bad arguments, before anything is drawn.
     """
-    _check(loss, learning_rate, max_steps, time_limit, clip)
+    _check(loss, batch_size, learning_rate, max_steps, time_limit, clip)
+    require_count("warmup", warmup)
     elbo = SequenceELBO(num_particles=128) if loss is None else loss
     reader = model.lm or guide.lm
     if reader is None:
         raise ValueError("neither model nor guide holds a language model; fit such programs with Pyro's SVI")
     batch = reader.prompts(prompts)
-    batch_size = min(batch_size, len(batch))
+    size = min(16 if batch_size is None else batch_size, len(batch))
     began = time.monotonic()
     if seed is not None:
         torch.manual_seed(seed)
-    weights = trainable_parameters(model, guide, batch[:1], elbo.max_plate_nesting)
+    nesting = elbo.nesting(model, guide, batch)
+    weights = trainable_parameters(model, guide, batch[:size], nesting)
     if not weights:
         raise ValueError(
             "the guide has nothing to train; choose another, or draw from it as it is with importance(), on the command "
             "line with ppl-lm sample MODEL --guide GUIDE"
         )
-    gain = Gain(model, guide, batch, elbo.objective, elbo.max_plate_nesting)
+    gain = Gain(model, guide, batch, elbo.objective, nesting)
+    if gain.is_joint and size < len(batch):
+        if batch_size is not None:
+            raise ValueError(
+                f"batch_size={batch_size}; a latent site lies outside the prompt plate, and its posterior is that of all "
+                f"{len(batch)} prompts together: each step needs them all, batch_size={len(batch)}"
+            )
+        size = len(batch)
     optimiser = torch.optim.Adam(weights, betas=(0.9, 0.99))
     schedule = Rate(learning_rate, warmup)
     guides = BestGuide(weights)
@@ -109,7 +122,7 @@ def fit(
     outcome = "finished"
     updates = 1 if elbo.source is None else elbo.source.updates
     try:
-        for step, rows in enumerate(_repeated(shuffled(len(batch), batch_size, seed or 0), updates)):
+        for step, rows in enumerate(_repeated(_batches(len(batch), size, seed or 0), updates)):
             done = _progress(step, time.monotonic() - began, max_steps, time_limit)
             if step > 0 and done >= 1:
                 break
@@ -179,6 +192,11 @@ def fit(
     )
 
 
+def _batches(total: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Row numbers: of all prompts always in their order, which what a program holds for each of them goes by."""
+    return shuffled(total, size, seed) if size < total else itertools.repeat(torch.arange(total))
+
+
 def _repeated(batches: Iterator[Tensor], times: int) -> Iterator[Tensor]:
     """Each batch so many times in a row, for a source that reuses its texts."""
     return (rows for rows in batches for _ in range(times))
@@ -192,17 +210,24 @@ def _progress(step: int, seconds: float, max_steps: int | None, time_limit: floa
 
 
 def _check(
-    loss: SequenceELBO | None, learning_rate: float | None, max_steps: int | None, time_limit: float | None, clip: float
+    loss: SequenceELBO | None,
+    batch_size: int | None,
+    learning_rate: float | None,
+    max_steps: int | None,
+    time_limit: float | None,
+    clip: float,
 ) -> None:
     if loss is not None and not isinstance(loss, SequenceELBO):
         raise ValueError(f"loss={loss!r}; give a SequenceELBO, such as ppl_lm.SequenceELBO(num_particles=128)")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; give at least 1 prompt a step")
     if learning_rate is not None and not (learning_rate > 0 and math.isfinite(learning_rate)):
         raise ValueError(f"learning_rate={learning_rate}; give a number above 0")
     if not clip > 0:
         raise ValueError(f"clip={clip}; give a multiple of the usual norm, above 0")
     if max_steps is None and time_limit is None:
         raise ValueError("give max_steps= or time_limit= (seconds), or both")
-    if max_steps is not None and max_steps < 1:
-        raise ValueError(f"max_steps={max_steps}; give at least 1")
+    if max_steps is not None:
+        require_count("max_steps", max_steps)
     if time_limit is not None and not time_limit > 0:
         raise ValueError(f"time_limit={time_limit} seconds; give a number above 0")

@@ -39,10 +39,11 @@ def guide_metrics(particles: Particles, gain: Gain, rows: Tensor) -> GuideMetric
     log_w = particles.log_prior() + particles.log_likelihood() - particles.log_guide()  # (K, B)
     moved, share = particles.log_guide() - particles.log_prior(), particles.share()
     metrics: GuideMetrics = {
-        "elbo": _mean(log_w, share),
-        "elbo_se": float((log_w.var(0).mean().sqrt() / math.sqrt(log_w.numel())).nan_to_num(math.inf)),
+        "elbo": gain.per_prompt * _mean(log_w, share),
+        "elbo_se": gain.per_prompt
+        * float((log_w.var(0).mean().sqrt() / math.sqrt(log_w.numel())).nan_to_num(math.inf)),
         "gain": gain.of_step(log_w, moved, rows, share),
-        "kl_prior": _mean(moved, share),
+        "kl_prior": gain.per_prompt * _mean(moved, share),
     }
     if "reward" in particles.records:
         reward = particles.records["reward"]

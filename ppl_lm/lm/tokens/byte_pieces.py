@@ -11,7 +11,8 @@ def token_bytes(vocabulary: Vocabulary) -> dict[int, bytes]:
 
     A character may be split between tokens, so bytes and not strings. Pieces are read as those of a byte-level BPE (GPT-2,
     Llama 3), of SentencePiece (`▁` is a space and `<0xE9>` a byte), or as they stand, whichever agrees with the tokenizer's
-    own `decode` on every token. SentencePiece's decoder drops the space at the very start of a text; here it counts.
+    own `decode` on every token. SentencePiece's decoder drops the space at the very start of a text, after the empty prompt;
+    here it counts.
 
     :raises ValueError: if none agrees: then what a token writes depends on its neighbours, or cannot be known."""
     tokenizer: Any = vocabulary.tokenizer

@@ -1,12 +1,15 @@
 """`from_arviz`: draws from what `to_arviz` wrote."""
 
+import json
 from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ppl_lm.criticism.arviz_groups import LOG_PROBABILITIES, length_name, prompt_texts
+from ppl_lm.criticism.inference_data.arviz_groups import LOG_PROBABILITIES, prompt_texts
+from ppl_lm.criticism.inference_data.arviz_variables import plates_of
+from ppl_lm.criticism.statistics import length_name
 from ppl_lm.infer.draws import Draws, Kind
 from ppl_lm.lm.meter import Cost
 from ppl_lm.lm.prompts import Prompts
@@ -47,6 +50,7 @@ def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
             if known and (latent is None or latent == bool(value.attrs["latent"])):
                 numbers = torch.as_tensor(value.values)
                 numbers = numbers if "draw" in value.dims else numbers.unsqueeze(1)  # what the draws of a run share
+                numbers = numbers if "prompt" in value.dims else numbers.unsqueeze(2)  # what the prompts share
                 values[str(name)] = numbers[:, :, : 1 if value.attrs["shared"] else None]
         return values
 
@@ -57,9 +61,10 @@ def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
     records = {name: value for name, value in records.items() if name not in derived}
     how = "sample_stats_prior" if group == "prior" else "sample_stats"
     groups = set(data.children if hasattr(data, "children") else data.groups())
-    stats = read(data[how]) if how in groups else {}
+    stats = read(data[how]) if how in groups else {}  # without log_weight, which follows from the others
+    plates = {name: _plates(raw[name], 2) for name in latents} | {n: _plates(tokens[f"{n}_tokens"], 2) for n in x}
     cost = Cost(int(raw.attrs["lm_tokens"]), int(raw.attrs["reward_calls"]))
-    draws = Draws(prompts, {**latents, **x}, records, **log_p, cost=cost, stats=stats, texts=tuple(x))
+    draws = Draws(prompts, {**latents, **x}, records, **log_p, cost=cost, stats=stats, texts=tuple(x), plates=plates)
     if group == "prior":
         return draws
     if raw.attrs.get("kind") not in get_args(Kind):
@@ -70,7 +75,19 @@ def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
     seen = data["observed_data"].data_vars if "observed_data" in groups else {}
     return replace(
         draws,
-        observed={str(name): torch.as_tensor(value.values) for name, value in seen.items()},
+        observed={str(name): _observed(value) for name, value in seen.items()},
+        plates=plates | {str(name): _plates(value, 0) for name, value in seen.items()},
         proposals=None if all_of is None else Draws(prompts, {}, {}, **all_of),
         kind=raw.attrs["kind"],
     )
+
+
+def _plates(variable: Any, skipped: int) -> tuple[str | None, ...]:
+    if "plates" in variable.attrs:
+        return tuple(json.loads(variable.attrs["plates"]))
+    return plates_of(str(variable.name), [*map(str, variable.dims)][skipped:])
+
+
+def _observed(variable: Any) -> Tensor:
+    values = torch.as_tensor(variable.values)
+    return values.to(getattr(torch, variable.attrs["dtype"])) if "dtype" in variable.attrs else values

@@ -1,0 +1,1 @@
+"""Draws as what ArviZ reads, and back."""

@@ -1,0 +1,73 @@
+"""How deep programs nest their plates, found by a run that asks no network and no reward."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import torch
+from jaxtyping import Int
+from pyro import poutine
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from ppl_lm.infer.traces.sites import is_sequence, sample_sites
+from ppl_lm.likelihood.reward import preserved_rng, unasked
+from ppl_lm.lm.token_sequence import TokenSequence
+
+Program = Callable[..., Any]
+
+
+def nesting_of(given: int | None, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> int:
+    """`given`, or where it is None `plate_nesting`.
+
+    :raises ValueError: if what is given is no whole number of at least 1."""
+    if given is None:
+        return plate_nesting(model, guide, *args, **kwargs)
+    if type(given) is not int or given < 1:
+        raise ValueError(
+            f"max_plate_nesting={given!r}; give a whole number of at least 1, the prompts' plate among them, or leave it "
+            "out: it is found by itself"
+        )
+    return given
+
+
+def plate_nesting(model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> int:
+    """How many plates lie within each other at most, the prompts' among them; at least 1. Neither networks nor rewards are
+    asked, and random states stay what they were; it takes the programs' plates not to depend on what texts say.
+
+    Where a program cannot go on with empty texts and rewards of 0, it is run as it is, once."""
+    try:
+        traces = _traces(model, guide, args, kwargs, dry=True)
+    except Exception:  # of the programs' own code, on texts that were never drawn
+        traces = _traces(model, guide, args, kwargs, dry=False)
+    frames = [f for trace in traces for site in sample_sites(trace).values() for f in site["cond_indep_stack"]]
+    return max((-f.dim for f in frames if f.vectorized), default=1)
+
+
+@torch.no_grad()
+def _traces(model: Program, guide: Program | None, args: Any, kwargs: Any, dry: bool) -> list[Trace]:
+    with preserved_rng(), poutine.block(), ExitStack() as stack:  # handlers around this have nothing to do with it
+        if dry:
+            for block in (unasked(), pyro.validation_enabled(False), _EmptyTexts()):
+                stack.enter_context(block)
+        if guide is None:
+            return [poutine.trace(model).get_trace(*args, **kwargs)]
+        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+        return [drawn, poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)]
+
+
+class _EmptyTexts(Messenger):
+    """Texts end at once instead of being drawn."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_sequence(msg) and not msg["is_observed"] and not msg["done"]:
+            msg["value"], msg["done"] = _empty(msg["fn"]), True
+
+
+def _empty(law: TokenSequence) -> Int[Tensor, "*S T"]:
+    vocabulary = law.lm.vocabulary
+    x = torch.full((*law.batch_shape, *law.event_shape), vocabulary.pad_id, device=law.prompts.ids.device)
+    x[..., 0] = min(vocabulary.end_ids)
+    return x

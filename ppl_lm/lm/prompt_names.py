@@ -1,0 +1,36 @@
+"""Prompts by name: a readable string for each, no two alike."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def readable(prompt: Any) -> str:
+    """A text as it is; of a chat `role: content` of each message."""
+    if isinstance(prompt, str):
+        return prompt
+    return " | ".join(f"{message.get('role')}: {_content(message.get('content'))}" for message in prompt)
+
+
+def _content(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list | tuple) else [content]
+    texts = [part.get("text", "") if isinstance(part, Mapping) else part for part in parts]
+    return " ".join(str(text) for text in texts if text is not None)
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The same names, but a second one like an earlier one is followed by " (2)", and so on.
+
+    >>> distinct(["a", "a", "b"])
+    ['a', 'a (2)', 'b']
+    """
+    given = list(names)
+    taken, made = {*given}, []
+    for name in given:
+        new, count = name, 1
+        while new in made or (count > 1 and new in taken):
+            count += 1
+            new = f"{name} ({count})"
+        made.append(new)
+    return made

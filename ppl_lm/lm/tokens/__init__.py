@@ -1,0 +1,1 @@
+"""What tokens write, where a text ends, and chats as tokens."""
