@@ -171,7 +171,7 @@ def test_plain_programs_are_given_a_list():
 
     def guide(prompts):
         seen.append(prompts)
-        return finetuned(prompts, free)
+        return finetuned(free.prompts(prompts), free)
 
     ppl_lm.importance(lambda p: tilted(lm.prompts(p), lm, ppl_lm.Reward(letters)), guide, iter(["", ""]), num_samples=2)
     assert seen == [["", ""]]

@@ -1,6 +1,7 @@
 """Weights in Pyro's parameter store: saved, loaded, gone on with; and refused where they do not fit."""
 
 import gc
+import weakref
 
 import pyro
 import pytest
@@ -11,6 +12,7 @@ from pyro.infer import SVI
 from pyro.optim import Adam
 
 from ppl_lm.guides import finetuned
+from ppl_lm.infer import stored_weights
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.samplers.importance_sampling import importance
@@ -20,6 +22,12 @@ from ppl_lm.models import tilted
 
 def letters(completions, **_):
     return [float(text.count("a")) for text in completions]
+
+
+@pytest.fixture(autouse=True)
+def new_process(monkeypatch):
+    """Nothing that other tests bound is alive."""
+    monkeypatch.setattr(stored_weights, "_bound", weakref.WeakSet())
 
 
 @pytest.fixture

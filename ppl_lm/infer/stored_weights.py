@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import pyro
 import torch
+from pyro.ops.provenance import detach_provenance
 from pyro.params.param_store import _MODULE_NAMESPACE_DIVIDER as DIVIDER
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ class StoredWeights:
                 del store[key]
             if not weight.is_contiguous():  # of which the store would make a copy, and that be trained
                 weight.data = weight.data.contiguous()
-            if pyro.param(key, weight) is not weight:
+            if detach_provenance(pyro.param(key, weight)) is not weight:
                 raise ValueError(
                     f"something else was put in the place of {key!r}, which networks cannot take up (poutine.lift, "
                     "substitute or replay?); change the network's weights themselves"

@@ -45,7 +45,7 @@ def read_prompts(path: Path | None) -> tuple[list[Any], dict[str, list[Any]]]:
     return columns.pop("prompt"), columns
 
 
-def _require_row(where: str, row: Any, first: dict[str, Any]) -> None:
+def _require_row(where: str, row: Any, first: Any) -> None:
     """:raises ValueError: if the row has no prompt, other keys than the first, or what a run's `config.json` cannot hold."""
     if not isinstance(row, dict) or "prompt" not in row or row.keys() != first.keys():
         given = ", ".join(map(str, row)) if isinstance(row, dict) else f"{type(row).__name__}, no keys"
