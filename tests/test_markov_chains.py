@@ -95,7 +95,7 @@ def walk(problem, monkeypatch, kernel, mutant=None):
 
     with monkeypatch.context() as patch:
         forced(patch, None, every(X[frm]).double())
-        state = draw(problem["target"], problem["guide"], problem["texts"], len(cells))
+        state = draw(problem["target"], problem["guide"], problem["texts"], len(cells), 1)
     assert torch.equal(state["x"][0, :, 0], X[frm])
     new = X[to].double()
     u = (start + 0.5) / torch.tensor(lengths)[frm]

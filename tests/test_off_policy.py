@@ -425,7 +425,7 @@ def test_no_figure_is_nan_under_a_hard_constraint():
         return [float(len(text)) if "a" in text else -math.inf for text in completions]
 
     for bounded in (False, True):
-        reward.r_max = 3.0 if bounded else None
+        reward.r_max = 5.0 if bounded else None
         target, guide = problem(reward)
         made = diagnose(target, guide, LM.prompts(["", "b"]), num_samples=500).as_json()
         numbers = [v for row in (made, *made["prompts"]) for v in row.values() if isinstance(v, float)]

@@ -65,7 +65,7 @@ def test_weights_are_a_power_of_the_prior_at_the_cost_of_one_pass(lm):
     draws = importance(target, None, TEXTS, num_samples=50)
     torch.testing.assert_close(draws.log_weight, 2 * draws.log_prior, atol=1e-10, rtol=0)
     with meter.measure() as once:
-        draw(bind(power, lm, alpha=1.0), None, TEXTS, 50)
+        draw(bind(power, lm, alpha=1.0), None, TEXTS, 50, 1)
     with meter.measure() as prior:
         lm(lm.prompts(TEXTS)).sample(torch.Size((50,)))
     assert abs(once.lm_tokens - prior.lm_tokens) < 0.2 * prior.lm_tokens, "the prior scores its own draws again"
@@ -82,7 +82,7 @@ def test_impossible_texts_stay_impossible():
         some = (made.latents["x"] == 0).any(-1)
         assert bool((made.log_joint[some] == -torch.inf).all()) and bool(made.log_z.isfinite().all())
         with Given({"x": torch.tensor([[[0, END]], [[END, END]]])}, 1):
-            log_w = draw(target, bind(finetuned, table_lm(V, 2).copy()), [""], 2).log_weight.flatten()
+            log_w = draw(target, bind(finetuned, table_lm(V, 2).copy()), [""], 2, 1).log_weight.flatten()
         assert log_w[0] == -torch.inf and bool(log_w[1].isfinite())
 
 
@@ -97,7 +97,7 @@ def test_chains_and_rejection_draw_from_it(lm, kernel):
     guide.model.table.data.mul_(1.5)
     guide = bind(finetuned, guide)
     with Given({"x": state["x"][0]}, 1):
-        state = draw(target, guide, TEXTS, n)
+        state = draw(target, guide, TEXTS, n, 1)
     moved, info = step(state, kernel(target, guide, TEXTS))
     assert 0.1 < float(info.accepted.double().mean()) < 0.99
     _, posterior = law(lm, 2.0)

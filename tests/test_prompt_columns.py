@@ -174,7 +174,7 @@ def test_plain_programs_are_given_a_list():
         return finetuned(free.prompts(prompts), free)
 
     ppl_lm.importance(lambda p: tilted(lm.prompts(p), lm, ppl_lm.Reward(letters)), guide, iter(["", ""]), num_samples=2)
-    assert seen == [["", ""]]
+    assert seen == [["", ""]] * 2  # once to count the plates
 
 
 def test_one_string_is_one_prompt_to_every_count_of_them():

@@ -338,7 +338,7 @@ def test_the_increments_of_a_run_sum_to_its_log_z(how):
     settings = SMCSettings(**STEPS[how])
     draws = smc(MODEL, None, TEXTS, num_samples=5, num_runs=30, settings=settings)
     planted = rejection(MODEL, None, TEXTS, num_samples=20, log_bound=T / BETA)
-    rare = bind(constrained, LM, constraint=lambda completions: [text == "a b" for text in completions])
+    rare = bind(constrained, LM, constraint=lambda completions: [text.split() == ["a", "b"] for text in completions])
     begins_with_a = lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf)  # noqa: E731
     for made in (
         draws,
@@ -534,7 +534,7 @@ def test_what_is_impossible_is_told():
     never = bind(constrained, LM, constraint=lambda completions: [False] * len(completions))
     with pytest.raises(NoSupportError, match=r"prompt 0: all 16 texts are impossible.*best"):
         smc(never, None, TEXTS, num_samples=8, num_runs=2)
-    rare = bind(constrained, LM, constraint=lambda completions: [text == "a b" for text in completions])
+    rare = bind(constrained, LM, constraint=lambda completions: [text.split() == ["a", "b"] for text in completions])
     made = smc(rare, None, TEXTS, num_samples=4, num_runs=40)  # runs without any possible text count as Ẑ = 0
     log_z = made.by_run().log_weight[0]
     assert bool((log_z == -torch.inf).any()) and not bool(made.log_weight.isnan().any())

@@ -143,5 +143,6 @@ def test_a_table_of_draws_shows_sites_that_are_one_number_and_texts_of_an_inner_
     frame = draws.to_dataframe()
     assert list(frame["k"]) == draws["k"].flatten().repeat_interleave(2).tolist()
     assert list(frame["z"]) == draws["z"].flatten().tolist()
-    assert [list(pair) for pair in frame["x"]] == [lm.vocabulary.decode(x) for x in draws["x"].flatten(0, 2)]
+    expected = [draws.prompts[i % 2 : i % 2 + 1].decode(x) for i, x in enumerate(draws["x"].flatten(0, 2))]
+    assert [list(pair) for pair in frame["x"]] == expected
     assert "<table" in draws._repr_html_()

@@ -92,7 +92,7 @@ def test_a_latent_chooses_what_the_text_goes_on_from(mixed):
         (evidence.elbo - 5 * evidence.elbo_se < log_z).all() and (log_z < evidence.upper + 5 * evidence.upper_se).all()
     )
     assert bool(((evidence.log_z - log_z).abs() < 5 * evidence.log_z_se).all())
-    assert ppl_lm.to_arviz(draws["importance"]).posterior["z"].shape == (1, 2000, 2)
+    assert ppl_lm.to_arviz(draws["importance"]).posterior["z"].shape == (1, 4 * 2000, 2)
     assert len(ppl_lm.diagnose(target, guide, PROMPTS, num_samples=200).prompts) == 2
     for refused in (lambda: ppl_lm.smc(target, guide, PROMPTS), lambda: ppl_lm.mcmc(target, guide, PROMPTS)):
         with pytest.raises(ValueError, match="one text a prompt.*independence"):

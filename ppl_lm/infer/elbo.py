@@ -12,6 +12,7 @@ from pyro.infer import ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
 
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.objectives.baselines import (
     Baseline,
     BaselineFunction,
@@ -135,6 +136,8 @@ class SequenceELBO(ELBO):
 
     def particles(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Particles:
         """One run of guide and model: the first phase."""
+        if args:
+            args = (read_once(args[0], model, guide), *args[1:])
         nesting = self.nesting(model, guide, *args, **kwargs)
         return run(model, guide, args, kwargs, self.num_particles, nesting, self.source, self.pathwise)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +28,10 @@ def table_of_draws(
     names = prompts.names
     columns: dict[str, Any] = {"chain": grid[0], "draw": grid[1], "prompt": [names[b] for b in grid[2]]}
     for name in texts:
-        x = latents[name].expand(*shape, *latents[name].shape[3:]).reshape(count, -1, latents[name].shape[-1])
-        decoded = prompts.decode(x.flatten(0, 1))
-        several = [tuple(decoded[i : i + x.shape[1]]) for i in range(0, len(decoded), x.shape[1])]
+        x = latents[name].expand(*shape, *latents[name].shape[3:]).reshape(*shape, -1, latents[name].shape[-1])
+        decoded = prompts.decode(x.movedim(2, 3))  # (C, S, inner, B, T)
+        decoded = np.array(decoded, dtype=object).reshape(*shape[:2], -1, shape[2]).swapaxes(2, 3).reshape(count, -1)
+        decoded, several = decoded.flatten().tolist(), [tuple(row) for row in decoded]
         columns[name] = decoded if latents[name].dim() == 4 else several
     other = {name: value for name, value in latents.items() if name not in texts}
     for name, value in (*numbers.items(), *other.items()):

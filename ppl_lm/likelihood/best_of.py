@@ -56,7 +56,7 @@ class BestOfN(Reward):
         self.name, self.r_max = f"best_of_{n}({self.inner.name})", math.log(n)  # at the very top F = 1
         self.references: dict[tuple[Any, ...], Tensor] = {}
 
-    def score(self, prompts: Prompts, x: Int[Tensor, "*#S T"]) -> Float64[Tensor, "*#S"]:
+    def _scored(self, prompts: Prompts, x: Int[Tensor, "*#S T"], shape: torch.Size) -> Float64[Tensor, "*S"]:
         rewards = self.inner.score(prompts, x)
         batch, prompts = prompts.batch_shape, prompts.flatten()
         keys = torch.arange(math.prod(batch)).reshape(batch).expand(rewards.shape).reshape(-1)

@@ -143,9 +143,13 @@ class Reward:
                 f"reward {self.name!r} was given completions of shape {tuple(x.shape)}, whose leading dimensions do "
                 f"not broadcast against the prompts' batch shape {tuple(prompts.batch_shape)}"
             ) from error
-        n = prod(shape)
-        if n == 0 or not _asked.get():
+        if prod(shape) == 0 or not _asked.get():
             return torch.full(shape, min(0.0, self.r_max or 0.0), dtype=torch.float64, device=x.device)
+        return self._scored(prompts, x, shape)
+
+    def _scored(self, prompts: Prompts, x: Int[Tensor, "*#S T"], shape: torch.Size) -> Float64[Tensor, "*S"]:
+        """`score` of at least one completion; a reward of another kind says here what it is."""
+        n = prod(shape)
         rows = torch.arange(prod(prompts.batch_shape)).reshape(prompts.batch_shape).expand(shape).flatten().tolist()
         ids = x.detach().expand(*shape, x.shape[-1]).reshape(n, -1)  # (N, T)
         texts: list[str] = prompts.decode(ids.reshape(*shape, -1))

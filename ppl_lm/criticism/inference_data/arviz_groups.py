@@ -104,11 +104,13 @@ def _datasets(
     picks = arranged(draws, draws.reweighted(n).cpu())  # (S, B), or (S, 1) where only the prompts' joint weight exists
     shape = (chains, count) if draws.kind in EQUAL and n == draws.num_samples else (1, n)
 
-    def posterior(name: str, value: Tensor, site: str = "") -> Variable:
+    def posterior(name: str, value: Tensor, site: str | None = None) -> Variable:
         flat = value.cpu().flatten(0, 1)
         rows = picks if flat.shape[1] == picks.shape[1] else picks[:, :1]
         taken = flat[rows, torch.arange(flat.shape[1])]
-        return of_draws(name, taken.reshape(*shape, *taken.shape[1:]), batch, draws.plates.get(site or name))
+        return of_draws(
+            name, taken.reshape(*shape, *taken.shape[1:]), batch, draws.plates.get(name if site is None else site)
+        )
 
     completions: Variables = {}
     for name in draws.texts:
@@ -152,7 +154,10 @@ def _datasets(
 
 
 def _site(draws: Draws, name: str) -> str:
-    """The site that a number comes from: a text's length, from the text."""
+    """The site that a number comes from: a text's length, from the text; log-probabilities from none, whatever sites are
+    called like them."""
+    if name in (*LOG_PROBABILITIES, "log_weight"):
+        return ""
     return next((text for text in draws.texts if name == length_name(text) and name not in draws.latents), name)
 
 

@@ -17,7 +17,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match
 from torch import Tensor
 
-from ppl_lm.infer.binding import read_once, require_separate
+from ppl_lm.infer.binding import require_separate
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.traces.sites import (
     Site,
@@ -214,8 +214,6 @@ def run(
             return poutine.trace(program).get_trace(*args, **kwargs)
 
     require_count("max_plate_nesting", max_plate_nesting)
-    if args:
-        args = (read_once(args[0], model, guide), *args[1:])
     nesting, proposed, traces = max_plate_nesting + 1, None, []
     if guide is None:
         model_trace = trace_of(model)
