@@ -3,7 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow notebooks docs lint format bench experiments wheel clean
+.PHONY: demo test test-oldest slow notebooks docs lint format bench experiments wheel clean
 
 demo: .venv/.stamp
 	.venv/bin/ppl-lm fit tilted --output-dir runs/demo --overwrite
@@ -19,6 +19,12 @@ CHECK = --jaxtyping-packages=ppl_lm,beartype.beartype(conf=beartype.BeartypeConf
 
 test: .venv/.stamp-test
 	$(PYTEST) -m "not slow and not notebook" $(if $(CHECKED),"$(CHECK)")
+
+# The same with the lowest version of every direct dependency, on purpose and not in CI: torch of that age brings 6 GB of CUDA.
+# Libraries of that age warn of much that is none of our code's, so warnings are no errors here.
+test-oldest: .venv-oldest/.stamp
+	.venv-oldest/bin/python -m pip list --format freeze | grep -iE '^(torch|transformers|pyro-ppl|arviz|numpy|scipy|matplotlib|networkx)='
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadgroup -rs -m "not slow and not notebook" -o filterwarnings=default
 
 slow: .venv/.stamp-test
 	$(PYTEST) -m slow
@@ -56,7 +62,7 @@ wheel: .venv/.stamp-test
 	.venv/bin/python -m build --wheel
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first, so that a CPU wheel at hand is taken before anything asks for torch with CUDA.
@@ -72,6 +78,12 @@ clean:
 
 .venv/.stamp-test: .venv/.stamp
 	$(PIP) --editable '.[test]'
+	touch $@
+
+.venv-oldest/.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-oldest/bin/python -m uv pip install --quiet --python .venv-oldest --resolution lowest-direct --editable '.[test]'
 	touch $@
 
 .venv/.stamp-docs: .venv/.stamp-test
