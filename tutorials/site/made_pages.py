@@ -7,8 +7,6 @@ import re
 import warnings
 from pathlib import Path
 
-from mkdocs.structure.files import File
-
 HERE = Path(__file__).parent
 MADE = HERE.parents[1] / "runs"
 BLOCK = re.compile(r"```python\n(.*?)```(?:\s*!\[[^\]]*\]\(([\w/]+\.png)\))?", re.S)
@@ -27,6 +25,7 @@ def draw(page: Path, folder: Path) -> list[str]:
 
 
 def on_files(files, config):
+    from mkdocs.structure.files import File
     from nbconvert import MarkdownExporter
 
     with warnings.catch_warnings():
