@@ -12,13 +12,13 @@ demo: .venv/.stamp
 # share a run folder stay with one worker (`xdist_group`).
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup -rs
 
-# `make test CHECKED=1`: every annotation is checked at every call, shapes and dtypes too, which takes three times as long. Whole
-# numbers pass for float, as they do for type checkers; which item of a list is looked at is not random, or tests would use up
-# Python's random state.
+# `make test CHECKED=1`: every annotation is checked at every call, shapes and dtypes too, which takes three times as long; with
+# CHECKED=5 in one of five tests, others at each run. Whole numbers pass for float, as they do for type checkers; which item of a
+# list is looked at is not random, or tests would use up Python's random state.
 CHECK = --jaxtyping-packages=ppl_lm,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, is_random=False))
 
 test: .venv/.stamp-test
-	$(PYTEST) -m "not slow and not notebook" $(if $(CHECKED),"$(CHECK)")
+	$(PYTEST) -m "not slow and not notebook" $(if $(CHECKED),"$(CHECK)" --checked=$(CHECKED))
 
 # The same with the lowest version of every direct dependency, on purpose and not in CI: torch of that age brings 6 GB of CUDA.
 # Libraries of that age warn of much that is none of our code's, so warnings are no errors here.

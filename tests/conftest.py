@@ -10,6 +10,7 @@ import pyro
 import pytest
 import torch
 
+CHECKED = pytest.StashKey[bool]()
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -17,6 +18,20 @@ def pytest_configure(config):
     """ArviZ's first import of a day writes a stamp to the user's cache; two workers that do so at once fail."""
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         subprocess.run([sys.executable, "-W", "ignore", "-c", "import arviz"], check=True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--checked", type=int, default=1, help="with --jaxtyping-packages: of so many tests one is checked")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Annotations are checked at every call of one test in `--checked`; of other ones at each run, since their order is random."""
+    for i, item in enumerate(items):
+        item.stash[CHECKED] = i % config.getoption("--checked") == 0
+
+
+def pytest_runtest_setup(item):
+    jaxtyping.config.update("jaxtyping_disable", not item.stash[CHECKED])
 
 
 def pytest_collection_finish():
@@ -37,9 +52,10 @@ def clean():
 @pytest.fixture
 def unchecked():
     """Annotations are not checked, as for users: what are they told who pass another type?"""
+    before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(scope="session")

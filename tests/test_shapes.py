@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import TypeCheckError
@@ -64,6 +65,7 @@ DTYPES = {
 def test_a_planted_mistake_is_caught(planted, lm, draws, pytestconfig):
     if not pytestconfig.getoption("--jaxtyping-packages"):
         pytest.skip("annotations are checked by `make test CHECKED=1`")
+    jaxtyping.config.update("jaxtyping_disable", False)
     with pytest.raises(TypeCheckError):
         {**SHAPES, **DTYPES}[planted](lm, draws)
 
