@@ -21,11 +21,13 @@ def pytest_configure(config):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--checked", type=int, default=1, help="with --jaxtyping-packages: of so many tests one is checked")
+    parser.addoption(
+        "--checked", type=int, default=1, help="with --jaxtyping-packages: of so many tests one is checked"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
-    """Annotations are checked at every call of one test in `--checked`; of other ones at each run, since their order is random."""
+    """Annotations are checked in one test of `--checked`: in other ones at each run, since their order is random."""
     for i, item in enumerate(items):
         item.stash[CHECKED] = i % config.getoption("--checked") == 0
 

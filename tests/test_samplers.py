@@ -479,3 +479,16 @@ def test_a_scaled_prior_is_weighted_by_what_drew_the_texts():
         torch.testing.assert_close(draws.under(proposal or bind(prior, lm)).log_guide, draws.log_guide)
     with pytest.raises(ValueError, match="a scale or mask makes another one"):
         rejection(target, None, [""], num_samples=5)
+
+
+def test_a_bound_is_one_number():
+    lm = table_lm(3, 2, concentration=1.0)
+
+    def program(prompts, lm):
+        with pyro.plate("prompts", len(prompts)):
+            s = pyro.sample("s", pyro.distributions.Uniform(0.5, 1.0))
+            r = -(pyro.sample("x", lm(prompts)) == 0).sum(-1) * s
+            pyro.sample("o", Optimality(r), obs=torch.ones_like(r), infer={"log_bound": 0 * s})
+
+    with pytest.raises(ValueError, match=r"'o' declares a log_bound of 2 numbers; give one"):
+        rejection(bind(program, lm), None, ["", "a"], num_samples=5)

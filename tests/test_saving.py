@@ -85,6 +85,19 @@ def test_a_fit_begins_with_an_earlier_runs_guide(tmp_path):
     if json.loads((first / "fit.json").read_text())["kept"] != "start":
         assert not torch.allclose(begun, prior, atol=1e-4, rtol=0)
 
+    (tmp_path / "mine.py").write_text(
+        "def mine(completions, k):\n    return [float(n) for n in k]\n\n\nmine.r_max = 2.0\n"
+    )
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "k": 1}\n{"prompt": "the", "k": 2}\n')
+    mine = ("--reward", f"{tmp_path / 'mine.py'}:mine", "--beta", 0.7, "--prompts", tmp_path / "p.jsonl")
+    assert fit(*rate, 0.05, *mine, "--output-dir", tmp_path / "mine")[0] in (0, 1)
+    assert fit("--beta", 0.4, "--init-from", tmp_path / "mine", "--output-dir", tmp_path / "goes_on")[0] in (0, 1)
+    before, after = (json.loads((tmp_path / n / "config.json").read_text())["settings"] for n in ("mine", "goes_on"))
+    assert after["beta"] == 0.4 and before["beta"] == 0.7 and after["prompts"] == ["a", "the"]
+    assert all(
+        after[name] == before[name] for name in ("guide", "lm", "reward", "prompts", "columns", "max_new_tokens")
+    )
+
     for args, message in (
         ((*rate, 0.05, "--init-from", tmp_path / "nowhere"), "is not a run folder"),
         (
@@ -92,7 +105,6 @@ def test_a_fit_begins_with_an_earlier_runs_guide(tmp_path):
             "fitted the guide 'finetuned'; give --guide finetuned",
         ),
         ((*rate, 0.05, "--init-from", first, "--output-dir", first, "--overwrite"), "which would be emptied"),
-        (("--init-from", first), "different tokenizers"),
     ):
         status, text = fit(*args, *(() if "--output-dir" in args else ("--output-dir", tmp_path / "third")))
         assert status == 2 and message in text and (first / "guide").is_dir()

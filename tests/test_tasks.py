@@ -277,6 +277,7 @@ def test_the_only_text_may_be_observed(mixed, prior):
     )
     draws = ppl_lm.importance(given, None, PROMPTS, num_samples=2000)
     assert draws.prompts.texts == PROMPTS and draws.texts == ()
+    assert ppl_lm.diagnose_draws(draws)["verdict"] == "good"
     assert agrees(draws, draws["z"], log_p.softmax(0)[1]) and not agrees(draws, draws["z"], log_p.softmax(0)[0])
 
 
@@ -294,6 +295,8 @@ def test_completions_are_canonical_and_others_are_refused(prior):
 
 
 def test_what_is_no_text_is_refused(prior, unchecked):
+    with pytest.raises(ppl_lm.RewardError, match=r"needs token ids.*not \['a'\].*lm.completions"):
+        ppl_lm.Reward(letters)(prior.prompts(["a"]), ["a"])
     with pytest.raises(ValueError, match="text 1 is 3; give a string"):
         prior.completions(["a", 3])
     with pytest.raises(ValueError, match="float32.*whole"):

@@ -51,7 +51,9 @@ def test_a_pages_code_runs(page, tmp_path, monkeypatch):
         exact = ppl_lm.rejection(target, None, ["The soup was"], num_samples=20)
         assert exact.kind == "exact", "the listing declares a bound"
         mean, error = space["strictness"].item()
-        assert mean > 1.03 and error < 0.05, "texts that please make a strict critic likelier; its prior mean is 1.03"
+        assert mean > 1.0 + 3 * error and error < 0.05, (
+            "texts that please make a strict critic likelier; its prior mean is 1"
+        )
 
 
 def test_the_gallery_draws_every_picture_that_it_shows(tmp_path):

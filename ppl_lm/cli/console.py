@@ -59,13 +59,18 @@ def _message(error: BaseException) -> str:
     return message
 
 
+def is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an argument or option stands on the command line; otherwise it has its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def as_typed(context: typer.Context) -> str:
     """The command as it was typed, quoted for a shell."""
     words = ["ppl-lm", str(context.info_name)]
     for parameter in context.command.params:
         name, value = str(parameter.name), context.params.get(str(parameter.name))
-        source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE":
+        if not is_typed(context, name):
             continue
         if parameter.param_type_name == "option":
             words.append(parameter.opts[0])

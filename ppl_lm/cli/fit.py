@@ -1,12 +1,24 @@
 """`ppl-lm fit`: fit a guide, measure it, write a run folder."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ppl_lm.cli.console import FAILED, GOOD, INTERRUPTED, Traceback, absolute, as_typed, errors, out, whole_path
+from ppl_lm.cli.console import (
+    FAILED,
+    GOOD,
+    INTERRUPTED,
+    Traceback,
+    absolute,
+    as_typed,
+    errors,
+    is_typed,
+    out,
+    whole_path,
+)
 from ppl_lm.run.names import OBJECTIVES, shipped
 
 MODELS, GUIDES = (", ".join(shipped(package)) for package in ("models", "guides"))
@@ -16,8 +28,9 @@ def command(
     context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"The posterior: {MODELS}, or FILE.py:NAME.")],
     guide: Annotated[str, typer.Option(help=f"The approximation: {GUIDES}, or FILE.py:NAME.")] = "finetuned",
-    init_from: Annotated[Path | None, typer.Option(metavar="RUN", help="Begin with the guide that an earlier fit wrote.",
-                                                   show_default="an untrained one")] = None,
+    init_from: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an earlier fit's guide, and with its lm, "
+                                                   "reward, beta, prompts and max-new-tokens where none are given.",
+                                                   show_default="an untrained guide")] = None,
     objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(OBJECTIVES)}.")] = "reverse_kl",
     lm: Annotated[str | None, typer.Option(help="A Hugging Face folder or hub name.", show_default="the LM that ships")] = None,
     reward: Annotated[str, typer.Option(help="vader, length, contains:WORD, or FILE.py:NAME.")] = "vader",
@@ -53,7 +66,7 @@ def command(
     from ppl_lm.run.outcome import in_words
     from ppl_lm.run.programs import build
     from ppl_lm.run.prompts_file import read_prompts
-    from ppl_lm.run.run_folder import guide_to_go_on_from, new_folder, require_free, require_outside
+    from ppl_lm.run.run_folder import fitted_guide, going_on, new_folder, require_free, require_outside
     from ppl_lm.run.run_record import FailedFit
     from ppl_lm.run.settings import Settings
     from ppl_lm.run.write_run import FitWriter, write_measurement
@@ -61,27 +74,29 @@ def command(
     if max_steps is None and time_limit is None:
         time_limit = 110.0
     with errors(traceback):
-        texts, columns = read_prompts(prompts)
-        if particles is None:
-            particles = max(8, 128 // max(1, min(batch_size, len(texts))))
-        if particles < 2:
+        if particles is not None and particles < 2:
             raise ValueError(f"particles={particles}; give at least 2")
+        texts, columns = read_prompts(prompts)
         settings = Settings(
             model=absolute(model), guide=absolute(guide), objective=objective, reward=absolute(reward), beta=beta,
             lm=whole_path(lm), prompts=texts, columns=columns, max_new_tokens=max_new_tokens, device=device, seed=seed,
-            batch_size=batch_size, particles=particles, learning_rate=learning_rate, max_steps=max_steps,
+            batch_size=batch_size, particles=particles or 128, learning_rate=learning_rate, max_steps=max_steps,
             time_limit=time_limit, init_from=None if init_from is None else str(init_from.resolve()),
         )  # fmt: skip
-        start = guide_to_go_on_from(settings)
+        settings = going_on(settings, {name for name in context.params if is_typed(context, name)})
+        if particles is None:
+            particles = max(8, 128 // max(1, min(batch_size, len(settings.prompts))))
+            settings = replace(settings, particles=particles)
+        start = None if settings.init_from is None else fitted_guide(Path(settings.init_from))
         path = new_folder(model.rpartition(":")[2]) if output_dir is None else output_dir
         require_free(path, overwrite)
         require_outside(path, settings.lm)
         require_outside(path, settings.init_from, "init-from")
         if num_samples is not None:
             require_enough(num_samples)
-        loss = SequenceELBO(num_particles=particles, objective=objective_named(objective, beta))
+        loss = SequenceELBO(num_particles=particles, objective=objective_named(objective, settings.beta))
         programs = build(settings, start, trainable=True)
-        title = f"posterior {settings.model}, guide {settings.guide}, {len(texts)} prompt(s); fitting"
+        title = f"posterior {settings.model}, guide {settings.guide}, {len(settings.prompts)} prompt(s); fitting"
         with FitProgress(out, title) as progress, FitWriter(path, programs, as_typed(context), overwrite) as writer:
 
             def on_step(row: StepMetrics) -> None:

@@ -112,6 +112,11 @@ class Reward:
             if provenance:
                 prompts, x = replace(prompts, ids=detach_provenance(prompts.ids)), detach_provenance(x)
             return track_provenance(self.score(prompts, x), provenance)
+        if len(args) == 2 and hasattr(args[0], "decode"):
+            raise RewardError(
+                f"reward {self.name!r} needs token ids of shape (..., T) beside the prompts, not {short(args[1])}; of texts "
+                "lm.completions makes them, also for poutine.condition"
+            )
         return self.function(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -4,6 +4,8 @@ import itertools
 import json
 import shutil
 import time
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from ppl_lm.run.config import FORMAT, Config
@@ -76,18 +78,20 @@ def read_config(folder: Path) -> Config:
         raise ValueError(f"{str(folder / MARK)!r} is damaged: {error}") from None
 
 
-def guide_to_go_on_from(settings: Settings) -> Path | None:
-    """Where the fitted guide lies that a fit is to begin with; None where it begins anew.
+def going_on(settings: Settings, given: Collection[str]) -> Settings:
+    """Settings of a fit that begins with an earlier run's guide, `init_from`: the run's own, but for those that are `given`.
 
-    :raises ValueError: if `init_from` is no run with a fitted guide, or one of another kind of guide."""
+    :raises ValueError: if `init_from` is no run, or fitted another kind of guide than the one that is given."""
     if settings.init_from is None:
-        return None
+        return settings
     theirs = read_config(Path(settings.init_from)).settings
-    if theirs.guide != settings.guide:
+    if "guide" in given and theirs.guide != settings.guide:
         raise ValueError(
             f"init-from={settings.init_from!r} fitted the guide {theirs.guide!r}; give --guide {theirs.guide}"
         )
-    return fitted_guide(Path(settings.init_from))
+    kept = {name for name in ("guide", "lm", "reward", "beta", "prompts", "max_new_tokens") if name not in given}
+    kept |= {"columns"} if "prompts" in kept else set()
+    return replace(settings, **{name: getattr(theirs, name) for name in kept})
 
 
 def fitted_guide(folder: Path) -> Path:

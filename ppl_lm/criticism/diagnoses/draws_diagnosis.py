@@ -114,7 +114,10 @@ def _figures(draws: Draws, share: float) -> dict[str, Any]:
     for name, value in numbers(draws).items():
         name = f"{name}_recorded" if name in FIGURES else name  # a record must not pass for a figure
         figures[name], figures[f"{name}_se"] = _mean(value, draws) if possible else (None, None)
-    x = torch.cat([draws[name].flatten(0, 1).flatten(1) for name in draws.texts], -1)  # (S, tokens)
+    sites = draws.texts or tuple(draws.latents)
+    x = torch.cat(
+        [draws[name].flatten(0, 1).flatten(1) for name in sites], -1
+    )  # (S, tokens), or numbers where no text is drawn
     figures["unique"] = len(x.unique(dim=0)) / len(x)
     cost = draws.cost  # of drawing for all prompts together
     figures["lm_tokens"], figures["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)

@@ -34,6 +34,11 @@ def likelihood_bound(model: Callable[..., Any], prompts: Any, joint: bool = Fals
             bound = 0.0
         if bound is None:
             return None
+        if (count := torch.as_tensor(bound).numel()) != 1:
+            raise ValueError(
+                f"site {site['name']!r} declares a log_bound of {count} numbers; give one, which no draw of any prompt "
+                "exceeds, whatever the latent sites are"
+            )
         if site["mask"] is not None:  # where it is False the site's factor is 1
             bound = max(float(bound), 0.0)
         copies = prod(f.size for f in site["cond_indep_stack"] if f.vectorized and (joint or f.dim != -1))

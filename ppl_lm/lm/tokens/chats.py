@@ -42,7 +42,10 @@ def encode_chat(
     :raises ValueError: if there is no template, it fails, or it changes texts so that their control tokens cannot be told
         from its own; of an argument that is not for templates."""
     if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("this tokenizer has no chat template: give prompts as strings, not as messages")
+        raise ValueError(
+            "this tokenizer has no chat template: give prompts as strings, not as messages, or set one, "
+            "lm.vocabulary.tokenizer.chat_template = ..."
+        )
     options = {} if chat_template_kwargs is None else chat_template_kwargs
     if not isinstance(options, Mapping):
         raise ValueError(f"chat_template_kwargs is {options!r}; give a mapping from names to values")
