@@ -307,6 +307,7 @@ def judged(prompts, prior, pairs, ratings, scale=1.0):
         pyro.sample("optimal", Optimality(n / 0.5, log_bound=8.0), obs=torch.ones(len(prompts)))
         with pyro.plate("ratings", 3, dim=-2), pyro.poutine.scale(scale=scale):
             pyro.sample("rating", dist.Bernoulli(logits=(n - 1) * strictness), obs=ratings)
+            pyro.deterministic("level", (n - 1) * strictness)
     pyro.factor("wish", theta.sum(-1))
 
 
@@ -351,6 +352,8 @@ def test_plates_are_dimensions_and_likelihoods_are_pointwise(tmp_path):
     for name in ("rating", "preferred", "optimal"):
         assert torch.equal(again.observed[name], draws.observed[name]) and again.plates[name] == draws.plates[name]
         assert again.observed[name].dtype == draws.observed[name].dtype
+    assert to_arviz(again).posterior["strictness"].dims == data.posterior["strictness"].dims
+    assert {n: v.dims for n, v in to_arviz(again).posterior.items()} == {n: v.dims for n, v in data.posterior.items()}
     one = importance(model, None, ["a", "b"], num_samples=1, max_plate_nesting=2)
     assert to_arviz(one).posterior["strictness"].shape == (1, 4, 3)
 

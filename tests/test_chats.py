@@ -1,10 +1,13 @@
 """Chats: token for token what `apply_chat_template` makes of them, with control tokens that a text spells as plain text."""
 
+import numpy as np
 import pytest
 import tiny
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from ppl_lm.likelihood.reward import Reward
 from ppl_lm.lm.tokens.chats import encode_chat
 
 END = "<|end|>"
@@ -191,3 +194,22 @@ def test_a_string_that_a_template_has_rendered_is_not_taken_for_text_without_a_w
         made = lm.prompts(["soup", string, string])
     assert len(warned) == 1 and not {3, 4} & set(made.unpadded()[1])
     assert {3, 4} <= set(lm.prompts([chat]).unpadded()[0])
+
+
+def test_arrays_of_tools_and_documents_are_lists(lm):
+    """As pandas gives them for Parquet; once, documents were dropped without a word and tools crashed."""
+    chat, tools = [user("the dog")], [{"type": "function", "function": {"name": "x"}}] * 2
+    for name in ("tools", "documents"):
+        values = [np.array(tools, dtype=object)]
+        given = lm.prompts({"prompt": [chat], name: values})
+        assert torch.equal(given.ids, lm.prompts({"prompt": [chat], name: [tools]}).ids)
+        assert not torch.equal(given.ids, lm.prompts([chat]).ids)
+
+
+def test_a_second_text_of_a_chat_sees_the_chat(lm):
+    prompts = lm.prompts([[user("the dog")], [user("a dog"), assistant("the")]])
+    longer = prompts.append(lm.completions([" soup", " soup"]), " so")
+    assert longer.texts == [[user("the dog"), assistant(" soup so")], [user("a dog"), assistant("the soup so")]]
+    seen = []
+    Reward(lambda completions, prompts: seen.extend(prompts) or [0.0, 0.0])(longer, lm.completions([" dog", " dog"]))
+    assert seen == longer.texts

@@ -40,6 +40,10 @@ CALLS = {
         "warmup",
         lambda lm, t, d, e, n: ppl_lm.fit(t, ppl_lm.bind(finetuned, lm.copy()), [""], max_steps=1, warmup=n),
     ),
+    "batch": (
+        "batch_size",
+        lambda lm, t, d, e, n: ppl_lm.fit(t, ppl_lm.bind(finetuned, lm.copy()), [""], max_steps=1, batch_size=n),
+    ),
     "plates": ("max_plate_nesting", lambda lm, t, d, e, n: ppl_lm.importance(t, None, [""], max_plate_nesting=n)),
     "resampling": ("count", lambda lm, t, d, e, n: ppl_lm.resampling.systematic(d.log_weight[0], n)),
 }

@@ -21,6 +21,7 @@ import torch
 from ppl_lm.criticism.effective_size import ess
 from ppl_lm.criticism.expectations import expectation
 from ppl_lm.criticism.sensitivity import power_scale
+from ppl_lm.criticism.summaries import summary
 from ppl_lm.guides import prior as prior_guide
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError
@@ -207,3 +208,37 @@ def test_other_weights_are_another_law():
     as_they_come = expectation(draws, draws["reward"], equal)
     torch.testing.assert_close(as_they_come.mean, draws["reward"][0].mean(0), atol=1e-12, rtol=0)
     torch.testing.assert_close(as_they_come.se, draws["reward"][0].std(0) / 4000**0.5, atol=1e-12, rtol=0)
+
+
+def test_one_draw_with_all_the_weight_tells_no_error():
+    """Once, "1 ± 0", and 0 more draws for any error."""
+    model = bind(
+        tilted,
+        table_lm(4, 3, max_prompt=3, concentration=1.0, seed=1),
+        reward=lambda completions, **_: [0.0] * len(completions),
+    )
+    draws = importance(model, None, ["a"], num_samples=40)
+    w = torch.full_like(draws.log_likelihood, -torch.inf)
+    w[0, 3] = 0.0
+    alone = replace(draws, log_likelihood=w)
+    nearly = replace(draws, log_likelihood=w.clamp_min(-180.0))
+    for some in (alone, nearly):
+        assert float(expectation(some, some["reward"]).se) == math.inf
+        table = summary(some, error=0.01)
+        assert (
+            bool(table["se"].eq(math.inf).all())
+            and bool(table["more_draws"].isna().all())
+            and bool((table["ess"] == 0).all())
+        )
+    w = w.clone()
+    w[0, :5] = 0.0
+    assert math.isfinite(float(expectation(replace(draws, log_likelihood=w), draws.log_prior).se))
+
+
+def test_chains_are_thinned_over_all_of_them():
+    lm = table_lm(3, 2, concentration=1.0)
+    model = bind(tilted, lm, reward=lambda completions, **_: [0.0] * len(completions))
+    chains = mcmc(model, None, [""], num_samples=10, num_chains=4, warmup=1)
+    picks = chains.reweighted(8)[:, 0]
+    assert {int(i) // 10 for i in picks} == {0, 1, 2, 3} and len(set(picks.tolist())) == 8
+    assert torch.equal(chains.reweighted()[:, 0], torch.arange(40))

@@ -189,3 +189,32 @@ def test_pyros_own_elbo_is_told_when_a_generator_is_empty():
     svi = SVI(bind(tilted, lm, reward=letters), bind(finetuned, lm.copy()), Adam({"lr": 0.01}), Trace_ELBO())
     with pytest.raises(ValueError, match="was read before, which can be done once; give a list"):
         svi.step(text for text in ["", ""])
+
+
+@pytest.mark.parametrize("guide_is_bound", [False, True])
+def test_a_plain_program_sees_what_was_given_whatever_stands_beside_it(guide_is_bound):
+    """Once, the guide's language model turned the plain model's list into `Prompts`: another posterior, without a word."""
+    lm, asked = table_lm(3, 2, max_prompt=3, concentration=1.0), []
+
+    def model(prompts):
+        own = lm.prompts([f"b {text}" for text in prompts])
+        asked.append(own.texts)
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("x", lm(own))
+
+    ppl_lm.importance(model, bind(finetuned, lm.copy()) if guide_is_bound else None, ["a", "b"], num_samples=4)
+    assert asked and all(texts == ["b a", "b b"] for texts in asked)
+
+
+def test_prompts_with_arrays_beside_them_are_told_apart_by_all_that_these_hold():
+    lm = table_lm(3, 2, max_prompt=3, concentration=1.0)
+    long = torch.zeros(2, 2000)
+    long[1, 1000] = 1  # which Python does not write out
+    for column in (long, long.numpy(), long.bfloat16(), [long[0], long[1]]):
+        first, second = lm.prompts({"prompt": ["a", "a"], "mask": column}).identities()
+        assert first != second and hash(first) != hash(second)
+    close = torch.tensor([1.00001, 1.00003], dtype=torch.float64)
+    first, second = lm.prompts({"prompt": ["a", "a"], "k": close}).identities()
+    assert first != second
+    again = lm.prompts({"prompt": ["a", "a"], "mask": long.clone()})
+    assert again.identities() == lm.prompts({"prompt": ["a", "a"], "mask": long}).identities()

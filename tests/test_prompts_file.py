@@ -150,3 +150,15 @@ def test_an_option_given_twice_is_refused(command, option):
 def test_flags_may_be_repeated():
     result = CliRunner().invoke(app, ["report", "nowhere", "--traceback", "--traceback"])
     assert result.exit_code == 2 and "times" not in result.output
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_of_every_system(tmp_path, end):
+    (tmp_path / "p.txt").write_bytes(end.join(["one", "", "two", "three"]).encode() + end.encode())
+    assert read_prompts(tmp_path / "p.txt") == (["one", "two", "three"], {})
+
+
+def test_what_json_cannot_hold_is_refused_in_every_kind_of_file(tmp_path):
+    pd.DataFrame({"prompt": ["a", "b"], "k": [1.0, float("inf")]}).to_parquet(tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match="row 2 holds what JSON cannot write down"):
+        read_prompts(tmp_path / "p.parquet")

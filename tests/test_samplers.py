@@ -492,3 +492,34 @@ def test_a_bound_is_one_number():
 
     with pytest.raises(ValueError, match=r"'o' declares a log_bound of 2 numbers; give one"):
         rejection(bind(program, lm), None, ["", "a"], num_samples=5)
+
+
+@pytest.mark.parametrize("wrapped", ["mask", "to_event", "expand_by", "half masked"])
+@pytest.mark.parametrize("bounded", [True, False])
+def test_log_z_and_bound_see_through_what_a_likelihood_is_wrapped_in(wrapped, bounded):
+    """Once, a masked or `.to_event` Optimality lost its shift in log Z, and an unbounded one had the bound 0."""
+    lm = table_lm(3, 2, concentration=1.0, seed=4)
+    yes = torch.ones(2, dtype=torch.bool)
+
+    def program(prompts, lm, plain):
+        with pyro.plate("prompts", len(prompts)):
+            r = 2.0 * (pyro.sample("x", lm(prompts)) == 0).sum(-1).double()
+            law, value = Optimality(r, 4.0 if bounded else None), torch.ones_like(r)
+            if plain:
+                factor = torch.tensor([1.0, 0.0]) if wrapped == "half masked" else torch.ones(2)
+                pyro.sample("o", Optimality(r * factor), obs=value)
+            elif wrapped == "to_event":
+                law = Optimality(r.unsqueeze(-1) / 2 * torch.ones(2), 2.0 if bounded else None).to_event(1)
+                pyro.sample("o", law, obs=torch.ones(*r.shape, 2))
+            elif wrapped == "expand_by":
+                pyro.sample("o", law.expand(r.shape), obs=value)
+            else:
+                pyro.sample("o", law.mask(torch.tensor([True, False]) if wrapped == "half masked" else yes), obs=value)
+
+    model, plain = (bind(program, lm, plain=flag) for flag in (False, True))
+    truth = enumerate_posterior(plain, None, ["", "a"])
+    torch.testing.assert_close(enumerate_posterior(model, None, ["", "a"]).log_z, truth.log_z, atol=1e-9, rtol=0)
+    draws = importance(model, None, ["", "a"], num_samples=20)
+    other = (2.0 * (draws["x"] == 0).sum(-1)) * (torch.tensor([1.0, 0.0]) if wrapped == "half masked" else 1.0)
+    torch.testing.assert_close(draws.log_likelihood, other.double(), atol=1e-9, rtol=0)
+    assert likelihood_bound(model, ["", "a"]) == (4.0 if bounded else None)

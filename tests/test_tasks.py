@@ -349,6 +349,28 @@ def test_plates_are_counted_without_asking_networks_or_rewards(prior):
         ppl_lm.importance(target, None, PROMPTS, max_plate_nesting=0)
 
 
+def test_counting_plates_leaves_no_parameter_behind(prior):
+    """Once, what `pyro.param` makes when it is first asked was made of the empty texts and zero rewards of that run."""
+
+    def program(prompts, prior, reward):
+        with pyro.plate("prompts", len(prompts)):
+            r = reward(prompts, pyro.sample("x", prior(prompts)))
+            level = pyro.param("level", lambda: r.mean().detach())
+            pyro.sample("optimal", ppl_lm.Optimality(r - level), obs=torch.ones(r.shape))
+
+    ppl_lm.importance(ppl_lm.bind(program, prior, reward=lambda completions: [5.0] * len(completions)), None, PROMPTS)
+    assert pyro.param("level").item() == 5.0
+
+
+def test_given_texts_end_as_the_model_ends_its_own(prior):
+    """The tokenizer's end token, or the first that is given: not the one of the smallest number."""
+    lm = ppl_lm.LanguageModel(prior.model, prior.vocabulary.tokenizer, T, end_ids=[END, 0])
+    assert lm.completions(["b"]).tolist() == [[1, END]]
+    assert (
+        ppl_lm.LanguageModel(prior.model, prior.vocabulary.tokenizer, T, end_ids=[0, END]).completions(["b"])[0, 1] == 0
+    )
+
+
 def test_text_of_a_subsampled_plate_may_go_on_from_a_latent(prior):
     topics = prior.prompts(["a", "b a"])
 

@@ -66,6 +66,7 @@ def moments(draws: Draws, values: Shaped[Tensor, "C S B *E"]) -> Moments:
     variance = expectation(draws, (values.double() - estimate.mean).square()).mean
     constant = variance.sqrt() <= 1e-12 * estimate.mean.abs()  # but for rounding
     variance, amount = variance.where(~constant, 0.0), (variance / estimate.se.square()).where(~constant, math.nan)
+    amount = amount.where(~estimate.se.isinf(), 0.0)
     se = estimate.se.where(~constant | estimate.se.isinf(), 0.0)
     if draws.kind == "exact":
         amount = torch.where(amount > 0, float(draws.num_samples), amount)

@@ -109,7 +109,7 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
     log_z, log_z_se = log_mean(log_w)
     relative = (log_w - log_z).exp()
     kl_q_p, kl_q_p_se = log_z - elbo, (relative - log_w).std(0) / math.sqrt(n)  # one influence function: same draws
-    kl_q_p_se = kl_q_p_se.nan_to_num(math.inf)  # an ELBO of -inf is known to be nothing
+    kl_q_p_se = kl_q_p_se.nan_to_num(math.inf, math.inf)  # an ELBO of -inf is known to be nothing
     if exact is not None and exact.proposals is not None:
         # Bounded weights cannot miss mass; a guide's own can, with a small standard error (it never sees what it lacks).
         log_z, log_z_se = log_mean(exact.proposals.log_weight.flatten(0, 1))

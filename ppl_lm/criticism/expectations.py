@@ -9,11 +9,14 @@ from torch import Tensor
 
 from ppl_lm.infer.draws import TOGETHER, Draws
 
+ALONE = 0.5  # 1 / ESS of weights that are worth two draws
+
 
 @dataclass(frozen=True)
 class Expectation:
     """:param mean: of each number, for each prompt, float64.
-    :param se: its Monte Carlo standard error; inf where it cannot be told (one draw, one run, a mean that is infinite)."""
+    :param se: its Monte Carlo standard error; inf where it cannot be told (one draw, one run, weights that are worth fewer than
+        two, a mean that is infinite)."""
 
     mean: Float[Tensor, "B *E"]
     se: Float[Tensor, "B *E"]
@@ -63,7 +66,8 @@ def expectation(
     if len(parts) < 2:
         return Expectation(mean, torch.full_like(mean, math.inf))
     se = (parts.square().sum(0) * len(parts) / (len(parts) - 1)).sqrt()
-    return Expectation(mean, se.nan_to_num(math.inf))
+    share = (w.sum(1) if draws.kind in TOGETHER else w.flatten(0, 1)).square().sum(0)  # 1 / Kong's ESS of the parts
+    return Expectation(mean, se.where(share < ALONE, math.inf).nan_to_num(math.inf, math.inf))
 
 
 def _along_chains(influence: Float[Tensor, "C S B *E"]) -> Float[Tensor, "B *E"]:
@@ -72,4 +76,4 @@ def _along_chains(influence: Float[Tensor, "C S B *E"]) -> Float[Tensor, "B *E"]
     columns = influence.flatten(2).movedim(-1, 0).cpu().numpy()  # (B·E, C, S)
     errors = [float(az.mcse(column)) if column.max() > column.min() else 0.0 for column in columns]
     se = torch.tensor(errors, dtype=torch.float64).reshape(influence.shape[2:])
-    return se.nan_to_num(math.inf).to(influence.device)
+    return se.nan_to_num(math.inf, math.inf).to(influence.device)

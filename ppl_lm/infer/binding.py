@@ -29,8 +29,7 @@ class Bound(nn.Module):
         except TypeError as error:
             raise TypeError(f"{name}{signature} cannot be bound: {error}") from None
         arguments = {**given.arguments}
-        self._prompts_name = next(iter(arguments))
-        del arguments[self._prompts_name]
+        del arguments[next(iter(arguments))]  # the prompts
         for parameter in signature.parameters.values():  # **kwargs of the program
             if parameter.kind is parameter.VAR_KEYWORD:
                 arguments.update(arguments.pop(parameter.name, {}))
@@ -39,7 +38,11 @@ class Bound(nn.Module):
                     f"{name}{signature}: programs with *{parameter.name} cannot be bound; name each argument"
                 )
         self.program = program
-        arguments = {k: _as_network(_as_rewards(k, v)) for k, v in arguments.items()}
+        defaults = {k: parameter.default for k, parameter in signature.parameters.items()}
+        arguments = {
+            k: v if v is None and defaults.get(k, ...) is None else _as_network(_as_rewards(k, v))
+            for k, v in arguments.items()
+        }
         self.networks = nn.ModuleDict({k: v for k, v in arguments.items() if isinstance(v, nn.Module)})
         self.arguments = {k: v for k, v in arguments.items() if not isinstance(v, nn.Module)}
         for network in self.networks.modules():
@@ -124,12 +127,16 @@ def bind(program: Callable[..., Any], *args: Any, name: str | None = None, **kwa
 
 def read_once(prompts: Any, *programs: Any) -> Any:
     """Prompts that several programs can be called with, however they are given, and asked for their number: tokenised by the
-    first language model of a bound one; for plain functions alone what can be read only once as a list, or a dictionary of
-    columns."""
+    first language model of bound ones; as they are given where one is a plain function, to which nothing else is promised,
+    what can be read only once as a list or a dictionary of columns.
+
+    :param programs: those that are None are no programs."""
     if isinstance(prompts, Prompts):
         return prompts
-    for program in programs:
-        if isinstance(program, Bound) and (lm := program.lm) is not None:
+    programs = tuple(program for program in programs if program is not None)
+    if all(isinstance(program, Bound) for program in programs):
+        lm = next((lm for program in programs if (lm := program.lm) is not None), None)
+        if lm is not None:
             return lm.prompts(prompts)
     if hasattr(prompts, "__len__"):
         return prompts

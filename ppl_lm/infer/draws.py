@@ -158,14 +158,16 @@ class Draws:
 
     def reweighted(self, num_samples: int | None = None) -> Int[Tensor, "S B"]:
         """Indices (into the C·S flattened draws) of equally weighted posterior draws, by systematic resampling with
-        the normalised weights, in random order; every index once where the draws are exact or Markov chains. The same at
+        the normalised weights, in random order; where the draws are exact or Markov chains, every index once, or as
+        many as are asked for, evenly spaced over all chains. The same at
         every call: torch's random state is neither used nor changed."""
         n = self.num_samples if num_samples is None else num_samples
         require_count("num_samples", n)
         if self.kind in EQUAL:
             if n > self.num_samples:
                 raise ValueError(f"num_samples={n}, but there are {self.num_samples} draws, equally weighted")
-            return torch.arange(self.num_samples).unsqueeze(-1).expand(-1, self.log_guide.shape[-1])[:n]
+            every = torch.linspace(0, self.num_samples - 1, n, dtype=torch.float64).round().long()
+            return every.unsqueeze(-1).expand(-1, self.log_guide.shape[-1])
         mass = self.weights.flatten(0, 1).cumsum(0)  # (S, B)
         generator = torch.Generator().manual_seed(0)
         grid = (torch.arange(n, device=mass.device) + torch.rand((), dtype=torch.float64, generator=generator)) / n

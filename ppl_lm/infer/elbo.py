@@ -66,8 +66,8 @@ class SequenceELBO(ELBO):
     gradient, others get the same score-function treatment, and learnable model parameters get theirs: with every baseline.
 
     :param num_particles: K, texts drawn for each prompt and step; at least 2, for the baseline.
-    :param max_plate_nesting: as in Pyro, of the programs without the particles; None: found by a run of the programs that asks
-        no network and no reward.
+    :param max_plate_nesting: as in Pyro, of the programs without the particles; None: found by a run of the programs that
+        draws no text and asks no reward.
     :param micro_batch: texts scored with gradients at a time; None: as many as a memory budget allows. The gradient
         does not depend on it.
     :param objective: an `Objective`, or a plain function from `Terms` to an `Estimate`. Others than `reverse_kl` are for guides

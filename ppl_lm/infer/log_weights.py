@@ -22,20 +22,22 @@ def mean(values: Float[Tensor, "S *B"]) -> tuple[Float[Tensor, "*B"], Float[Tens
     if len(values) < 2:
         raise ValueError("one draw has no standard error; give at least 2")
     se = values.std(0) / math.sqrt(len(values))
-    return values.mean(0), se.nan_to_num(math.inf)
+    return values.mean(0), se.nan_to_num(math.inf, math.inf)
 
 
 def weighted_mean(
     log_w: Float[Tensor, "S *B"], values: Float[Tensor, "S *B"]
 ) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
     """Self-normalised mean Σ w v / Σ w and its standard error: of the influence w (v - mean) / Σ w of each draw, the delta
-    method. Values of draws without weight may be anything; NaN where no draw has any. The error of one draw is inf."""
+    method. Values of draws without weight may be anything; NaN where no draw has any. The error is inf of one draw, and of
+    one that has all the weight."""
     n, w = len(log_w), log_w.softmax(0)
     values = torch.where(w > 0, values, 0.0)
     centre = (w * values).sum(0)
     influence = torch.where(w > 0, w * (values - centre), 0.0)
     scale = n / (n - 1) if n > 1 else math.inf
-    return centre, (influence.square().sum(0) * scale).sqrt().nan_to_num(math.inf)
+    se = (influence.square().sum(0) * scale).sqrt()
+    return centre, se.where((w > 0).sum(0) > 1, math.inf).nan_to_num(math.inf, math.inf)
 
 
 def kong_ess(log_w: Float[Tensor, "S *B"]) -> Float[Tensor, "*B"]:

@@ -151,7 +151,7 @@ class Network(nn.Module):
         log_probs = self.next_token_log_probs(prompts, x)
         here = x[:, : log_probs.shape[1], None]
         token = log_probs.gather(-1, here).squeeze(-1)
-        end = torch.where(self.vocabulary.is_end(here), here, min(self.vocabulary.end_ids))
+        end = torch.where(self.vocabulary.is_end(here), here, self.vocabulary.end_ids[0])
         ends = log_probs.gather(-1, end).squeeze(-1)
         return self._until_end(token, x), self._until_end(ends, x)
 

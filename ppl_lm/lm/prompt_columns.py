@@ -1,9 +1,11 @@
 """Containers of prompts, whatever library they are of, as plain lists: the prompts, and the columns beside them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 GIVE = "give a list of strings or of chats, or a dataset"
 
@@ -58,6 +60,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def key_of(value: Any) -> Hashable:
+    """What is equal for equal values only: of arrays and tensors, which Python writes out in part, all that they hold."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy() if value.dtype != torch.bfloat16 else value.detach().cpu().float().numpy()
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return str(value.dtype), value.shape, value.tobytes()
+    if isinstance(value, Mapping):
+        return tuple((name, key_of(item)) for name, item in value.items())
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return type(value).__name__, *map(key_of, value)
+    return type(value).__name__, repr(value)
 
 
 def require_unicode(text: Any, what: str) -> None:

@@ -26,11 +26,12 @@ def distinct(names: Iterable[str]) -> list[str]:
     ['a', 'a (2)', 'b']
     """
     given = list(names)
-    taken, made = {*given}, []
+    taken, counts, made = {*given}, dict[str, int](), list[str]()
     for name in given:
-        new, count = name, 1
-        while new in made or (count > 1 and new in taken):
+        new, count = name, counts.get(name, 0) + 1
+        while count > 1 and (new := f"{name} ({count})") in taken:
             count += 1
-            new = f"{name} ({count})"
+        taken.add(new)
+        counts[name] = count
         made.append(new)
     return made

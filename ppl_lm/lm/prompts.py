@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
-from ppl_lm.lm.prompt_columns import as_columns, plain, require_unicode
+from ppl_lm.lm.prompt_columns import as_columns, key_of, plain, require_unicode
 from ppl_lm.lm.prompt_names import distinct, readable
 from ppl_lm.lm.tokens.token_pieces import added, contexts, going_on
 from ppl_lm.lm.vocabulary import Vocabulary
@@ -58,7 +58,7 @@ class Prompts:
         for i, text in enumerate(texts):
             require_unicode(text, f"prompt {i}")
             for_template = _for_template(columns, i)
-            key = text if isinstance(text, str) and not for_template else (repr(text), repr(for_template))
+            key = text if isinstance(text, str) and not for_template else (key_of(text), key_of(for_template))
             if key not in ids_of:
                 ids_of[key] = _encoded(i, text, for_template, vocabulary)
             rows.append(ids_of[key])
@@ -108,8 +108,8 @@ class Prompts:
 
     def identities(self) -> list[tuple[Any, ...]]:
         """What tells prompts apart, flat: token ids and further columns."""
-        columns = [repr({name: c[i] for name, c in self.columns.items()}) for i in range(len(self.texts))]
-        return [(ids, columns[i] if self.columns else "") for i, ids in enumerate(self.unpadded())]
+        columns = [key_of({name: c[i] for name, c in self.columns.items()}) for i in range(len(self.texts))]
+        return list(zip(self.unpadded(), columns, strict=True))
 
     @property
     def mask(self) -> Bool[Tensor, "*S P"]:
@@ -196,12 +196,20 @@ class Prompts:
         ids = [[i for i in row if i not in ends] + tail for row in self.completion_ids(completions)]
         rows = [[*head, *row] for head, row in zip(base.unpadded(), ids, strict=True)]
         texts = [
-            (text.removesuffix(lost) if isinstance(text, str) else "") + part
+            text.removesuffix(lost) + part if isinstance(text, str) else _answered(text, part)
             for text, (lost, part) in zip(base.texts, added(self.vocabulary, base.contexts, ids), strict=True)
         ]
         longer = Prompts.from_ids(rows, self.vocabulary, texts=texts, columns=base.columns, device=self.ids.device)
         longer = longer.reshape(shape)
         return replace(longer, ids=track_provenance(longer.ids, get_provenance(x) | get_provenance(self.ids)))
+
+
+def _answered(chat: Sequence[Mapping[str, Any]], part: str) -> list[Any]:
+    """A chat that goes on with a part of the assistant's answer."""
+    last = chat[-1]
+    if last.get("role") == "assistant" and isinstance(last.get("content"), str):
+        return [*chat[:-1], {**last, "content": last["content"] + part}]
+    return [*chat, {"role": "assistant", "content": part}]
 
 
 def _encoded(i: int, text: Any, given: dict[str, Any], vocabulary: Vocabulary) -> list[int]:
@@ -223,7 +231,7 @@ def _encoded(i: int, text: Any, given: dict[str, Any], vocabulary: Vocabulary) -
 
 def _for_template(columns: Mapping[str, list[Any]], i: int) -> dict[str, Any]:
     """What row i gives a chat template; a column `documents` that is no list of mappings is the reward's alone."""
-    given = {name: columns[name][i] for name in TEMPLATE_COLUMNS if name in columns}
+    given = {name: plain(columns[name][i]) for name in TEMPLATE_COLUMNS if name in columns}
     documents = given.get("documents")
     if not (isinstance(documents, (list, tuple)) and all(isinstance(d, Mapping) for d in documents)):
         given.pop("documents", None)

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -23,14 +22,15 @@ class Vocabulary(TextEnds):
 
     :param tokenizer: a Hugging Face tokenizer.
     :param size: number of token ids that the language model scores, V.
-    :param end_ids: the ids that end a text; all of them stop it, and the one that occurs is scored.
+    :param end_ids: the ids that end a text; all of them stop it, and the one that occurs is scored. Given
+        texts (`completion`) end with the first.
     :param pad_id: what fills a text after its end. May equal an end id: masks come from lengths, never from ids.
     """
 
     def __init__(self, tokenizer: Any, size: int, end_ids: Iterable[int], pad_id: int, bos_id: int | None):
         self.tokenizer = tokenizer
         self.size = size
-        self.end_ids = tuple(sorted(set(end_ids)))
+        self.end_ids = tuple(dict.fromkeys(end_ids))
         self.pad_id = pad_id
         self.bos_id = bos_id
         for name, ids in {"end_ids": self.end_ids, "pad_id": (pad_id,)}.items():
@@ -43,13 +43,13 @@ class Vocabulary(TextEnds):
     ) -> "Vocabulary":
         """Of a language model with this configuration.
 
-        :param end_ids: None: every one that the configurations or the tokenizer name.
+        :param end_ids: None: every one that the tokenizer or the configurations name, the tokenizer's first.
         :raises ValueError: if no end token is named."""
-        sources = [getattr(source, "eos_token_id", None) for source in (generation_config, config, tokenizer)]
-        named = {
+        sources = [getattr(source, "eos_token_id", None) for source in (tokenizer, generation_config, config)]
+        named = [
             int(i) for ids in sources if ids is not None for i in (ids if isinstance(ids, (list, tuple)) else [ids])
-        }
-        ends = named if end_ids is None else set(end_ids)
+        ]
+        ends = named if end_ids is None else list(end_ids)
         if not ends:
             raise ValueError("no end token: neither the model nor its tokenizer names one; pass end_ids=[...]")
         config = text_config(config)
@@ -146,9 +146,9 @@ class Vocabulary(TextEnds):
             raise ValueError(
                 f"{what} holds the end token {ended[0]!r}, after which a completion has nothing: {text[:60]!r}"
             )
-        row = [*ids, min(self.end_ids)][:length]
+        row = [*ids, self.end_ids[0]][:length]
         row += [self.pad_id] * (length - len(row))
-        (read,) = self.decode(torch.tensor([row]))
+        (read,) = self.texts([ids])
         if read != text:
             raise ValueError(
                 f"{what} cannot be encoded: {text[:60]!r} reads {read[:60]!r} in this tokenizer's tokens; give what they write"
@@ -159,7 +159,7 @@ class Vocabulary(TextEnds):
     def fingerprint(self) -> str:
         """Equal for two vocabularies exactly when the same ids mean the same tokens and the same ends."""
         table = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return hashlib.sha256(repr((table, self.size, self.end_ids, self.pad_id)).encode()).hexdigest()
+        return hashlib.sha256(repr((table, self.size, sorted(self.end_ids), self.pad_id)).encode()).hexdigest()
 
     def require_same(self, other: "Vocabulary", what: str) -> None:
         """Raises ValueError unless both share their tokens."""

@@ -54,7 +54,7 @@ def _require_row(where: str, row: Any, first: Any) -> None:
         raise ValueError(f"{where} has the prompt {row['prompt']!r}; give a text or a list of chat messages")
     require_unicode(row, where)
     try:
-        json.dumps(row)
+        json.dumps(row, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{where} holds what JSON cannot write down ({error}); leave that column out, or make it text"
@@ -72,9 +72,9 @@ def _text(path: Path) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Those that are not blank, numbered as an editor does."""
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    for number, line in enumerate(_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
         if line.strip():
-            yield f"line {number}", line.strip("\r")
+            yield f"line {number}", line
 
 
 def _plain(path: Path) -> Rows:

@@ -62,7 +62,9 @@ def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
     how = "sample_stats_prior" if group == "prior" else "sample_stats"
     groups = set(data.children if hasattr(data, "children") else data.groups())
     stats = read(data[how]) if how in groups else {}  # without log_weight, which follows from the others
-    plates = {name: _plates(raw[name], 2) for name in latents} | {n: _plates(tokens[f"{n}_tokens"], 2) for n in x}
+    plates = {name: _plates(raw[name], 2) for name in (*latents, *records)} | {
+        n: _plates(tokens[f"{n}_tokens"], 2) for n in x
+    }
     cost = Cost(int(raw.attrs["lm_tokens"]), int(raw.attrs["reward_calls"]))
     draws = Draws(prompts, {**latents, **x}, records, **log_p, cost=cost, stats=stats, texts=tuple(x), plates=plates)
     if group == "prior":

@@ -29,8 +29,8 @@ def importance(
     The mean of `exp(draws.log_weight)` is an unbiased estimate of Z for each prompt.
 
     :param guide: None draws from the model's own prior.
-    :param max_plate_nesting: how many plates lie within each other, the prompts' among them; None: found by a run that asks no
-        network and no reward. Likewise in all that follows.
+    :param max_plate_nesting: how many plates lie within each other, the prompts' among them; None: found by a run that draws
+        no text and asks no reward. Likewise in all that follows.
     :raises ValueError: if `num_samples` is not positive, or a plate subsamples the prompts.
     """
     require_count("num_samples", num_samples)

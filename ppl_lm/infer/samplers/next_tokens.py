@@ -125,7 +125,7 @@ class Laws:
         grown[:, t] = tokens.flatten()
         if t + 1 < grown.shape[-1]:  # an open text as if it ended here
             open_ = ~vocabulary.is_end(grown[:, t])
-            grown[:, t + 1] = torch.where(open_, min(vocabulary.end_ids), vocabulary.pad_id)
+            grown[:, t + 1] = torch.where(open_, vocabulary.end_ids[0], vocabulary.pad_id)
         prompts = self.prompts.take(self.rows.repeat_interleave(many))
         length = torch.full((len(grown),), t + 1, device=x.device)
         answer: Tensor = self.twist(prompts, grown, length)  # pyright: ignore[reportAssignmentType]

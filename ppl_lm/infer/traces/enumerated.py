@@ -12,8 +12,7 @@ from pyro.infer import config_enumerate
 from torch import Tensor
 
 from ppl_lm.infer.binding import read_once
-from ppl_lm.infer.traces.sites import Site, is_record, sample_sites
-from ppl_lm.likelihood.optimality import Optimality
+from ppl_lm.infer.traces.sites import Site, is_record, log_shift, sample_sites
 
 MAX_CELLS = 20_000_000
 
@@ -82,7 +81,5 @@ def enumerate_sites(model: Callable[..., Any], guide: Callable[..., Any] | None,
 
 def _log_prob(site: Site) -> Tensor:
     """Scaled and masked, for exp(r/β): what a bounded `Optimality` subtracts is added again."""
-    fn = site["fn"]
-    log_p = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
-    shift = (fn.log_bound or 0.0) if isinstance(fn, Optimality) else 0.0
-    return scale_and_mask(log_p + shift, site["scale"], site["mask"])
+    log_p = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return scale_and_mask(log_p, site["scale"], site["mask"]) + log_shift(site)

@@ -103,7 +103,7 @@ def _prefixes(particles: Particles, name: str, inverse: Float64[Tensor, "K B"]) 
     )
     here, stop = torch.arange(steps, device=x.device), torch.arange(steps + 1, device=x.device)
     cut = stop.view(-1, 1, 1, 1)  # (T + 1, K, B, T): the text as it stands where it is no longer than the cut
-    ended = torch.where(here == cut, min(vocabulary.end_ids), torch.where(here > cut, vocabulary.pad_id, x))
+    ended = torch.where(here == cut, vocabulary.end_ids[0], torch.where(here > cut, vocabulary.pad_id, x))
     texts = torch.where(count.unsqueeze(-1) > cut, ended, x)
 
     trace = Trace()

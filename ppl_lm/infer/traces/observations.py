@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppl_lm.infer.traces.layout import prompts_first
 from ppl_lm.infer.traces.particles import by_prompt
-from ppl_lm.infer.traces.sites import Site, is_record, log_shift, score_site, sites_of
+from ppl_lm.infer.traces.sites import Site, is_record, log_shift, score_site, sites_of, unwrapped
 from ppl_lm.infer.traces.text_site import TextIs
 from ppl_lm.likelihood.optimality import Optimality
 
@@ -27,10 +27,13 @@ def likelihood_bound(model: Callable[..., Any], prompts: Any, joint: bool = Fals
     for site in sites_of(model, prompts).values():
         if not site["is_observed"] or is_record(site):
             continue
-        bound = site["infer"].get("log_bound")
-        if bound is None and isinstance(site["fn"], Optimality):
-            bound = site["fn"].log_bound
-        elif bound is None and getattr(site["fn"].support, "is_discrete", False):
+        bound, fn = site["infer"].get("log_bound"), site["fn"]
+        law = unwrapped(fn)
+        if bound is None and isinstance(law, Optimality):
+            bound = None if law.log_bound is None else law.log_bound * fn.event_shape.numel()
+            if bound is not None and law is not fn:  # a mask is within
+                bound = max(bound, 0.0)
+        elif bound is None and getattr(fn.support, "is_discrete", False):
             bound = 0.0
         if bound is None:
             return None

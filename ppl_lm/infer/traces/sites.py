@@ -76,18 +76,33 @@ def log_density(site: Site) -> Tensor:
 
 def log_shift(site: Site) -> Tensor:
     """What a bounded `Optimality` subtracts of its log-potential, scaled and masked as its log-probability is."""
-    fn = site["fn"]
+    return scale_and_mask(_shift(site["fn"], site["value"].device), site["scale"], site["mask"])
+
+
+def _shift(fn: Any, device: torch.device) -> Tensor:
+    """Of each element of a batch, through whatever the law is wrapped in."""
+    if isinstance(fn, Independent):
+        base = _shift(fn.base_dist, device)
+        return base.flatten(len(fn.batch_shape)).sum(-1) if base.dim() > len(fn.batch_shape) else base
+    if isinstance(fn, ExpandedDistribution):
+        return _shift(fn.base_dist, device).expand(fn.batch_shape)
+    if isinstance(fn, MaskedDistribution):
+        return _shift(fn.base_dist, device) * torch.as_tensor(fn._mask, dtype=torch.float64, device=device)
     bound = (fn.log_bound or 0.0) if isinstance(fn, Optimality) else 0.0
-    shift = torch.full(fn.batch_shape, bound, dtype=torch.float64, device=site["value"].device)
-    return scale_and_mask(shift, site["scale"], site["mask"])
+    return torch.full(fn.batch_shape, bound, dtype=torch.float64, device=device)
+
+
+def unwrapped(fn: Any) -> Any:
+    """The law itself of one that is `.to_event`, `.expand`ed or `.mask`ed."""
+    while isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
+        fn = fn.base_dist
+    return fn
 
 
 def is_density(site: Site) -> bool:
     """Whether an observed site's log-probability is that of a normalised law: neither of `Optimality`, whose exp(r/β) has any
     norm, nor of `pyro.factor`, nor raised to a power by `poutine.scale`."""
-    fn = site["fn"]
-    while isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
-        fn = fn.base_dist
+    fn = unwrapped(site["fn"])
     return not isinstance(fn, Optimality | Unit) and bool((torch.as_tensor(site["scale"]) == 1).all())
 
 

@@ -1,7 +1,7 @@
-"""How deep programs nest their plates, found by a run that asks no network and no reward."""
+"""How deep programs nest their plates, found by a run that draws no text and asks no reward."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -12,6 +12,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.traces.sites import is_sequence, sample_sites
 from ppl_lm.likelihood.reward import preserved_rng, unasked
 from ppl_lm.lm.token_sequence import TokenSequence
@@ -25,17 +26,14 @@ def nesting_of(given: int | None, model: Program, guide: Program | None, *args: 
     :raises ValueError: if what is given is no whole number of at least 1."""
     if given is None:
         return plate_nesting(model, guide, *args, **kwargs)
-    if type(given) is not int or given < 1:
-        raise ValueError(
-            f"max_plate_nesting={given!r}; give a whole number of at least 1, the prompts' plate among them, or leave it "
-            "out: it is found by itself"
-        )
+    require_count("max_plate_nesting", given)  # the prompts' plate is one
     return given
 
 
 def plate_nesting(model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> int:
-    """How many plates lie within each other at most, the prompts' among them; at least 1. Neither networks nor rewards are
-    asked, and random states stay what they were; it takes the programs' plates not to depend on what texts say.
+    """How many plates lie within each other at most, the prompts' among them; at least 1. No text is drawn, no `Reward` is
+    asked, random states stay what they were, and what Pyro's parameter store did not hold it does not hold after; it takes
+    the programs' plates not to depend on what texts say.
 
     Where a program cannot go on with empty texts and rewards of 0, it is run as it is, once."""
     try:
@@ -48,7 +46,12 @@ def plate_nesting(model: Program, guide: Program | None, *args: Any, **kwargs: A
 
 @torch.no_grad()
 def _traces(model: Program, guide: Program | None, args: Any, kwargs: Any, dry: bool) -> list[Trace]:
-    with preserved_rng(), poutine.block(), ExitStack() as stack:  # handlers around this have nothing to do with it
+    with (
+        preserved_rng(),
+        _kept_store(),
+        poutine.block(),
+        ExitStack() as stack,
+    ):  # handlers around this are of no concern
         if dry:
             for block in (unasked(), pyro.validation_enabled(False), _EmptyTexts()):
                 stack.enter_context(block)
@@ -56,6 +59,18 @@ def _traces(model: Program, guide: Program | None, args: Any, kwargs: Any, dry: 
             return [poutine.trace(model).get_trace(*args, **kwargs)]
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
         return [drawn, poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)]
+
+
+@contextmanager
+def _kept_store() -> Iterator[None]:
+    """Parameters that are new in Pyro's store leave it: their first values may have been made of texts that nobody drew."""
+    store = pyro.get_param_store()
+    before = {*store.keys()}
+    try:
+        yield
+    finally:
+        for name in {*store.keys()} - before:
+            del store[name]
 
 
 class _EmptyTexts(Messenger):
@@ -69,5 +84,5 @@ class _EmptyTexts(Messenger):
 def _empty(law: TokenSequence) -> Int[Tensor, "*S T"]:
     vocabulary = law.lm.vocabulary
     x = torch.full((*law.batch_shape, *law.event_shape), vocabulary.pad_id, device=law.prompts.ids.device)
-    x[..., 0] = min(vocabulary.end_ids)
+    x[..., 0] = vocabulary.end_ids[0]
     return x

@@ -219,8 +219,8 @@ def _check(
 ) -> None:
     if loss is not None and not isinstance(loss, SequenceELBO):
         raise ValueError(f"loss={loss!r}; give a SequenceELBO, such as ppl_lm.SequenceELBO(num_particles=128)")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; give at least 1 prompt a step")
+    if batch_size is not None:
+        require_count("batch_size", batch_size)
     if learning_rate is not None and not (learning_rate > 0 and math.isfinite(learning_rate)):
         raise ValueError(f"learning_rate={learning_rate}; give a number above 0")
     if not clip > 0:

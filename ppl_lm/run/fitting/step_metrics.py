@@ -41,7 +41,7 @@ def guide_metrics(particles: Particles, gain: Gain, rows: Tensor) -> GuideMetric
     metrics: GuideMetrics = {
         "elbo": gain.per_prompt * _mean(log_w, share),
         "elbo_se": gain.per_prompt
-        * float((log_w.var(0).mean().sqrt() / math.sqrt(log_w.numel())).nan_to_num(math.inf)),
+        * float((log_w.var(0).mean().sqrt() / math.sqrt(log_w.numel())).nan_to_num(math.inf, math.inf)),
         "gain": gain.of_step(log_w, moved, rows, share),
         "kl_prior": gain.per_prompt * _mean(moved, share),
     }
