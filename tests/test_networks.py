@@ -37,9 +37,13 @@ def build(kind: str, head: str = "ForCausalLM", **config):
         return getattr(hf, kind + head)(getattr(hf, kind + "Config")(**config)).eval()
 
 
+RECENT = int(hf.__version__.partition(".")[0]) >= 5  # transformers
+
+
 def stretched(original: int = 16, **kwargs):
     rope = {**LONGROPE, "original_max_position_embeddings": original}
-    return build("Llama", **{**HYBRID, "max_position_embeddings": 128, "rope_parameters": rope, **kwargs})
+    name = "rope_parameters" if RECENT else "rope_scaling"
+    return build("Llama", **{**HYBRID, "max_position_embeddings": 128, name: rope, **kwargs})
 
 
 def of(model, max_new_tokens: int = 6) -> LanguageModel:
@@ -158,9 +162,7 @@ def test_a_law_that_changes_where_texts_cross_is_refused(prompts):
     lengths = lm.prompts(prompts).lengths
     assert lengths.min() < 16 < lengths.max() + 12
     for _ in range(2):  # the second time from memory
-        with pytest.raises(
-            ValueError, match=r"LlamaForCausalLM changes its law at 16 tokens \(rope_parameters.original_"
-        ):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM changes its law at 16 tokens \(rope_\w+.original_"):
             lm(prompts)
     with pytest.raises(ValueError, match="keep prompt and max_new_tokens within 16"):
         lm.self_check(prompts)
@@ -215,7 +217,11 @@ SOUND = {
 }
 
 
-@pytest.mark.parametrize("name", SOUND)
+HYBRIDS = ("short convolutions", "state space and attention in one layer")  # Transformers 4 has other caches for them
+needs_recent = pytest.mark.skipif(not RECENT, reason="hybrid networks need transformers 5")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_recent if name in HYBRIDS else ()) for name in SOUND])
 def test_sound_networks_are_taken_across_their_boundaries(name):
     """Against the plain network on each prefix alone; rows are copied as they are drawn, states of recurrences too."""
     model = SOUND[name]()
@@ -223,6 +229,7 @@ def test_sound_networks_are_taken_across_their_boundaries(name):
     assert worst_against_each_prefix_alone(lm, [SHORT, "the soup was good and the bread"]) < 1e-4
 
 
+@needs_recent
 def test_rows_of_a_hybrid_network_carry_their_whole_past():
     """The ancestors of SMC: as many rows as before, so a state that stays behind gives no error, only another law."""
     lm = of(SOUND["state space and attention in one layer"]().double())
@@ -276,11 +283,15 @@ def test_a_text_that_does_not_fit_is_refused_in_one_sentence():
 
 # ----- what is no causal language model -----
 
+# Transformers 4 writes is_decoder=False into every configuration, so that only the check tells.
+NO_CAUSAL = (
+    "is no causal .* is_decoder=False" if RECENT else "is sampled from one distribution and scored under another"
+)
 BERT = {**SMALL, "intermediate_size": 16, "num_attention_heads": 2}
 UNSUITABLE = {
-    "encoder": (lambda: build("Bert", "LMHeadModel", **BERT), "BertLMHeadModel is no causal .* is_decoder=False"),
+    "encoder": (lambda: build("Bert", "LMHeadModel", **BERT), f"BertLMHeadModel {NO_CAUSAL}"),
     "masked": (lambda: build("Bert", "ForMaskedLM", **BERT), "BertForMaskedLM takes no `past_key_values`"),
-    "another encoder": (lambda: build("Roberta", **BERT), "RobertaForCausalLM is no causal .* is_decoder=False"),
+    "another encoder": (lambda: build("Roberta", **BERT), f"RobertaForCausalLM {NO_CAUSAL}"),
     "permutations": (
         lambda: build("XLNet", "LMHeadModel", vocab_size=300, d_model=16, n_layer=1, n_head=2, d_inner=16),
         r"XLNetLMHeadModel takes no `past_key_values` \(it keeps mems\)",
@@ -310,7 +321,7 @@ def test_what_is_no_causal_language_model_is_refused_wherever_it_enters(name, tm
         of(model)([SHORT])
     model.save_pretrained(tmp_path)
     tiny.bpe().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="BertLMHeadModel is no causal" if name == "masked" else message):
+    with pytest.raises(ValueError, match=f"BertLMHeadModel {NO_CAUSAL}" if name == "masked" else message):
         LanguageModel.from_pretrained(tmp_path, 4)
 
 

@@ -107,7 +107,8 @@ def test_what_cannot_be_read_names_file_and_line(tmp_path, case):
 def test_what_a_run_cannot_write_down_is_refused(tmp_path):
     pd.DataFrame({"prompt": ["a"], "when": pd.to_datetime(["2020-01-01"])}).to_parquet(tmp_path / "p.parquet")
     with pytest.raises(
-        ValueError, match="p.parquet.*row 1 holds what JSON cannot write down .*datetime.*leave that column out"
+        ValueError,
+        match="p.parquet.*row 1 holds what JSON cannot write down .*(datetime|Timestamp).*leave that column out",
     ):
         read_prompts(tmp_path / "p.parquet")
 
