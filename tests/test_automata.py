@@ -385,6 +385,7 @@ def test_the_embedded_lm_keeps_to_a_pattern():
     )
 
 
+@pytest.mark.slow
 def test_stories_keep_to_a_pattern(stories):
     lm = LanguageModel.from_pretrained(stories, max_new_tokens=24)
     agrees(lm, "Tom was happy. They played together all day. The end", r"\.( The [a-z]+\.)?", 500)

@@ -210,6 +210,7 @@ def test_the_jackknife_by_hand(monkeypatch, chains):
     assert jackknife([column[:3]], "ess", "bulk") is None
 
 
+@pytest.mark.slow
 def test_errors_of_convergence_are_as_large_as_they_say(problem):
     pieces, chains = 100, 8
     pool = mcmc(*problem, [""], num_samples=150, warmup=20, num_chains=pieces * chains, kernel=suffix)

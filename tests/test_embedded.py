@@ -236,6 +236,7 @@ def test_samples_parse(drawn):
     assert sum(map(parses, drawn)) >= 0.90 * len(drawn)
 
 
+@pytest.mark.slow
 def test_samples_are_not_training_text(drawn, figures):
     """At least 99% of samples are new. The whole training text is drawn again from its seed; catches memorising."""
     seen = set(map(hash, training_texts(figures["seed"], figures["num_texts"])))

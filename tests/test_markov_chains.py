@@ -201,7 +201,7 @@ def test_resumed_texts_keep_what_stands_before_and_cost_what_is_new():
     assert not torch.equal(made, value)
 
 
-@pytest.mark.parametrize("kernel", [suffix, independence])
+@pytest.mark.parametrize("kernel", [suffix, pytest.param(independence, marks=pytest.mark.slow)])
 def test_chains_are_worth_what_their_transition_matrix_says(monkeypatch, kernel):
     """The variance of a chain's mean reward, over 2500 chains, against the autocorrelations of P, within 4 standard
     errors of at most 5%; and the mean of all. The prior proposes, so that the warm-up is long enough."""

@@ -9,6 +9,7 @@ its address instead of its data; the policy left out (the script that a hostile 
 """
 
 import html
+import itertools
 import json
 import math
 import re
@@ -386,9 +387,13 @@ def pages(plain, hostile, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("name", ["report", "hostile", "draws", "leaderboard"])
+SHOWN = list(itertools.product(["report", "hostile", "draws", "leaderboard"], [390, 1280], ["light", "dark"]))
+OFTEN = [("report", 390, "dark"), ("hostile", 1280, "light"), ("draws", 390, "light"), ("leaderboard", 1280, "dark")]
+
+
+@pytest.mark.parametrize(
+    "name, width, scheme", [pytest.param(*s, marks=() if s in OFTEN else pytest.mark.slow) for s in SHOWN]
+)
 def test_in_a_browser(browser, pages, name, width, scheme):
     """No console error, no request but for the page itself, every picture drawn, no script run, nothing wider than the screen,
     and no fault that axe finds."""

@@ -200,7 +200,11 @@ AROUND = [case for case in CASES if "expand" not in case] + [
 ]
 
 
-@pytest.mark.parametrize("case", AROUND, ids=name_of)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.slow if name_of(c).endswith("-long") else ()) for c in AROUND],
+    ids=name_of,
+)
 def test_around_posterior_texts_the_inverse_is_unbiased_and_the_posterior_kept(case, monkeypatch):
     inverse, law = conditional_expectations(monkeypatch, **settings_of(case))
     world = case.get("world", SMALL)

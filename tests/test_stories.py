@@ -36,6 +36,7 @@ def test_reference_figures(stories):
     assert far(found) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["temperature 0.95", "first token not drawn"])
 def test_a_wrong_sampler_misses_the_reference(stories, fault):
     """The figures above do tell: a sharpened law, or a prompt of one more token, is many standard errors away."""

@@ -43,6 +43,7 @@ def test_a_terminal_has_a_live_bar_and_colours(tmp_path):
     assert COLOUR.search(said)
 
 
+@pytest.mark.slow
 def test_no_color_is_obeyed(tmp_path):
     said = on_a_terminal(tmp_path / "run", NO_COLOR="1")
     assert not COLOUR.search(said) and "KL(guide ‖ posterior)" in said

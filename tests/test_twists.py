@@ -240,7 +240,7 @@ def test_hard_evidence_is_refused_where_it_has_no_square(loss):
         fit_twist(model, table_like(LM, max_prompt=2), TEXTS, loss=loss, steps=2)
 
 
-@pytest.mark.parametrize("head_only", [False, True])
+@pytest.mark.parametrize("head_only", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_network_learns(head_only):
     """A transformer's twist, from the prior's body: SMC's bound rises."""
     lm = tiny.language_model("llama", max_new_tokens=6)
