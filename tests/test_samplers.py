@@ -523,3 +523,45 @@ def test_log_z_and_bound_see_through_what_a_likelihood_is_wrapped_in(wrapped, bo
     other = (2.0 * (draws["x"] == 0).sum(-1)) * (torch.tensor([1.0, 0.0]) if wrapped == "half masked" else 1.0)
     torch.testing.assert_close(draws.log_likelihood, other.double(), atol=1e-9, rtol=0)
     assert likelihood_bound(model, ["", "a"]) == (4.0 if bounded else None)
+
+
+def test_bounds_of_likelihoods_that_are_scaled():
+    """By prompt; by a latent site, which no run can bound: once, the first crashed and the second was of one random run."""
+    lm = table_lm(3, 2, concentration=1.0, seed=4)
+
+    def program(prompts, lm, by_latent=False):
+        with pyro.plate("prompts", len(prompts)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            r = 1.0 * (pyro.sample("x", lm(prompts)) == 0).sum(-1)
+            with poutine.scale(scale=1 + k if by_latent else torch.tensor([0.5, 1.5])):
+                pyro.sample("o", Optimality(r), obs=torch.ones_like(r), infer={"log_bound": 2.0})
+
+    model, hidden = bind(program, lm), bind(program, lm, by_latent=True)
+    assert likelihood_bound(model, ["", "a"]) == 3.0 and likelihood_bound(model, ["", "a"], joint=True) == 4.0
+    assert [likelihood_bound(hidden, ["", "a"]) for _ in range(8)] == [None] * 8
+    truth = enumerate_posterior(model, None, ["", "a"])
+    draws = rejection(model, None, ["", "a"], num_samples=500)
+    exact = truth.log_joint.softmax(0).mul((truth.latents["x"] == 0).sum(-1)).sum(0)
+    found = (draws["x"][0] == 0).sum(-1).double()
+    assert bool(((found.mean(0) - exact).abs() < 5 * found.std(0) / 500**0.5).all())
+    assert diagnose(model, bind(finetuned_beside_k, lm.copy()), ["", "a"], num_samples=100).prompts[0].bounded
+    with pytest.raises(ValueError, match="declares no bound|log_bound"):
+        rejection(hidden, None, ["", "a"], num_samples=5)
+
+
+def finetuned_beside_k(prompts, lm):
+    with pyro.plate("prompts", len(prompts)):
+        pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.sample("x", lm(prompts))
+
+
+def test_a_mask_within_an_event_takes_its_elements_out_of_the_bound():
+    lm = table_lm(3, 2, concentration=1.0, seed=4)
+    kept = torch.tensor([[True, False], [False, False]])
+
+    def program(prompts, lm):
+        with pyro.plate("prompts", len(prompts)):
+            r = -1.0 * (pyro.sample("x", lm(prompts)) == 0)
+            pyro.sample("o", Optimality(r, 3.0).mask(kept).to_event(1), obs=torch.ones(*r.shape[:-1], 2))
+
+    assert likelihood_bound(bind(program, lm), ["", "a"]) == 3.0

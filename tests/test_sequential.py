@@ -647,3 +647,21 @@ def test_a_planted_text_that_cannot_be_proposed_is_told():
         with pytest.raises(ValueError, match="impossible"):
             twist = lambda prompts, x, n: torch.where(x[:, 0] == 0, 0.0, -torch.inf)  # noqa: E731
             conditional_smc(MODEL, None, planted, num_samples=4, settings=SMCSettings(twist, candidates))
+
+
+def test_texts_of_an_inner_plate_and_joint_weights_are_refused_for_what_they_are():
+    def several(prompts, lm):
+        with pyro.plate("prompts", len(prompts), dim=-1), pyro.plate("pair", 2, dim=-2):
+            pyro.sample("x", lm(prompts))
+
+    def together(prompts, lm):
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("x", lm(prompts))
+        pyro.factor("all", 0.1 * (x == 0).sum((-1, -2)))
+
+    for program, message in (
+        (several, "'x' stands in the plate 'pair'"),
+        (together, "a site outside the prompts' plate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            smc(bind(program, LM), None, TEXTS, num_samples=4)

@@ -61,9 +61,10 @@ def require_prompts(prompts: Any) -> None:
 
 
 def only_text(state: Draws) -> tuple[str, ...]:
-    if len(state.texts) != 1 or len(state.latents) != 1 or state[state.texts[0]].dim() != 4:
+    sites = {name: tuple(value.shape[3:]) for name, value in state.latents.items()}
+    if len(state.texts) != 1 or len(sites) != 1 or state[state.texts[0]].dim() != 4:
         raise ValueError(
-            f"this kernel moves one text a prompt; the program has the latent sites {sorted(state.latents)}: use "
-            "kernel=independence, which moves them all"
+            f"this kernel moves one text a prompt; the program has the latent sites {sorted(sites)}, of each prompt with the "
+            f"shapes {sites}: use kernel=independence, which moves them all"
         )
     return state.texts

@@ -106,10 +106,15 @@ def finish(model: Any, prompts: Any, population: Population, history: History, b
     with TextIs(x.reshape(plates), token_log_p.reshape(plates)):
         particles = run(model, None, (prompts,), {}, count * runs, nesting)
     draws = as_draws(particles)
-    if len(draws.latents) != 1 or not draws.is_local or draws.latents[draws.texts[0]].dim() != 4:
+    if len(draws.latents) != 1:
         raise ValueError(
             f"SMC grows one text a prompt; this program has the latent sites {sorted(draws.latents)}: use importance() or "
             "mcmc(kernel=independence), which move them all"
+        )
+    if not draws.is_local:
+        raise ValueError(
+            "SMC weighs each prompt's texts for themselves; this program has a site outside the prompts' plate, so that only "
+            "the joint weight of all prompts exists: use importance() or mcmc(kernel=independence)"
         )
     log_joint = draws.log_prior[0] + draws.log_likelihood[0]
     before = by_particle(population.log_w)

@@ -1,16 +1,17 @@
 """What a program observes: bounds of its likelihood, replicates, the likelihood of a given text."""
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from pyro.infer.inspect import TrackProvenance
+from pyro.ops.provenance import get_provenance
 from torch import Tensor
 
 from ppl_lm.infer.traces.layout import prompts_first
 from ppl_lm.infer.traces.particles import by_prompt
-from ppl_lm.infer.traces.sites import Site, is_record, log_shift, score_site, sites_of, unwrapped
+from ppl_lm.infer.traces.sites import Site, is_record, log_shift, score_site, shift_of, sites_of, unwrapped
 from ppl_lm.infer.traces.text_site import TextIs
 from ppl_lm.likelihood.optimality import Optimality
 
@@ -19,34 +20,53 @@ from ppl_lm.likelihood.optimality import Optimality
 def likelihood_bound(model: Callable[..., Any], prompts: Any, joint: bool = False) -> float | None:
     """Upper bound of the log-likelihood in nats, or None: the sum of what each observed site declares in
     `infer={"log_bound": ...}` or, a bounded `Optimality`, by itself; 0 of another discrete one, such as a text or a rating,
-    whose likelihood is a probability.
+    whose likelihood is a probability. None too where `poutine.scale` scales a site by what a latent site says.
 
-    :param joint: of all prompts together, as a latent site outside the prompt plate needs it; else of each prompt.
+    :param joint: of all prompts together, as a latent site outside the prompt plate needs it; else the largest of any prompt.
     """
-    total = 0.0
-    for site in sites_of(model, prompts).values():
+    total, scaled = 0.0, False
+    for name, site in sites_of(model, prompts).items():
         if not site["is_observed"] or is_record(site):
             continue
-        bound, fn = site["infer"].get("log_bound"), site["fn"]
-        law = unwrapped(fn)
-        if bound is None and isinstance(law, Optimality):
-            bound = None if law.log_bound is None else law.log_bound * fn.event_shape.numel()
-            if bound is not None and law is not fn:  # a mask is within
-                bound = max(bound, 0.0)
-        elif bound is None and getattr(fn.support, "is_discrete", False):
-            bound = 0.0
+        bound = _bound_of(name, site)
         if bound is None:
             return None
-        if (count := torch.as_tensor(bound).numel()) != 1:
+        bound = (
+            bound if site["mask"] is None else bound.clamp_min(0.0)
+        )  # where the mask is False the site's factor is 1
+        if isinstance(scale := site["scale"], Tensor):
+            scale, scaled = scale.detach().cpu(), True
+        bound = bound * scale
+        of_prompts = any(frame.vectorized and frame.dim == -1 for frame in site["cond_indep_stack"])
+        if of_prompts and not joint:
+            bound = bound.flatten(0, -2).sum(0) if bound.dim() > 1 else bound  # inner plates multiply
+            total += float(bound.max())
+        else:
+            total += float(bound.sum())
+    return None if scaled and _scales_by_latents(model, prompts) else total
+
+
+def _bound_of(name: str, site: Site) -> Tensor | None:
+    """Of each element of an observed site's batch, neither scaled nor masked; None where nothing declares one."""
+    declared, fn = site["infer"].get("log_bound"), site["fn"]
+    if declared is not None:
+        if (count := torch.as_tensor(declared).numel()) != 1:
             raise ValueError(
-                f"site {site['name']!r} declares a log_bound of {count} numbers; give one, which no draw of any prompt "
-                "exceeds, whatever the latent sites are"
+                f"site {name!r} declares a log_bound of {count} numbers; give one, which no draw of any prompt exceeds, "
+                "whatever the latent sites are"
             )
-        if site["mask"] is not None:  # where it is False the site's factor is 1
-            bound = max(float(bound), 0.0)
-        copies = prod(f.size for f in site["cond_indep_stack"] if f.vectorized and (joint or f.dim != -1))
-        total += float(bound) * copies * float(site["scale"])
-    return total
+        return torch.full(fn.batch_shape, float(declared), dtype=torch.float64)
+    law = unwrapped(fn)
+    if isinstance(law, Optimality):
+        return None if law.log_bound is None else shift_of(fn).cpu()
+    return torch.zeros(fn.batch_shape, dtype=torch.float64) if getattr(fn.support, "is_discrete", False) else None
+
+
+def _scales_by_latents(model: Callable[..., Any], prompts: Any) -> bool:
+    """Whether the scale of an observed site depends on what a latent site says, by Pyro's tracking of provenance."""
+    with TrackProvenance():
+        sites = sites_of(model, prompts).values()
+    return any(get_provenance(site["scale"]) for site in sites if site["is_observed"])
 
 
 @torch.no_grad()

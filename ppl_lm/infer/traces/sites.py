@@ -76,20 +76,21 @@ def log_density(site: Site) -> Tensor:
 
 def log_shift(site: Site) -> Tensor:
     """What a bounded `Optimality` subtracts of its log-potential, scaled and masked as its log-probability is."""
-    return scale_and_mask(_shift(site["fn"], site["value"].device), site["scale"], site["mask"])
+    return scale_and_mask(shift_of(site["fn"]).to(site["value"].device), site["scale"], site["mask"])
 
 
-def _shift(fn: Any, device: torch.device) -> Tensor:
-    """Of each element of a batch, through whatever the law is wrapped in."""
+def shift_of(fn: Any) -> Tensor:
+    """What a law's log-probability lies below its log-potential, of each element of a batch, whatever the law is wrapped in:
+    `log_bound` of a bounded `Optimality`, 0 of others and where a mask is False."""
     if isinstance(fn, Independent):
-        base = _shift(fn.base_dist, device)
+        base = shift_of(fn.base_dist)
         return base.flatten(len(fn.batch_shape)).sum(-1) if base.dim() > len(fn.batch_shape) else base
     if isinstance(fn, ExpandedDistribution):
-        return _shift(fn.base_dist, device).expand(fn.batch_shape)
+        return shift_of(fn.base_dist).expand(fn.batch_shape)
     if isinstance(fn, MaskedDistribution):
-        return _shift(fn.base_dist, device) * torch.as_tensor(fn._mask, dtype=torch.float64, device=device)
+        return shift_of(fn.base_dist) * torch.as_tensor(fn._mask, dtype=torch.float64).cpu()
     bound = (fn.log_bound or 0.0) if isinstance(fn, Optimality) else 0.0
-    return torch.full(fn.batch_shape, bound, dtype=torch.float64, device=device)
+    return torch.full(fn.batch_shape, bound, dtype=torch.float64)
 
 
 def unwrapped(fn: Any) -> Any:

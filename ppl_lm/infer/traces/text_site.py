@@ -90,6 +90,11 @@ class _BeforeText(Messenger):
                 f"site {msg['name']!r} is drawn before the text; SMC grows one text a prompt and knows no other latent site: "
                 "use importance() or mcmc(kernel=independence)"
             )
+        if inner := [frame.name for frame in msg["cond_indep_stack"] if frame.vectorized and frame.dim != -1]:
+            raise ValueError(
+                f"site {msg['name']!r} stands in the plate {inner[0]!r}; SMC grows one text a prompt: use importance() or "
+                "mcmc(kernel=independence)"
+            )
         raise _Left(msg)
 
 
