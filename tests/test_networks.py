@@ -41,7 +41,7 @@ RECENT = int(hf.__version__.partition(".")[0]) >= 5  # transformers
 
 
 def stretched(original: int = 16, **kwargs):
-    rope = {**LONGROPE, "original_max_position_embeddings": original}
+    rope = kwargs.pop("rope_parameters", {**LONGROPE, "original_max_position_embeddings": original})
     named = (
         {"rope_parameters": rope} if RECENT else {"rope_scaling": rope, "original_max_position_embeddings": original}
     )
