@@ -73,7 +73,8 @@ def run(seed: int) -> Result:
         left.scatter(row["KL(q‖p)"], row["KL(p‖q)"], label=f"{row['twist']} {row['posterior texts']}".strip())
     left.set(xlabel="KL(twisted ‖ posterior) [nats]", ylabel="KL(posterior ‖ twisted) [nats]")
     left.legend(fontsize="x-small")
-    right.boxplot([v.tolist() for v in evidence.values()], tick_labels=[name.replace(", ", ",\n") for name in evidence])
+    right.boxplot([v.tolist() for v in evidence.values()])
+    right.set_xticks(range(1, len(evidence) + 1), [name.replace(", ", ",\n") for name in evidence])
     right.set_ylabel(f"log Ẑ of {FEW} particles [nats]")
     by_name = {(row["twist"], row["posterior texts"]): row for row in rows}
     start, reverse = rows[0], by_name["reverse KL (KL-RL)", ""]
