@@ -5,6 +5,7 @@ model is measured against the grammar, whose entropy is the lowest cross-entropy
 """
 
 import argparse
+import inspect
 import json
 import math
 import random
@@ -171,12 +172,14 @@ def draw(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_sample
     """Texts drawn from the model at temperature 1 from the whole vocabulary, to the end token or 120 tokens."""
     generator = torch.Generator().manual_seed(seed)
     texts: list[str] = []
+    parameters = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"  # before transformers 5.24
     for begin in range(0, num_samples, 500):
         tokens = torch.full((min(500, num_samples - begin), 1), BOS)  # (B, 1)
         cache, columns, done = None, [], torch.zeros(len(tokens), dtype=torch.bool)
         while not done.all() and len(columns) < 120:
-            out = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=tokens, **{name: cache}, use_cache=True)
+            cache = out[name]
             tokens = torch.multinomial(out.logits[:, -1].softmax(-1), 1, generator=generator)  # (B, 1)
             tokens[done] = PAD
             done |= tokens[:, 0] == EOS

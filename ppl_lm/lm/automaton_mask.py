@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ppl_lm.lm.network import Answer
 
 
 @dataclass
@@ -54,7 +55,7 @@ class TokenMask(nn.Module):
         past_key_values: States | None = None,
         logits_to_keep: int = 1,
         **_: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Answer:
         keep, past = logits_to_keep, past_key_values or States()
         if past.state is None:
             state = input_ids.new_zeros(len(input_ids))
@@ -72,4 +73,4 @@ class TokenMask(nn.Module):
         room = self.max_new_tokens - 1 - position  # tokens after it, (keep,)
         allowed = self.needs[torch.stack(visited[-keep:], 1)] <= room.unsqueeze(-1)  # (N, keep, V)
         logits = torch.zeros(allowed.shape, device=state.device).masked_fill(~allowed, -torch.inf)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=States(state, tokens))  # pyright: ignore
+        return Answer(logits, States(state, tokens))

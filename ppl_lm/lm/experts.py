@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ppl_lm.lm.cache import new_cache
 from ppl_lm.lm.language_model import LanguageModel
-from ppl_lm.lm.network import DivergedError, inputs_of
+from ppl_lm.lm.network import Answer, DivergedError, inputs_of, past_of
 
 
 def product(lms: Sequence[LanguageModel], powers: Sequence[float] | None = None) -> LanguageModel:
@@ -66,23 +65,23 @@ class _Product(nn.Module):
     def new_cache(self) -> "_Caches":
         return _Caches([new_cache(model) for model in self.models])
 
-    def forward(self, past_key_values: "_Caches | None" = None, **inputs: Any) -> CausalLMOutputWithPast:
+    def forward(self, past_key_values: "_Caches | None" = None, **inputs: Any) -> Answer:
         caches = [None] * len(self.models) if past_key_values is None else past_key_values.caches
         logits: Any = 0.0
         moved = []
         for model, power, cache, names in zip(self.models, self.powers, caches, self.inputs, strict=True):
             given = {"past_key_values": cache, **inputs}
-            out = model(**{name: given[name] for name in names})
+            out = model(**{theirs: given[name] for name, theirs in names.items()})
             wide = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
             logits = logits + (power * wide if power else torch.zeros_like(wide))
-            moved.append(out.past_key_values)
+            moved.append(past_of(out))
         if bool((logits == -torch.inf).all(-1).any()):
             raise DivergedError(
                 "a product of language models has no next token to give: after some text each token that one of them finds "
                 "possible is impossible to another, so this product is no distribution; a mask does so where the prior gives "
                 "all that the mask allows probability 0"
             )
-        return CausalLMOutputWithPast(logits=logits, past_key_values=_Caches(moved))  # pyright: ignore
+        return Answer(logits, _Caches(moved))
 
 
 class _Caches:

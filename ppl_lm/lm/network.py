@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -41,7 +42,7 @@ class Network(nn.Module):
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens!r}; give a whole number of tokens, at least 1")
         config: Any = getattr(model, "config", None)
-        self.inputs = inputs_of(model)  # of INPUTS, those that its forward takes
+        self.inputs = inputs_of(model)
         if getattr(config, "is_encoder_decoder", False):
             raise UnsuitableNetworkError(f"{type(model).__name__} is an encoder-decoder, no causal language model")
         if type(getattr(text_config(config), "vocab_size", None)) is not int:
@@ -111,8 +112,9 @@ class Network(nn.Module):
         meter.add(lm_tokens=ids.numel() * self.networks)
         given = (ids, None if mask is None else mask.long(), positions, cache, use_cache, keep)
         with evaluating(self.model):
-            out = self.model(**{name: value for name, value in zip(INPUTS, given, strict=True) if name in self.inputs})
-        logits, past, name = getattr(out, "logits", None), getattr(out, "past_key_values", None), self.architecture
+            named = zip(INPUTS, given, strict=True)
+            out = self.model(**{self.inputs[name]: value for name, value in named if name in self.inputs})
+        logits, past, name = getattr(out, "logits", None), past_of(out), self.architecture
         if logits is None:
             raise UnsuitableNetworkError(f"{name} answers with {type(out).__name__}, which has no `logits`")
         if logits.shape[-1] != self.vocabulary.size:
@@ -184,12 +186,29 @@ class Network(nn.Module):
         return max(1, budget // (4 * floats))
 
 
-def inputs_of(model: nn.Module) -> tuple[str, ...]:
-    """Those of `INPUTS` that the forward of `model` takes.
+@dataclass(frozen=True)
+class Answer:
+    """What networks of this package answer."""
+
+    logits: Float[Tensor, "N keep V"]
+    past_key_values: Any
+
+
+def past_of(answer: Any) -> Any:
+    """What a network is given with the next tokens: `past_key_values`, since transformers 5.24 `cache`."""
+    past = getattr(answer, "past_key_values", None)
+    return getattr(answer, "cache", None) if past is None else past
+
+
+def inputs_of(model: nn.Module) -> dict[str, str]:
+    """Those of `INPUTS` that the forward of `model` takes, each with its name there.
 
     :raises UnsuitableNetworkError: if it names its inputs, and `past_key_values` is not among them."""
     parameters = inspect.signature(model.forward).parameters
-    if "input_ids" in parameters and "past_key_values" not in parameters:
+    own = {name: name for name in INPUTS}
+    if "cache" in parameters and "past_key_values" not in parameters:
+        own["past_key_values"] = "cache"
+    if "input_ids" in parameters and own["past_key_values"] not in parameters:
         past = [name for name in parameters if name.startswith(("cache_params", "state", "mems", "past"))]
         under = f" (it keeps {', '.join(past)})" if past else ""
         raise UnsuitableNetworkError(
@@ -197,8 +216,8 @@ def inputs_of(model: nn.Module) -> tuple[str, ...]:
             "their own, are not supported; give a causal language model whose forward takes past_key_values"
         )
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return INPUTS
-    return tuple(name for name in INPUTS if name in parameters)
+        return own
+    return {name: theirs for name, theirs in own.items() if theirs in parameters}
 
 
 def normalise(logits: Float[Tensor, "*S V"]) -> Float[Tensor, "*S V"]:

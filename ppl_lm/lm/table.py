@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ppl_lm.lm.cache import Cache
 from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.network import Answer
 
 MAX_ROWS = 4_000_000
 
@@ -70,14 +70,14 @@ class TableForCausalLM(PreTrainedModel):
         use_cache: bool = False,
         logits_to_keep: int = 0,
         **_: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Answer:
         ids = input_ids[:, None, :, None]  # shaped as one layer's keys: (N, heads = 1, L, width = 1)
         if past_key_values is not None:
             ids, _values = past_key_values.update(ids, ids, 0)
         ids = ids[:, 0, :, 0]
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask
         rows = self.rows(ids, mask)[:, -input_ids.shape[1] :][:, -logits_to_keep:]
-        return CausalLMOutputWithPast(logits=self.table[rows], past_key_values=past_key_values)
+        return Answer(self.table[rows], past_key_values)
 
 
 AutoConfig.register("ppl_lm_table", TableConfig)
