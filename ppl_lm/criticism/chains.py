@@ -1,11 +1,10 @@
 """Convergence of Markov chains by the numbers of their draws: R-hat and effective draws (ArviZ's), with jackknife errors."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
+from ppl_lm.criticism.array_statistics import array_statistic
 from ppl_lm.criticism.statistics import numbers
 from ppl_lm.infer.draws import Draws
 
@@ -47,9 +46,8 @@ def jackknife(columns: list[np.ndarray], statistic: str, method: str) -> float |
 
 def of_chains(columns: list[np.ndarray], statistic: str, method: str | None = None) -> list[float]:
     """ArviZ's statistic of each number, (C, S), that changes at all."""
-    import arviz as az
-
-    function: Callable[..., Any] = getattr(az, statistic)
-    how = {} if method is None else {"method": method}
+    function = array_statistic(statistic)
+    how: dict[str, Any] = {} if method is None else {"method": method}
+    how |= {"prob": (0.05, 0.95)} if method == "tail" else {}
     with np.errstate(invalid="ignore", divide="ignore"):  # chains that each stay where they are
         return [float(function(column, **how)) for column in columns if column.max() > column.min()]

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from ppl_lm.criticism.array_statistics import array_statistic
 from ppl_lm.infer.draws import TOGETHER, Draws
 
 ALONE = 0.5  # 1 / ESS of weights that are worth two draws
@@ -71,9 +72,8 @@ def expectation(
 
 
 def _along_chains(influence: Float[Tensor, "C S B *E"]) -> Float[Tensor, "B *E"]:
-    import arviz as az
-
+    mcse = array_statistic("mcse")
     columns = influence.flatten(2).movedim(-1, 0).cpu().numpy()  # (B·E, C, S)
-    errors = [float(az.mcse(column)) if column.max() > column.min() else 0.0 for column in columns]
+    errors = [float(mcse(column)) if column.max() > column.min() else 0.0 for column in columns]
     se = torch.tensor(errors, dtype=torch.float64).reshape(influence.shape[2:])
     return se.nan_to_num(math.inf, math.inf).to(influence.device)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ppl_lm.criticism.array_statistics import array_statistic
 from ppl_lm.infer.draws import Draws
 
 
@@ -101,8 +102,6 @@ def _pareto(log_w: Float[Tensor, "S"]) -> tuple[float, int, Tensor] | None:
     sum is 1. None where k̂ does not apply."""
     if log_w.dim() != 1:
         raise ValueError(f"log weights of shape {tuple(log_w.shape)}; k-hat is that of one prompt's weights, (S,)")
-    import arviz as az
-
     w = log_w[log_w > -torch.inf].double()
     if len(w) < 25:
         return None
@@ -114,5 +113,6 @@ def _pareto(log_w: Float[Tensor, "S"]) -> tuple[float, int, Tensor] | None:
         return None
     with warnings.catch_warnings():  # a high k̂ is reported, not warned about
         warnings.simplefilter("ignore")
-        normalised, khat = az.psislw(w.cpu().numpy())
-    return (float(khat), len(largest), torch.as_tensor(np.asarray(normalised))) if math.isfinite(khat) else None
+        smoothed, khat = array_statistic("psislw")(w.cpu().numpy())
+    smoothed = torch.as_tensor(np.asarray(smoothed))
+    return (float(khat), len(largest), smoothed - smoothed.logsumexp(0)) if math.isfinite(khat) else None

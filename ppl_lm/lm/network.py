@@ -196,8 +196,8 @@ class Answer:
 
 def past_of(answer: Any) -> Any:
     """What a network is given with the next tokens: `past_key_values`, since transformers 5.24 `cache`."""
-    past = getattr(answer, "past_key_values", None)
-    return getattr(answer, "cache", None) if past is None else past
+    past = getattr(answer, "cache", None)
+    return getattr(answer, "past_key_values", None) if past is None else past
 
 
 def inputs_of(model: nn.Module) -> dict[str, str]:

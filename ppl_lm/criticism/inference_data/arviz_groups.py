@@ -74,9 +74,10 @@ def to_arviz(
     :param attributes: more of them, such as {"seed": 0}.
     """
     import arviz as az
+    import xarray as xr
 
     extra = (prior, posterior_predictive, constant_data, attributes)
-    if not hasattr(az, "InferenceData"):
+    if getattr(az, "InferenceData", xr.DataTree) is xr.DataTree:  # since ArviZ 1
         return to_datatree(draws, num_samples, *extra)
     with warnings.catch_warnings():  # of groups that ArviZ does not know
         warnings.simplefilter("ignore", UserWarning)
