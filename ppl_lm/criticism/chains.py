@@ -1,6 +1,7 @@
 """Convergence of Markov chains by the numbers of their draws: R-hat and effective draws (ArviZ's), with jackknife errors."""
 
 import math
+from typing import Any
 
 import numpy as np
 
