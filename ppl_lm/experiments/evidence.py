@@ -44,7 +44,8 @@ def run(seed: int) -> Result:
             """Its own letter for each prompt; a constant beside it changes no posterior, only Z."""
             shift = {"a": spread, "b": -spread}
             return [
-                2.0 * (text[:1] == prompt) + shift[prompt] for prompt, text in zip(prompts, completions, strict=True)
+                2.0 * (text.split()[:1] == [prompt]) + shift[prompt]
+                for prompt, text in zip(prompts, completions, strict=True)
             ]
 
         target = bind(tilted, lm, reward=wanted, beta=1.0)
