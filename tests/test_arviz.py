@@ -390,6 +390,15 @@ def test_what_is_no_density_cannot_be_compared_by_arviz(site):
 
 
 @pytest.mark.parametrize("life", [to_arviz, to_datatree], ids=["InferenceData", "DataTree"])
+def test_one_run_of_smc_has_no_errors_and_that_is_said(problem, life):
+    """Its draws grew together; ArviZ takes them for independent ones."""
+    target, _, _ = problem
+    with pytest.warns(UserWarning, match="one SMC run.*num_runs=8"):
+        life(smc(target, None, [""], num_samples=30))
+    life(smc(target, None, [""], num_samples=30, num_runs=2))
+
+
+@pytest.mark.parametrize("life", [to_arviz, to_datatree], ids=["InferenceData", "DataTree"])
 def test_log_weights_are_among_the_sample_stats(problem, life):
     target, guide, _ = problem
     draws = importance(target, guide, ["", "a"], num_samples=50)

@@ -47,7 +47,7 @@ def to_arviz(
     - `posterior`: equally weighted numbers: the reward and the model's other records, lengths, log p of the prior (nats), and
       latent sites that are no text. Weighted draws are resampled, since ArviZ's summaries know no weights. Copies of a draw
       stand together, so that `ess_bulk` and `mcse_mean` of `az.summary` are what the weights say (`ppl_lm.summary`), a tenth
-      or so apart; of few SMC runs only `ppl_lm.summary` knows the errors.
+      or so apart; of few SMC runs only `ppl_lm.summary` knows the errors, and of one run nothing does (`UserWarning`).
     - `completions`: tokens and text of the same draws; `log_prior`: of their latent sites together, nats: what `az.psens`
       scales.
     - `log_likelihood`: of the same draws, log density of each observed site at each index of its plates, nats: what `az.loo`,
@@ -79,9 +79,10 @@ def to_arviz(
     extra = (prior, posterior_predictive, constant_data, attributes)
     if getattr(az, "InferenceData", xr.DataTree) is xr.DataTree:  # since ArviZ 1
         return to_datatree(draws, num_samples, *extra)
+    datasets = _datasets(draws, num_samples, *extra)
     with warnings.catch_warnings():  # of groups that ArviZ does not know
         warnings.simplefilter("ignore", UserWarning)
-        return az.InferenceData(**_datasets(draws, num_samples, *extra))
+        return az.InferenceData(**datasets)
 
 
 def to_datatree(draws: Draws, num_samples: int | None = None, *extra: Any) -> Any:
@@ -100,6 +101,12 @@ def _datasets(
     attributes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     chains, count, batch = *draws.log_guide.shape[:2], len(draws.prompts)
+    if draws.kind == "runs" and chains == 1:
+        warnings.warn(
+            "these draws are of one SMC run, in which they depend on each other: the errors that ArviZ shows of them are too "
+            "small, and no figure knows better ones. Give smc num_runs=8, or so",
+            stacklevel=3,
+        )
     copies = draws.num_samples * (1 if draws.kind in EQUAL else COPIES)
     n = copies if num_samples is None else num_samples
     picks = arranged(draws, draws.reweighted(n).cpu())  # (S, B), or (S, 1) where only the prompts' joint weight exists

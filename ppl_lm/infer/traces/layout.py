@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_lm.infer.traces.particles import Particles, as_particles, by_prompt
-from ppl_lm.infer.traces.sites import Site, is_density, is_record, log_density, log_shift, sample_sites
+from ppl_lm.infer.traces.sites import Site, check_shape, is_density, is_record, log_density, log_shift, sample_sites
 from ppl_lm.lm.prompts import Prompts
 
 ROWS = 2048  # texts that one run of a program takes
@@ -173,5 +173,8 @@ def log_density_at(
             raise ValueError(
                 f"the guide has the sites {sorted(latent)}, the draws {sorted(latents)}: it cannot score them"
             )
-        parts.append(by_prompt([log_density(site) for site in latent.values()], count, columns))
+        terms = [log_density(site) for site in latent.values()]
+        for site, term in zip(latent.values(), terms, strict=True):
+            check_shape(site, term, nesting + 1)
+        parts.append(by_prompt(terms, count, columns))
     return torch.cat(parts)

@@ -1,6 +1,6 @@
 """What a program observes: bounds of its likelihood, replicates, the likelihood of a given text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -84,12 +84,15 @@ def log_likelihood_of_text(model: Callable[..., Any], prompts: Any, x: Int[Tenso
     return by_prompt([term.unsqueeze(0) for term in terms], 1, len(x))[0]
 
 
-def replicates(sites: dict[str, Site], nesting: int) -> dict[str, Tensor]:
-    """A new value of each observed site, (n, B, *inner, *event), as latent sites are.
+def replicates(sites: dict[str, Site], nesting: int, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """A new value of each observed site, or of those with these names, (n, B, *inner, *event), as latent sites are.
 
-    :raises ValueError: if one cannot be sampled, by name."""
+    :raises ValueError: if one is not observed or cannot be sampled, by name."""
     observed = {name: site for name, site in sites.items() if site["is_observed"] and not is_record(site)}
-    return {name: _replicate(name, site, nesting) for name, site in observed.items()}
+    if unknown := sorted(set(names or ()) - set(observed)):
+        raise ValueError(f"{unknown[0]!r} is no observed site; the program observes {', '.join(observed) or 'none'}")
+    wanted = observed if names is None else names
+    return {name: _replicate(name, observed[name], nesting) for name in wanted}
 
 
 def _replicate(name: str, site: Site, nesting: int) -> Tensor:
@@ -100,4 +103,6 @@ def _replicate(name: str, site: Site, nesting: int) -> Tensor:
     try:
         return prompts_first({**site, "value": fn.sample()}, nesting)
     except (NotImplementedError, ValueError) as error:
-        raise ValueError(f"site {name!r} cannot be sampled, so that it predicts nothing: {error}") from error
+        raise ValueError(
+            f"site {name!r} cannot be sampled, so that it predicts nothing; return_sites= names others: {error}"
+        ) from error

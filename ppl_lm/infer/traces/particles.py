@@ -244,8 +244,7 @@ def run(
         particles.from_guide, particles.repeated = proposed.from_guide, proposed.repeated
     for name, site in guide_sites.items():
         particles.log_q[name] = score_site(name, site, particles.token_log_q)
-        if pyro.settings.get("validate_poutine"):
-            check_shape(site, particles.log_q[name], nesting)
+        check_shape(site, particles.log_q[name], nesting)
     for name, site in model_sites.items():
         if is_record(site):
             continue
@@ -258,8 +257,7 @@ def run(
                 particles.token_log_p[name] = particles.token_log_q[name]
             continue
         particles.log_p[name] = score_site(name, site, particles.token_log_p)
-        if pyro.settings.get("validate_poutine"):
-            check_shape(site, particles.log_p[name], nesting)
+        check_shape(site, particles.log_p[name], nesting)
     for name, value in (*particles.log_q.items(), *particles.log_p.items()):
         if bool(torch.isnan(value.detach()).any()):
             raise ValueError(f"site {name!r} has a log-probability that is NaN; check the program and its reward")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
@@ -64,9 +65,20 @@ def is_sequence(site: Site) -> bool:
 
 
 def check_shape(site: Site, log_prob: Tensor, nesting: int) -> None:
-    """:raises ValueError: by Pyro, if a plate is missing around the site."""
+    """Pyro's own check leaves dimensions left of all plates to enumeration. Here none is enumerated, and there a program that
+    is right for one particle may pair each particle with every other.
+
+    :param nesting: how many plates lie within each other, the particles' among them.
+    :raises ValueError: if a plate is missing around the site."""
+    if any(size > 1 for size in log_prob.shape[: max(0, log_prob.dim() - nesting)]):
+        raise ValueError(
+            f"site {site['name']!r} has log-probabilities of shape {tuple(log_prob.shape)}, more than the {nesting} dimensions "
+            "of the particles and of the plates. Latent values have the particles' dimension left of all plates: let what the "
+            "program makes of them broadcast, and count dimensions from the right (an unsqueeze may be what is too much)"
+        )
     shaped: Any = {**site, "log_prob": log_prob}
-    check_site_shape(shaped, nesting)
+    if pyro.settings.get("validate_poutine"):
+        check_site_shape(shaped, nesting)
 
 
 def log_density(site: Site) -> Tensor:

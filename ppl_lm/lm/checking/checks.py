@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ppl_lm.lm import meter
+from ppl_lm.lm.checking.lengths import require_room
 from ppl_lm.lm.decoder import Decoder, invert
 from ppl_lm.lm.network import DivergedError, Network, UnsuitableNetworkError
 from ppl_lm.lm.prompts import Prompts
@@ -29,7 +30,7 @@ def self_check(lm: Network, prompts: Any = None, tolerance: float = TOLERANCE) -
         batch = lm.prompts(prompts).flatten()
         if not len(batch):
             raise ValueError("the self-check got no prompts; give at least one, or None for its own")
-        require_room(lm, batch)
+        require_room(batch.ids.shape[-1], lm.max_new_tokens, lm.max_positions)
         require_one_law(lm, batch)
         differences = _differences(lm, batch, STEPS)
     if not all(d <= tolerance for d in differences):  # also catches NaN
@@ -44,7 +45,7 @@ def self_check(lm: Network, prompts: Any = None, tolerance: float = TOLERANCE) -
 def require_fit(lm: Network, prompts: Prompts) -> None:
     """Raises ValueError unless `lm` can be trusted with completions of these prompts: there are positions for them, it has
     passed the self-check, and its law does not change at a length that they cross. What was found is remembered."""
-    require_room(lm, prompts)
+    require_room(prompts.ids.shape[-1], lm.max_new_tokens, lm.max_positions)
     if lm.tolerance is None:
         precise = all(torch.finfo(w.dtype).bits >= 32 for w in lm.parameters() if w.is_floating_point())
         self_check(lm, tolerance=TOLERANCE if precise else HALF_PRECISION)
@@ -69,16 +70,6 @@ def require_one_law(lm: Network, prompts: Prompts) -> None:
                 f"{lm.crossed[key]}. Prompts of {shortest} to {longest} tokens and max_new_tokens={lm.max_new_tokens} "
                 f"reach {reach} tokens: keep prompt and max_new_tokens within {boundary}"
             )
-
-
-def require_room(lm: Network, prompts: Prompts) -> None:
-    """Raises ValueError unless there are positions for these prompts and their completions."""
-    length, steps = prompts.ids.shape[-1], lm.max_new_tokens
-    if lm.max_positions is not None and length + steps > lm.max_positions:
-        raise ValueError(
-            f"a prompt of {length} tokens and max_new_tokens={steps} need {length + steps} positions; this model "
-            f"has {lm.max_positions}: shorten the prompt or lower max_new_tokens"
-        )
 
 
 def one_pass(lm: Network) -> None:

@@ -1,4 +1,4 @@
-"""What a configuration says about lengths: how many positions a network has, and where its ways may change."""
+"""How long texts may be: the positions that a configuration names, and the lengths at which a network's ways may change."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -29,6 +29,16 @@ def context_length(config: Any) -> int | None:
     """How many positions the network has, prompt included; None where its configuration names no number above 0."""
     named = (getattr(config, name, None) for name in CONTEXT)
     return next((n for n in named if _is_length(n)), None)
+
+
+def require_room(prompt_tokens: int, max_new_tokens: int, max_positions: int | None) -> None:
+    """:raises ValueError: unless there are positions for the longest prompt and its completion."""
+    reach = prompt_tokens + max_new_tokens
+    if max_positions is not None and reach > max_positions:
+        raise ValueError(
+            f"a prompt of {prompt_tokens} tokens and max_new_tokens={max_new_tokens} need {reach} positions; this model "
+            f"has {max_positions}: shorten the prompt or lower max_new_tokens"
+        )
 
 
 def boundaries(config: Any) -> dict[int, str]:
