@@ -171,7 +171,7 @@ def test_a_begun_answer_is_continued(lm):
         ([user("a")], "tools", [3], "prompt 0: the chat template fails: ValueError: Tools should either be"),
     ],
 )
-def test_what_cannot_be_passed_on_is_refused(lm, prompt, name, value, message):
+def test_what_cannot_be_passed_on_is_refused(lm, prompt, name, value, message, unchecked):
     with pytest.raises(ValueError, match=message):
         lm.prompts({"prompt": [prompt], name: [value]})
     assert len(lm.prompts({"prompt": ["soup"], "tools": [None], "documents": [["the reward's"]]})) == 1
@@ -213,3 +213,12 @@ def test_a_second_text_of_a_chat_sees_the_chat(lm):
     seen = []
     Reward(lambda completions, prompts: seen.extend(prompts) or [0.0, 0.0])(longer, lm.completions([" dog", " dog"]))
     assert seen == longer.texts
+
+
+def test_an_answer_that_ended_within_a_character_goes_on_with_the_whole_of_it(lm):
+    """Once, the half was kept as U+FFFD before the whole, where a string of the same tokens lost it."""
+    halves = [lm.vocabulary.tokenizer.convert_tokens_to_ids(token) for token in ("Ã", "©")]  # the two bytes of é
+    end = lm.vocabulary.end_ids[0]
+    first, second = (torch.tensor([[half, end]]) for half in halves)
+    chat, text = (lm.prompts([given]).append(first).append(second) for given in ([user("a dog")], "the"))
+    assert text.texts == ["theé"] and chat.texts == [[user("a dog"), assistant("é")]]

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from ppl_lm.criticism.effective_size import ess
+from ppl_lm.criticism.evidence import log_evidence
 from ppl_lm.criticism.expectations import expectation
 from ppl_lm.criticism.sensitivity import power_scale
 from ppl_lm.criticism.summaries import summary
@@ -230,6 +231,7 @@ def test_one_draw_with_all_the_weight_tells_no_error():
             and bool(table["more_draws"].isna().all())
             and bool((table["ess"] == 0).all())
         )
+        assert float(log_evidence(some).upper_se) == math.inf
     w = w.clone()
     w[0, :5] = 0.0
     assert math.isfinite(float(expectation(replace(draws, log_likelihood=w), draws.log_prior).se))

@@ -73,5 +73,8 @@ def test_one_draw_has_no_error_and_impossible_ones_do_not_count():
     assert float(value) == 1.0 and float(se) == math.inf
     log_w, values = torch.tensor([0.0, 0.0, -math.inf]).double(), torch.tensor([1.0, 3.0, math.nan]).double()
     assert float(weighted_mean(log_w, values)[0]) == 2.0
+    for log_w in (torch.tensor([0.0, -180.0, -180.0]), torch.tensor([0.0, -0.1])):  # worth fewer than two
+        assert float(weighted_mean(log_w.double(), torch.arange(float(len(log_w))).double())[1]) == math.inf
+    assert float(weighted_mean(torch.zeros(2).double(), torch.tensor([1.0, 3.0]).double())[1]) == 1.0
     with pytest.raises(ValueError, match="at least 2"):
         mean(torch.ones(1, dtype=torch.float64))

@@ -17,6 +17,7 @@ from ppl_lm.guides import finetuned, prior
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError
 from ppl_lm.infer.enumeration import enumerate_posterior
+from ppl_lm.infer.prediction import predictive
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import accept, rejection, select
 from ppl_lm.infer.traces.observations import likelihood_bound
@@ -553,6 +554,32 @@ def finetuned_beside_k(prompts, lm):
     with pyro.plate("prompts", len(prompts)):
         pyro.sample("k", dist.Bernoulli(0.5))
         pyro.sample("x", lm(prompts))
+
+
+@pytest.mark.parametrize("declared", [None, -2.0])
+@pytest.mark.parametrize(
+    "wrap", [lambda law, mask: law.mask(mask), lambda law, mask: law.expand(mask.shape).mask(mask)]
+)
+def test_a_mask_that_a_latent_decides_leaves_the_bound_what_it_may_be(declared, wrap):
+    """Once, the bound was that of one random run, 0 or 4, and rejection stopped half of the time."""
+    lm = table_lm(3, 2, concentration=1.0, seed=4)
+    top = 4.0 if declared is None else -2.0
+
+    def program(prompts, lm):
+        with pyro.plate("prompts", len(prompts)):
+            seen = (pyro.sample("x", lm(prompts)) == 0).sum(-1)
+            law = Optimality(top - 2.0 + seen.double(), 4.0 if declared is None else None)
+            infer = {} if declared is None else {"log_bound": declared}
+            pyro.sample("o", wrap(law, seen > 0), obs=torch.ones(seen.shape), infer=infer)
+
+    model, bound = bind(program, lm), max(top, 0.0)
+    assert [likelihood_bound(model, ["a"]) for _ in range(8)] == [bound] * 8
+    truth = enumerate_posterior(model, None, ["a"])
+    draws = rejection(model, None, ["a"], num_samples=400)
+    exact = truth.log_joint.softmax(0).mul((truth.latents["x"] == 0).sum(-1)).sum(0)
+    found = (draws["x"][0] == 0).sum(-1).double()
+    assert bool(((found.mean(0) - exact).abs() < 5 * found.std(0) / 400**0.5).all())
+    assert set(predictive(model, draws)["o"].unique().tolist()) <= {0.0, 1.0}
 
 
 def test_a_mask_within_an_event_takes_its_elements_out_of_the_bound():

@@ -263,7 +263,8 @@ def test_weights_whose_fit_fails_stay():
     log_l[:, :105] = 1.0
     made = power_scale(replace(draws, log_likelihood=log_l, records={"v": log_l}), alphas=[2.0])
     w = log_l.exp() / log_l.exp().sum()
-    with np.errstate(invalid="ignore"):
-        assert np.isnan(az.psislw(log_l.numpy().ravel())[0]).any()
+    if hasattr(az, "psislw"):  # before ArviZ 1
+        with np.errstate(invalid="ignore"):
+            assert np.isnan(az.psislw(log_l.numpy().ravel())[0]).any()
     assert made.scaled[0].means["v"][0] == pytest.approx(float((w * log_l).sum()))
     assert all(math.isfinite(v) for v in made.sensitivity["likelihood"].values())

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from arviz_lives import plot_ppc
 from matplotlib import pyplot
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
@@ -374,7 +375,7 @@ def test_observed_pairs_are_pointwise_in_arviz(prior):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few draws of the prior show this posterior
         assert az.loo(data, var_name="better").n_data_points == 300
-    az.plot_ppc(data, var_names=["better"], num_pp_samples=10)
+    plot_ppc(data, var_names=["better"])
     pyplot.close("all")
     with pytest.raises((TypeError, KeyError, ValueError)):
         az.loo(data, var_name="wish")  # exp(r / β) is no probability
@@ -467,39 +468,104 @@ def test_counting_plates_leaves_no_parameter_behind(prior):
     assert pyro.param("level").item() == 5.0
 
 
+def of_features(prompts, prior, wrong):
+    """Where it is wrong, an unsqueeze that is right for one particle pairs each with every other."""
+    theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("prompts", len(prompts)):
+        pyro.sample("x", prior(prompts))
+        logits = (PAIRS[:2] * (theta.unsqueeze(-2) if wrong else theta)).sum(-1)
+        pyro.sample("better", dist.Bernoulli(logits=logits), obs=torch.ones(2))
+
+
+def between_plates(prompts, prior, wrong):
+    """The particles' dimension is right of that of a plate that this site is not in."""
+    with pyro.plate("prompts", len(prompts), dim=-1):
+        u = pyro.sample("u", dist.Normal(torch.zeros(len(prompts)), 1.0))
+        r = (pyro.sample("x", prior(prompts)) == 0).sum(-1).double()
+        r = r.reshape(-1, len(prompts)) if wrong else r
+        with pyro.plate("raters", 3, dim=-2):
+            pyro.sample("v", dist.Normal(torch.zeros(len(prompts)), 1.0))
+        pyro.sample("better", ppl_lm.Optimality(r + u.double(), 9.0), obs=torch.ones(len(prompts)))
+
+
+def one_too_many(prompts, prior, wrong):
+    """The total is right, but there is a dimension of size 1 before the particles'."""
+    with pyro.plate("prompts", len(prompts)):
+        r = (pyro.sample("x", prior(prompts)) == 0).sum(-1).double()
+        pyro.sample("better", dist.Bernoulli(logits=r.unsqueeze(0) if wrong else r), obs=torch.ones(len(prompts)))
+
+
 @pytest.mark.parametrize("validated", [True, False])
-def test_a_program_that_pairs_each_particle_with_every_other_is_refused(prior, validated):
-    """It is right for one particle; Pyro's own check takes what lies left of the plates for enumeration. Once, log Z was -1329
-    instead of -4.8."""
-
-    def program(prompts, prior, of_one):
-        theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        with pyro.plate("prompts", len(prompts)):
-            pyro.sample("x", prior(prompts))
-            logits = (PAIRS[:2] * (theta.unsqueeze(-2) if of_one else theta)).sum(-1)
-            pyro.sample("better", dist.Bernoulli(logits=logits), obs=torch.ones(2))
-
-    def guide(prompts, prior):
-        scale = pyro.param("scale", torch.ones(2), constraint=dist.constraints.positive)
-        pyro.sample("theta", dist.Normal(torch.zeros(2), scale).to_event(1))
-        with pyro.plate("prompts", len(prompts)):
-            pyro.sample("x", prior(prompts))
-
+@pytest.mark.parametrize("program", [of_features, between_plates, one_too_many])
+def test_a_dimension_that_is_no_plates_is_refused(prior, program, validated):
+    """Such programs are right for one particle; Pyro's own check leaves the dimension to enumeration. Once, log Z was 1852
+    instead of -0.39, and az.loo counted 100 observations instead of 2."""
     with pyro.validation_enabled(validated):
-        right, wrong = (ppl_lm.bind(program, prior, of_one=of_one) for of_one in (False, True))
-        draws = ppl_lm.importance(right, None, PROMPTS, num_samples=20)
+        right, wrong = (ppl_lm.bind(program, prior, wrong=wrong) for wrong in (False, True))
+        sizes = {
+            len(term.flatten(2)[0, 0])
+            for term in ppl_lm.importance(right, None, PROMPTS, num_samples=20).log_likelihoods.values()
+        }
+        assert sizes == {2}
+        guide = poutine.block(ppl_lm.bind(program, prior.copy(), wrong=False), hide=["better"])
         calls = [
             lambda: ppl_lm.importance(wrong, None, PROMPTS, num_samples=20),
-            lambda: ppl_lm.SequenceELBO(4).loss(wrong, ppl_lm.bind(guide, prior.copy()), PROMPTS),
-            lambda: ppl_lm.fit(wrong, ppl_lm.bind(guide, prior.copy()), PROMPTS, max_steps=1),
+            lambda: ppl_lm.SequenceELBO(4).loss(wrong, guide, PROMPTS),
+            lambda: ppl_lm.fit(wrong, guide, PROMPTS, max_steps=1),
             lambda: ppl_lm.rejection(wrong, None, PROMPTS, num_samples=5),
         ]
         for call in calls:
-            with pytest.raises(
-                ValueError, match="'better' has log-probabilities of shape .*, more than the 2 dimensions"
-            ):
+            with pytest.raises(ValueError, match="'better' has log-probabilities of shape .*no plate around it"):
                 call()
-        assert draws.log_weight.shape == (1, 20, 1)
+
+
+def test_a_guide_that_pairs_particles_is_refused(prior):
+    def program(prompts, prior, kind):
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("x", prior(prompts))
+            u = pyro.sample("u", dist.Normal(torch.zeros(len(prompts)), 1.0))
+            law = dist.Normal(u.unsqueeze(-2) if kind == "wrong" else u, 1.0)
+            pyro.sample("v", law)
+
+    target = ppl_lm.bind(program, prior, kind="right")
+    guide = ppl_lm.bind(program, prior.copy(), kind="wrong")
+    draws = ppl_lm.importance(target, None, PROMPTS, num_samples=4)
+    calls = [
+        lambda: draws.under(guide),
+        lambda: ppl_lm.importance(target, guide, PROMPTS, num_samples=4),
+        lambda: ppl_lm.SequenceELBO(4).loss(target, guide, PROMPTS),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="'v' has log-probabilities of shape .*no plate around it"):
+            call()
+
+
+def test_plates_that_lie_deeper_than_was_said(prior):
+    def program(prompts, prior):
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("x", prior(prompts))
+            with pyro.plate("pair", 3):
+                pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    with pytest.raises(ValueError, match="'z' lies deeper in plates than max_plate_nesting=1: give at least 2"):
+        ppl_lm.importance(ppl_lm.bind(program, prior), None, PROMPTS, num_samples=5, max_plate_nesting=1)
+    assert ppl_lm.importance(ppl_lm.bind(program, prior), None, PROMPTS, num_samples=5)["z"].shape == (1, 5, 2, 3)
+
+
+def test_records_that_do_not_fit_are_left_out_with_a_word(prior):
+    """Once, a record with a dimension too many gave each prompt the numbers of all."""
+
+    def program(prompts, prior, shape):
+        with pyro.plate("prompts", len(prompts)):
+            r = (pyro.sample("x", prior(prompts)) == 0).sum(-1).double()
+            pyro.deterministic("r", shape(r))
+
+    for shape in (lambda r: r.unsqueeze(-2), lambda r: r.unsqueeze(-2) - r):
+        with pytest.warns(UserWarning, match="'r' records values of shape .* left out"):
+            draws = ppl_lm.importance(ppl_lm.bind(program, prior, shape=shape), None, PROMPTS, num_samples=5)
+        assert "r" not in draws.records
+    features = ppl_lm.bind(program, prior, shape=lambda r: torch.stack([r, r + 1, r + 2], -1))
+    assert ppl_lm.importance(features, None, PROMPTS, num_samples=5)["r"].shape == (1, 5, 2, 3)
 
 
 def test_given_texts_end_as_the_model_ends_its_own(prior):

@@ -215,3 +215,15 @@ def test_the_error_of_khat_is_its_spread(count, shape):
         assert float(((1 + khat) / tail**0.5).mean() / khat.std()) > 1.25, "the mutant: ArviZ's prior left out"
     if shape < 0:
         assert float(((1 + khat).abs() / tail**0.5).mean() / khat.std()) < 0.75, "the mutant: Smith's law below -1/2"
+
+
+@pytest.mark.parametrize("shape", [0.3, 1.0])
+def test_khat_is_of_the_weights_and_not_of_their_inverses(draws, shape):
+    """ArviZ 1.3 takes log likelihoods where ArviZ 0.x took log weights: k-hat was -0.83 of weights whose own is 1.13."""
+    log_w = heavy(2000, shape)[1] if shape < 1 else heavy(2000, 0.5)[0]
+    khat, se = psis_khat(log_w), khat_se(log_w)
+    assert abs(khat - shape) < 4 * se < 1 and psis_khat(-log_w) < 0
+    smoothed, order = pareto_smooth(weighted(draws, log_w[:, None])).log_weight[0, :, 0], log_w.sort().indices
+    moved = (smoothed - log_w)[order]
+    assert float(moved[:1800].std()) < 1e-9 < float(moved[-130:].std()), "only the largest weights are smoothed"
+    assert bool((smoothed[order].diff() >= -1e-9).all())

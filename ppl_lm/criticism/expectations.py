@@ -9,15 +9,14 @@ from torch import Tensor
 
 from ppl_lm.criticism.array_statistics import array_statistic
 from ppl_lm.infer.draws import TOGETHER, Draws
-
-ALONE = 0.5  # 1 / ESS of weights that are worth two draws
+from ppl_lm.infer.log_weights import settled
 
 
 @dataclass(frozen=True)
 class Expectation:
     """:param mean: of each number, for each prompt, float64.
     :param se: its Monte Carlo standard error; inf where it cannot be told (one draw, one run, weights that are worth fewer than
-        two, a mean that is infinite)."""
+        two draws, as those of two runs are, a mean that is infinite)."""
 
     mean: Float[Tensor, "B *E"]
     se: Float[Tensor, "B *E"]
@@ -67,8 +66,8 @@ def expectation(
     if len(parts) < 2:
         return Expectation(mean, torch.full_like(mean, math.inf))
     se = (parts.square().sum(0) * len(parts) / (len(parts) - 1)).sqrt()
-    share = (w.sum(1) if draws.kind in TOGETHER else w.flatten(0, 1)).square().sum(0)  # 1 / Kong's ESS of the parts
-    return Expectation(mean, se.where(share < ALONE, math.inf).nan_to_num(math.inf, math.inf))
+    share = w.sum(1) if draws.kind in TOGETHER else w.flatten(0, 1)
+    return Expectation(mean, se.where(settled(share), math.inf).nan_to_num(math.inf, math.inf))
 
 
 def _along_chains(influence: Float[Tensor, "C S B *E"]) -> Float[Tensor, "B *E"]:

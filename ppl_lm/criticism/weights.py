@@ -5,12 +5,11 @@ import sys
 import warnings
 from dataclasses import replace
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppl_lm.criticism.array_statistics import array_statistic
+from ppl_lm.criticism.array_statistics import psis
 from ppl_lm.infer.draws import Draws
 
 
@@ -113,6 +112,6 @@ def _pareto(log_w: Float[Tensor, "S"]) -> tuple[float, int, Tensor] | None:
         return None
     with warnings.catch_warnings():  # a high k̂ is reported, not warned about
         warnings.simplefilter("ignore")
-        smoothed, khat = array_statistic("psislw")(w.cpu().numpy())
-    smoothed = torch.as_tensor(np.asarray(smoothed))
-    return (float(khat), len(largest), smoothed - smoothed.logsumexp(0)) if math.isfinite(khat) else None
+        smoothed, khat = psis(w.cpu().numpy(), len(largest))
+    smoothed = torch.as_tensor(smoothed)
+    return (khat, len(largest), smoothed - smoothed.logsumexp(0)) if math.isfinite(khat) else None

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -29,15 +29,21 @@ def weighted_mean(
     log_w: Float[Tensor, "S *B"], values: Float[Tensor, "S *B"]
 ) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
     """Self-normalised mean Σ w v / Σ w and its standard error: of the influence w (v - mean) / Σ w of each draw, the delta
-    method. Values of draws without weight may be anything; NaN where no draw has any. The error is inf of one draw, and of
-    one that has all the weight."""
+    method. Values of draws without weight may be anything; NaN where no draw has any. The error is inf of weights that are
+    not `settled`."""
     n, w = len(log_w), log_w.softmax(0)
     values = torch.where(w > 0, values, 0.0)
     centre = (w * values).sum(0)
     influence = torch.where(w > 0, w * (values - centre), 0.0)
     scale = n / (n - 1) if n > 1 else math.inf
     se = (influence.square().sum(0) * scale).sqrt()
-    return centre, se.where((w > 0).sum(0) > 1, math.inf).nan_to_num(math.inf, math.inf)
+    return centre, se.where(settled(w), math.inf).nan_to_num(math.inf, math.inf)
+
+
+def settled(share: Float[Tensor, "S *B"]) -> Bool[Tensor, "*B"]:
+    """Whether shares of the total weight are worth at least two independent draws (1/Σ share², Kong 1992): with fewer the
+    largest decides the mean, and its own distance from that mean says nothing of the error."""
+    return share.square().sum(0) <= 0.5 + 1e-9
 
 
 def kong_ess(log_w: Float[Tensor, "S *B"]) -> Float[Tensor, "*B"]:

@@ -23,7 +23,7 @@ def predictive(
     of exact draws or chains the posterior predictive, and of weighted draws with their weights. As `pyro.infer.Predictive`
     does, it runs the model once more on the draws, rewards included.
 
-    :param return_sites: the observed sites that are wanted; all of them if none are named.
+    :param return_sites: the observed sites that are wanted, as in Pyro; None, or none named: all of them.
     :raises ValueError: if a wanted site is not observed, or cannot be sampled, such as an `Optimality` without a bound."""
     nesting = nesting_of(max_plate_nesting, model, None, draws.prompts)
     runs = sites_at(model, draws.flat_latents(), draws.prompts, nesting)

@@ -23,7 +23,7 @@ from ppl_lm.criticism.inference_data.arviz_variables import (
 )
 from ppl_lm.criticism.inference_data.resampled_order import arranged
 from ppl_lm.criticism.statistics import length_name, scalars
-from ppl_lm.infer.draws import EQUAL, Draws
+from ppl_lm.infer.draws import EQUAL, TOGETHER, Draws
 from ppl_lm.lm.prompt_names import distinct
 from ppl_lm.lm.prompts import Prompts
 
@@ -47,7 +47,7 @@ def to_arviz(
     - `posterior`: equally weighted numbers: the reward and the model's other records, lengths, log p of the prior (nats), and
       latent sites that are no text. Weighted draws are resampled, since ArviZ's summaries know no weights. Copies of a draw
       stand together, so that `ess_bulk` and `mcse_mean` of `az.summary` are what the weights say (`ppl_lm.summary`), a tenth
-      or so apart; of few SMC runs only `ppl_lm.summary` knows the errors, and of one run nothing does (`UserWarning`).
+      or so apart; of few SMC runs only `ppl_lm.summary` knows the errors, and of fewer than three nothing does (`UserWarning`).
     - `completions`: tokens and text of the same draws; `log_prior`: of their latent sites together, nats: what `az.psens`
       scales.
     - `log_likelihood`: of the same draws, log density of each observed site at each index of its plates, nats: what `az.loo`,
@@ -76,13 +76,13 @@ def to_arviz(
     import arviz as az
     import xarray as xr
 
-    extra = (prior, posterior_predictive, constant_data, attributes)
-    if getattr(az, "InferenceData", xr.DataTree) is xr.DataTree:  # since ArviZ 1
-        return to_datatree(draws, num_samples, *extra)
-    datasets = _datasets(draws, num_samples, *extra)
+    datasets = _datasets(draws, num_samples, prior, posterior_predictive, constant_data, attributes)
+    legacy = vars(az).get("InferenceData")  # since ArviZ 1 asking for it in another way warns
+    if legacy is None:
+        return xr.DataTree.from_dict(datasets)
     with warnings.catch_warnings():  # of groups that ArviZ does not know
         warnings.simplefilter("ignore", UserWarning)
-        return az.InferenceData(**datasets)
+        return legacy(**datasets)
 
 
 def to_datatree(draws: Draws, num_samples: int | None = None, *extra: Any) -> Any:
@@ -101,10 +101,10 @@ def _datasets(
     attributes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     chains, count, batch = *draws.log_guide.shape[:2], len(draws.prompts)
-    if draws.kind == "runs" and chains == 1:
+    if draws.kind in TOGETHER and chains < 3:
         warnings.warn(
-            "these draws are of one SMC run, in which they depend on each other: the errors that ArviZ shows of them are too "
-            "small, and no figure knows better ones. Give smc num_runs=8, or so",
+            f"these draws are of {chains} SMC run{'s' * (chains > 1)}, within which they depend on each other: the errors that "
+            "ArviZ shows of them are too small, and no figure knows better ones. Give smc num_runs=8, or so",
             stacklevel=3,
         )
     copies = draws.num_samples * (1 if draws.kind in EQUAL else COPIES)

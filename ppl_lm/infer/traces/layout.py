@@ -1,5 +1,6 @@
 """Between Pyro's layout of values, particles first and prompts last, and that of draws; and programs run at given values."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import dropwhile
 from typing import Any
@@ -102,22 +103,33 @@ def plate_names(particles: Particles) -> dict[str, tuple[str | None, ...]]:
 
 def record_values(particles: Particles) -> dict[str, Tensor]:
     """What the model recorded, (K, B, *inner, *event) as float64, B being 1 for what all prompts share where they have but a
-    joint weight. Left out is what has the shape of neither the particles nor the prompts."""
+    joint weight. Left out, with a `UserWarning`, is what has the shape of neither the particles nor the prompts."""
     sites = {name: site for name, site in particles.model_sites.items() if is_record(site)}
     values = {name: _record(site, particles) for name, site in sites.items()}
+    for name in (name for name, value in values.items() if value is None):
+        warnings.warn(
+            f"{name!r} records values of shape {tuple(sites[name]['value'].shape)}, which have neither the dimensions of "
+            "particles and plates nor more on their right: they are left out of the draws",
+            stacklevel=2,
+        )
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _record(site: Site, particles: Particles) -> Tensor | None:
     value, nesting, event = site["value"].double(), particles.nesting, site["fn"].event_dim
-    if event >= value.dim():  # Pyro was not told: all that plates do not account for
+    untold = event >= value.dim()
+    if untold:  # all that plates do not account for
         event = max(0, value.dim() - nesting - 1)
     missing = nesting + 1 + event - value.dim()
     if missing < 0:
         return None
     value = value.reshape(*[1] * missing, *value.shape)  # (K, *plates, B, *event), with 1 for what is not there
     batch = len(particles.prompts)
-    if value.shape[0] not in (1, particles.count) or value.shape[nesting] not in (1, batch):
+    of_prompts = any(frame.vectorized and frame.dim == -1 for frame in site["cond_indep_stack"])
+    sizes = (
+        (batch,) if untold and event and of_prompts else (1, batch)
+    )  # else a dimension too many may be taken for an event
+    if value.shape[0] not in (1, particles.count) or value.shape[nesting] not in sizes:
         return None
     value = value.movedim(nesting, 1)  # (K, B, *plates, *event)
     used = {f.dim for f in site["cond_indep_stack"]}

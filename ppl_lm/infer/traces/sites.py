@@ -65,17 +65,24 @@ def is_sequence(site: Site) -> bool:
 
 
 def check_shape(site: Site, log_prob: Tensor, nesting: int) -> None:
-    """Pyro's own check leaves dimensions left of all plates to enumeration. Here none is enumerated, and there a program that
-    is right for one particle may pair each particle with every other.
+    """Each dimension is that of the particles or of a plate. Pyro's own check leaves others to enumeration. Here nothing is
+    enumerated, and a program that is right for one particle may pair each with every other there.
 
     :param nesting: how many plates lie within each other, the particles' among them.
-    :raises ValueError: if a plate is missing around the site."""
-    if any(size > 1 for size in log_prob.shape[: max(0, log_prob.dim() - nesting)]):
+    :raises ValueError: if the plates lie deeper, if one is missing around the site, or if a size is not its plate's."""
+    plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    if (depth := max((-dim for dim in plates), default=0)) > nesting:
         raise ValueError(
-            f"site {site['name']!r} has log-probabilities of shape {tuple(log_prob.shape)}, more than the {nesting} dimensions "
-            "of the particles and of the plates. Latent values have the particles' dimension left of all plates: let what the "
-            "program makes of them broadcast, and count dimensions from the right (an unsqueeze may be what is too much)"
+            f"site {site['name']!r} lies deeper in plates than max_plate_nesting={nesting - 1}: give at least {depth - 1}, or "
+            "leave it out, and it is found"
         )
+    for dim, size in zip(range(-log_prob.dim(), 0), log_prob.shape, strict=True):
+        if dim not in plates and (size > 1 or -dim > nesting):
+            raise ValueError(
+                f"site {site['name']!r} has log-probabilities of shape {tuple(log_prob.shape)}, and no plate around it has the "
+                f"dimension {dim}: put it into a pyro.plate, or call .to_event on its law. Or values of several particles have "
+                "met crosswise: their dimension is left of all plates; let them broadcast, and count dimensions from the right"
+            )
     shaped: Any = {**site, "log_prob": log_prob}
     if pyro.settings.get("validate_poutine"):
         check_site_shape(shaped, nesting)
@@ -91,25 +98,31 @@ def log_shift(site: Site) -> Tensor:
     return scale_and_mask(shift_of(site["fn"]).to(site["value"].device), site["scale"], site["mask"])
 
 
-def shift_of(fn: Any) -> Tensor:
+def shift_of(fn: Any, whatever_masked: bool = False) -> Tensor:
     """What a law's log-probability lies below its log-potential, of each element of a batch, whatever the law is wrapped in:
-    `log_bound` of a bounded `Optimality`, 0 of others and where a mask is False."""
+    `log_bound` of a bounded `Optimality`, 0 of others and where a mask is False.
+
+    :param whatever_masked: the most that it can be, whatever the masks are."""
     if isinstance(fn, Independent):
-        base = shift_of(fn.base_dist)
+        base = shift_of(fn.base_dist, whatever_masked)
         return base.flatten(len(fn.batch_shape)).sum(-1) if base.dim() > len(fn.batch_shape) else base
     if isinstance(fn, ExpandedDistribution):
-        return shift_of(fn.base_dist).expand(fn.batch_shape)
+        return shift_of(fn.base_dist, whatever_masked).expand(fn.batch_shape)
     if isinstance(fn, MaskedDistribution):
-        return shift_of(fn.base_dist) * torch.as_tensor(fn._mask, dtype=torch.float64).cpu()
+        base = shift_of(fn.base_dist, whatever_masked)
+        return base.clamp_min(0.0) if whatever_masked else base * torch.as_tensor(fn._mask, dtype=torch.float64).cpu()
     bound = (fn.log_bound or 0.0) if isinstance(fn, Optimality) else 0.0
     return torch.full(fn.batch_shape, bound, dtype=torch.float64)
 
 
+def layers(fn: Any) -> list[Any]:
+    """A law that is `.to_event`, `.expand`ed or `.mask`ed, what it is made of, and so on to the law itself, which is last."""
+    wrapped = isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution)
+    return [fn, *layers(fn.base_dist)] if wrapped else [fn]
+
+
 def unwrapped(fn: Any) -> Any:
-    """The law itself of one that is `.to_event`, `.expand`ed or `.mask`ed."""
-    while isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
-        fn = fn.base_dist
-    return fn
+    return layers(fn)[-1]
 
 
 def is_density(site: Site) -> bool:

@@ -1,7 +1,7 @@
 """How deep programs nest their plates, found by a run that draws no text and asks no reward."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -65,13 +65,8 @@ def _traces(model: Program, guide: Program | None, args: Any, kwargs: Any, dry: 
 def _kept_store() -> Iterator[None]:
     """Parameters that are new in Pyro's store leave it: their first values may have been made of texts that nobody drew."""
     store = pyro.get_param_store()
-    before = {*store.keys()}
-    try:
+    with store.scope(store.get_state()):
         yield
-    finally:
-        for name in {*store.keys()} - before:
-            with suppress(KeyError):  # weights that two programs share have one entry in the store's way back
-                del store[name]
 
 
 class _EmptyTexts(Messenger):
