@@ -324,7 +324,7 @@ def test_a_reader_that_stops_is_no_error(run):
         f"{sys.executable} -m ppl_lm sample {run[0]} --num-samples 1000 --json | head -1"  # more than a pipe holds
     )
     ran = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert ran.stdout.startswith("{") and ran.stderr == ""
+    assert ran.stdout.startswith("{") and not {"Traceback", "BrokenPipe"} & {*ran.stderr.replace("Error", " ").split()}
 
 
 def test_a_second_fit_must_say_overwrite_and_the_same_seed_repeats_it(run, tmp_path):

@@ -152,10 +152,10 @@ def noisy(forward, inputs):
 
 
 def forgets_the_cache(forward, inputs):
-    cache = inputs["past_key_values"]
-    if cache is not None and cache.get_seq_length():
+    name = "past_key_values" if "past_key_values" in inputs else "cache"  # the latter since transformers 5.24
+    if inputs[name] is not None and inputs[name].get_seq_length():
         forward(**inputs)
-        return forward(**{**inputs, "past_key_values": None, "attention_mask": None})
+        return forward(**{**inputs, name: None, "attention_mask": None})
     return forward(**inputs)
 
 

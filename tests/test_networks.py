@@ -67,6 +67,10 @@ def worst_against_each_prefix_alone(lm: LanguageModel, prompts: list[str]) -> fl
     return worst
 
 
+OLD_NAME = pytest.mark.filterwarnings(
+    "ignore:.past_key_values. is deprecated"
+)  # which a wrapper of any inputs is given
+
 # ----- copies -----
 
 
@@ -96,6 +100,7 @@ def aliased(model):
     model.model.norm.register_forward_hook(lambda module, given, out: out * weight)
 
 
+@OLD_NAME
 @pytest.mark.parametrize("change", [compiled, wrapped, wrapped_in_one_layer, hooked, aliased])
 def test_what_would_go_on_with_the_originals_weights_is_not_copied(change):
     model = tiny.network("llama")
@@ -104,6 +109,7 @@ def test_what_would_go_on_with_the_originals_weights_is_not_copied(change):
         of(model).copy()
 
 
+@OLD_NAME
 def test_a_network_that_reads_none_of_its_weights_is_not_copied():
     model, elsewhere = tiny.network("llama"), tiny.network("llama", seed=1)
     model.forward = lambda **inputs: elsewhere(**inputs)
@@ -125,6 +131,7 @@ def bound(model):
     return model
 
 
+@OLD_NAME
 @pytest.mark.parametrize("change", [Around, bound], ids=["a module around it", "a method of its own"])
 def test_what_follows_its_copy_is_copied(change):
     lm = of(change(tiny.network("llama")))
@@ -306,7 +313,8 @@ UNSUITABLE = {
     ),
     "recurrent": (
         lambda: build("Mamba", **SMALL, state_size=4),
-        r"MambaForCausalLM takes .* \(it keeps cache_params\)",
+        # since transformers 5.24 its state is a `cache`; the check finds that it does not go on as it is scored
+        r"MambaForCausalLM (takes .* \(it keeps cache_params\)|is sampled from one distribution and scored under another)",
     ),
     "another recurrent": (
         lambda: build("Rwkv", **{**SMALL, "num_hidden_layers": 2}, attention_hidden_size=16, context_length=64),

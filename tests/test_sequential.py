@@ -657,7 +657,7 @@ def test_texts_of_an_inner_plate_and_joint_weights_are_refused_for_what_they_are
     def together(prompts, lm):
         with pyro.plate("prompts", len(prompts)):
             x = pyro.sample("x", lm(prompts))
-        pyro.factor("all", 0.1 * (x == 0).sum((-1, -2)))
+        pyro.factor("all", 0.1 * (x == 0).sum(-1).sum(-1, keepdim=True))
 
     for program, message in (
         (several, "'x' stands in the plate 'pair'"),

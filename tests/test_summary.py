@@ -87,7 +87,9 @@ def test_what_prompts_share_has_one_row():
             strictness = pyro.sample("strictness", dist.Normal(0.0, 1.0))
         with pyro.plate("prompts", len(prompts)):
             x = pyro.sample("x", lm(prompts))
-            pyro.sample("o", Optimality(strictness.sum(-2, keepdim=True) * (x == 1).sum(-1)), obs=torch.ones(len(prompts)))
+            pyro.sample(
+                "o", Optimality(strictness.sum(-2, keepdim=True) * (x == 1).sum(-1)), obs=torch.ones(len(prompts))
+            )
 
     table = summary(importance(bind(raters, lm), None, ["", "a"], num_samples=200, max_plate_nesting=2))
     assert [name for name in table.index if name[0] == "all prompts"] == [

@@ -196,8 +196,7 @@ class Answer:
 
 def past_of(answer: Any) -> Any:
     """What a network is given with the next tokens: `past_key_values`, since transformers 5.24 `cache`."""
-    past = getattr(answer, "cache", None)
-    return getattr(answer, "past_key_values", None) if past is None else past
+    return answer.cache if hasattr(answer, "cache") else getattr(answer, "past_key_values", None)
 
 
 def inputs_of(model: nn.Module) -> dict[str, str]:
