@@ -16,6 +16,7 @@ from ppl_lm.infer import stored_weights
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.traces.structure import plate_nesting
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 
@@ -200,3 +201,35 @@ def test_a_network_that_got_new_weights_trains_them(lm):
     guide.lm.model.table = torch.nn.Parameter(torch.zeros_like(lm.model.table).T.contiguous().T)  # not contiguous
     fit(lm, guide, Adam({"lr": 0.1}), 2, 0)
     assert guide.lm.model.table.any()
+
+
+def test_weights_of_a_guide_that_dies_while_plates_are_counted_do_not_come_back(lm):
+    """Once, the store was put back as it had been: weights of nobody, and every later guide was refused."""
+    dead = bind(finetuned, lm.copy())
+    importance(bind(tilted, lm, reward=letters), dead, [""], num_samples=2)
+    assert [*pyro.get_param_store().keys()] == ["finetuned$$$lm.model.table"]
+    ring = [dead]
+    ring.append(ring)  # which only the garbage collector takes apart
+    del dead
+
+    def program(prompts, lm, ring):
+        ring.pop() if ring else None
+        gc.collect()
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("x", lm(prompts))
+
+    holder = [ring]
+    del ring
+    importance(bind(lambda prompts, lm: program(prompts, lm, holder), lm), None, [""], num_samples=2)
+    assert [*pyro.get_param_store().keys()] == []
+    importance(bind(tilted, lm, reward=letters), bind(finetuned, lm.copy(), name="another"), [""], num_samples=2)
+
+
+def test_counting_plates_leaves_shared_weights_their_name(lm):
+    shared = lm.copy()
+    first, second = bind(finetuned, shared, name="a"), bind(finetuned, shared, name="b")
+    optim, target = Adam({"lr": 0.1}), bind(tilted, lm, reward=letters, beta=0.5)
+    SVI(target, first, optim, loss=SequenceELBO(4)).step([""])
+    plate_nesting(target, second, [""])
+    assert [*pyro.get_param_store().keys()] == ["a$$$lm.model.table"]
+    assert {*optim.get_state()} == {"a$$$lm.model.table"}

@@ -65,8 +65,14 @@ def _traces(model: Program, guide: Program | None, args: Any, kwargs: Any, dry: 
 def _kept_store() -> Iterator[None]:
     """Parameters that are new in Pyro's store leave it: their first values may have been made of texts that nobody drew."""
     store = pyro.get_param_store()
-    with store.scope(store.get_state()):
+    before = {*store.keys()}
+    try:
         yield
+    finally:  # of what is there now: the weights of a program that died meanwhile have left, and must not come back
+        state: Any = store.get_state()
+        store.clear()
+        kept: Any = {part: {n: v for n, v in values.items() if n in before} for part, values in state.items()}
+        store.set_state(kept)
 
 
 class _EmptyTexts(Messenger):
