@@ -519,6 +519,21 @@ def test_a_dimension_that_is_no_plates_is_refused(prior, program, validated):
                 call()
 
 
+def test_enumeration_pairs_no_values_either(prior):
+    def program(prompts, prior, wrong):
+        with pyro.plate("prompts", len(prompts)):
+            z = pyro.sample("z", dist.Categorical(SHARE))
+            r = (pyro.sample("x", prior(prompts)) == 0).sum(-1).double()
+            pyro.sample("o", ppl_lm.Optimality(z + (r.unsqueeze(-2) if wrong else r)), obs=torch.ones(len(prompts)))
+
+    right, wrong = (ppl_lm.bind(program, prior, wrong=wrong) for wrong in (False, True))
+    z_share = torch.stack([SHARE[z].log() + z + 0.0 * A for z in (0, 1)])
+    expected = torch.stack([(z_share + law(prior, (p,)) + A).logsumexp((0, 1)) for p in (0, 1)])
+    torch.testing.assert_close(ppl_lm.enumerate_posterior(right, None, PROMPTS).log_z, expected, atol=1e-9, rtol=0)
+    with pytest.raises(ValueError, match="'o' has log-probabilities of shape .*no latent site is enumerated along"):
+        ppl_lm.enumerate_posterior(wrong, None, PROMPTS)
+
+
 def test_a_guide_that_pairs_particles_is_refused(prior):
     def program(prompts, prior, kind):
         with pyro.plate("prompts", len(prompts)):

@@ -50,7 +50,9 @@ def enumerate_sites(model: Callable[..., Any], guide: Callable[..., Any] | None,
                 "in the prompt plate alone"
             )
     batch = len(prompts)
-    log_p = [_log_prob(site) for site in sites.values() if not is_record(site)]
+    dims = {name: site["infer"]["_enumerate_dim"] for name, site in latents.items()}
+    sizes = {dim: latents[name]["value"].shape[dim - latents[name]["fn"].event_dim] for name, dim in dims.items()}
+    log_p = [_log_prob(site, sizes) for site in sites.values() if not is_record(site)]
     shape = torch.broadcast_shapes(*(term.shape for term in log_p), (batch,))
     if shape.numel() > MAX_CELLS:
         raise ValueError(f"{shape.numel():,} values are too many to enumerate (at most {MAX_CELLS:,})")
@@ -70,7 +72,7 @@ def enumerate_sites(model: Callable[..., Any], guide: Callable[..., Any] | None,
     log_q = None
     if guide is not None:
         replayed = sample_sites(poutine.trace(poutine.replay(guide, trace=trace)).get_trace(prompts))
-        log_q = table([_log_prob(site) for name, site in replayed.items() if name in latents])
+        log_q = table([_log_prob(site, sizes) for name, site in replayed.items() if name in latents])
     return EnumeratedSites(
         latents={name: values(site) for name, site in latents.items()},
         records={name: values(site) for name, site in sites.items() if is_record(site)},
@@ -79,7 +81,18 @@ def enumerate_sites(model: Callable[..., Any], guide: Callable[..., Any] | None,
     )
 
 
-def _log_prob(site: Site) -> Tensor:
-    """Scaled and masked, for exp(r/β): what a bounded `Optimality` subtracts is added again."""
+def _log_prob(site: Site, sizes: dict[int, int]) -> Tensor:
+    """Scaled and masked, for exp(r/β): what a bounded `Optimality` subtracts is added again.
+
+    :param sizes: how many values the latent site has that is enumerated along a dimension.
+    :raises ValueError: if there is another dimension, along which values would be paired with each other."""
     log_p = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-    return scale_and_mask(log_p, site["scale"], site["mask"]) + log_shift(site)
+    log_p = scale_and_mask(log_p, site["scale"], site["mask"]) + log_shift(site)
+    for dim in range(-log_p.dim(), -1):
+        if log_p.shape[dim] not in (1, sizes.get(dim, 1)):
+            raise ValueError(
+                f"site {site['name']!r} has log-probabilities of shape {tuple(log_p.shape)}, and no latent site is enumerated "
+                f"along the dimension {dim}: values have met crosswise that belong together. Latent values have dimensions of "
+                "their own left of the prompts' plate; let them broadcast, and count dimensions from the right"
+            )
+    return log_p
