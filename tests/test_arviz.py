@@ -400,7 +400,7 @@ def test_few_runs_of_smc_have_no_errors_and_that_is_said(problem, life):
     for runs in (1, 2):
         with pytest.warns(UserWarning, match=f"of {runs} SMC run.*num_runs=8") as seen:
             life(smc(target, None, [""], num_samples=30, num_runs=runs))
-        assert seen[0].filename == __file__
+        assert "ppl_lm/criticism" not in seen[0].filename
     life(smc(target, None, [""], num_samples=30, num_runs=3))
 
 

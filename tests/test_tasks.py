@@ -495,6 +495,11 @@ def one_too_many(prompts, prior, wrong):
         pyro.sample("better", dist.Bernoulli(logits=r.unsqueeze(0) if wrong else r), obs=torch.ones(len(prompts)))
 
 
+def latents_of(prompts, prior, whole):
+    with poutine.block(hide=["better"]):
+        whole(prompts, prior, wrong=False)
+
+
 @pytest.mark.parametrize("validated", [True, False])
 @pytest.mark.parametrize("program", [of_features, between_plates, one_too_many])
 def test_a_dimension_that_is_no_plates_is_refused(prior, program, validated):
@@ -507,7 +512,7 @@ def test_a_dimension_that_is_no_plates_is_refused(prior, program, validated):
             for term in ppl_lm.importance(right, None, PROMPTS, num_samples=20).log_likelihoods.values()
         }
         assert sizes == {2}
-        guide = poutine.block(ppl_lm.bind(program, prior.copy(), wrong=False), hide=["better"])
+        guide = ppl_lm.bind(latents_of, prior.copy(), whole=program)
         calls = [
             lambda: ppl_lm.importance(wrong, None, PROMPTS, num_samples=20),
             lambda: ppl_lm.SequenceELBO(4).loss(wrong, guide, PROMPTS),
