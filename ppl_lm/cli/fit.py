@@ -31,6 +31,7 @@ def command(
     init_from: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an earlier fit's guide, and with its lm, "
                                                    "reward, beta, prompts and max-new-tokens where none are given.",
                                                    show_default="an untrained guide")] = None,
+    rank: Annotated[int, typer.Option(help="Of the adapter that the guide lora fits.")] = 16,
     objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(OBJECTIVES)}.")] = "reverse_kl",
     lm: Annotated[str | None, typer.Option(help="A Hugging Face folder or hub name.", show_default="the LM that ships")] = None,
     reward: Annotated[str, typer.Option(help="vader, length, contains:WORD, or FILE.py:NAME.")] = "vader",
@@ -78,7 +79,7 @@ def command(
             raise ValueError(f"particles={particles}; give at least 2")
         texts, columns = read_prompts(prompts)
         settings = Settings(
-            model=absolute(model), guide=absolute(guide), objective=objective, reward=absolute(reward), beta=beta,
+            model=absolute(model), guide=absolute(guide), rank=rank, objective=objective, reward=absolute(reward), beta=beta,
             lm=whole_path(lm), prompts=texts, columns=columns, max_new_tokens=max_new_tokens, device=device, seed=seed,
             batch_size=batch_size, particles=particles or 128, learning_rate=learning_rate, max_steps=max_steps,
             time_limit=time_limit, init_from=None if init_from is None else str(init_from.resolve()),

@@ -8,13 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ppl_lm.embedded import FOLDER
-from ppl_lm.lm.checking.checks import one_pass, self_check
+from ppl_lm.lm.adapters import load_adapter, lora_config, with_adapter
+from ppl_lm.lm.checking.adapter_folders import adapter_base, is_adapter_folder, tokenizer_folder
+from ppl_lm.lm.checking.checks import one_pass, require_same_start, self_check
 from ppl_lm.lm.checking.copies import require_own_weights
-from ppl_lm.lm.checking.folders import require_causal, require_model_folder, save, saved_settings
+from ppl_lm.lm.checking.folders import (
+    fingerprint,
+    require_base,
+    require_causal,
+    require_model_folder,
+    save,
+    saved_settings,
+)
 from ppl_lm.lm.network import Network
 from ppl_lm.lm.token_sequence import TokenSequence
+from ppl_lm.lm.trainable_weights import frozen_weights
 
 
 class LanguageModel(Network):
@@ -47,7 +58,8 @@ class LanguageModel(Network):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "LanguageModel":
-        """A frozen LM from a folder or a hub name; without one, the small LM that ships with the package.
+        """A frozen LM from a folder or a hub name; without one, the small LM that ships with the package. From the folder of a
+        PEFT adapter: its base, loaded from where the adapter says, with the adapter in it.
 
         Checks itself before it is returned (`self_check`).
 
@@ -59,6 +71,9 @@ class LanguageModel(Network):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         what, folder = f"lm={str(name_or_folder)!r}", Path(name_or_folder)
+        given = {"end_ids": end_ids, "device": device, "dtype": dtype}
+        if is_adapter_folder(folder):
+            return cls._from_adapter(folder, max_new_tokens, given)
         on_the_hub = isinstance(name_or_folder, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_folder)
         if folder.exists() or not on_the_hub:
             require_model_folder(folder, what)
@@ -98,11 +113,29 @@ class LanguageModel(Network):
         lm.self_check()
         return lm
 
+    @classmethod
+    def _from_adapter(cls, folder: Path, max_new_tokens: int | None, given: dict[str, Any]) -> "LanguageModel":
+        from transformers import AutoTokenizer
+
+        saved, place = saved_settings(folder), adapter_base(folder)
+        given = {name: saved.get(name) if value is None else value for name, value in given.items()}
+        length = saved.get("max_new_tokens", 40) if max_new_tokens is None else max_new_tokens
+        try:
+            lm = cls.from_pretrained(place, length, **given)
+        except ValueError as error:
+            raise ValueError(f"the base of the adapter in {str(folder)!r}: {error}") from error
+        lm = lm.adapted(folder)
+        if tokenizer_folder(folder) == folder:
+            lm = cls(lm.model, AutoTokenizer.from_pretrained(folder), length, given["end_ids"])
+            lm.self_check()
+        return lm.requires_grad_(False)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a Hugging Face folder with weights and tokenizer, which `from_pretrained(folder)` reads back as it was, and
-        transformers too. Of a fitted guide: `guide.lm.save_pretrained(folder)`.
+        transformers too; of an `adapted` network a PEFT folder, with the adapter alone and the hash of its base. Of a fitted
+        guide: `guide.lm.save_pretrained(folder)`.
 
-        :raises ValueError: if the network is none of transformers' own, such as a product or an adapter."""
+        :raises ValueError: if the network is none of transformers' own, such as a product."""
         with quiet():
             save(self, Path(folder))
 
@@ -111,18 +144,51 @@ class LanguageModel(Network):
         return TokenSequence(self, self.prompts(prompts))
 
     def copy(self) -> "LanguageModel":
-        """A trainable copy that shares nothing but the vocabulary.
+        """A trainable copy that shares nothing but the vocabulary. What is frozen while other weights are trained stays frozen
+        in it, and so does what was frozen when the network was given; of an adapted network the adapter alone is trainable.
 
         :raises ValueError: if the copy's forward pass would still read weights of the original, as with a `forward` that
             `torch.compile` or another wrapper put on the network."""
-        vocabulary = self.vocabulary
-        twin = LanguageModel(
-            copy.deepcopy(self.model), vocabulary.tokenizer, self.max_new_tokens, end_ids=vocabulary.end_ids
-        )
+        twin = self._around(copy.deepcopy(self.model))
         require_own_weights(twin.model, self.model, lambda: one_pass(twin))
+        being_trained = any(weight.requires_grad for weight in self.model.parameters())
+        twin.frozen = frozen_weights(self.model) if being_trained else self.frozen
+        for name, weight in twin.model.named_parameters():
+            weight.requires_grad_(name not in twin.frozen)
+        twin.base_sha256 = self.base_sha256
+        return twin
+
+    def adapted(self, adapter: Any = None, *, rank: int = 16) -> "LanguageModel":
+        """This network with a PEFT adapter, which alone is trainable: a copy of its modules around the same weights, so that
+        they lie in memory once and the prior stays as it is by construction. It begins as the prior (LoRA: exactly, its second
+        matrix being 0), and is never merged. The first matrices are random, from torch's global generator.
+
+        :param adapter: a `peft.PeftConfig`; a folder that holds a fitted adapter of this network; or None: LoRA in every linear
+            layer but the head, with the scale 2 (α = 2 · rank).
+        :param rank: of that LoRA.
+        :raises ValueError: if this network has an adapter already or is being trained, or a forward was put on it; if the
+            adapter would train or change this network's own weights, begins elsewhere than at the prior, or is none of it.
+        :raises ImportError: without `peft`: `pip install 'ppl_lm[peft]'`.
+        """
+        if isinstance(adapter, str | Path):
+            require_base(Path(adapter), fingerprint(self))
+            twin = self._around(load_adapter(self.model, Path(adapter)))
+        else:
+            twin = self._around(with_adapter(self.model, lora_config(rank) if adapter is None else adapter))
+            require_same_start(self, twin)
+        shared = {id(weight) for weight in self.model.parameters()}
+        for weight in twin.model.parameters():
+            weight.requires_grad_(id(weight) not in shared)
+        twin.base_sha256 = fingerprint(self)
+        return twin
+
+    def _around(self, model: nn.Module) -> "LanguageModel":
+        """A language model with the same vocabulary and length around another network of the same law or kind."""
+        vocabulary = self.vocabulary
+        twin = LanguageModel(model, vocabulary.tokenizer, self.max_new_tokens, end_ids=vocabulary.end_ids)
         twin.vocabulary, twin.crossed = vocabulary, dict(self.crossed)
         twin.is_checked, twin.tolerance = self.is_checked, self.tolerance
-        return twin.requires_grad_(True)
+        return twin
 
     def self_check(self, prompts: Any = None, tolerance: float = 2e-3) -> float:
         """Draws a few tokens and scores them again: alone, in a padded batch, step by step and in one pass.

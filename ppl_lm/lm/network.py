@@ -15,6 +15,7 @@ from ppl_lm.lm import cache as caches
 from ppl_lm.lm import meter
 from ppl_lm.lm.checking.lengths import boundaries, context_length
 from ppl_lm.lm.prompts import Prompts
+from ppl_lm.lm.trainable_weights import frozen_weights
 from ppl_lm.lm.vocabulary import Vocabulary, text_config
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
@@ -49,7 +50,9 @@ class Network(nn.Module):
             raise UnsuitableNetworkError(
                 f"{type(model).__name__} has no config.vocab_size; give it a `config` with the number of its logits"
             )
+        self.frozen = frozen_weights(model)  # names of those that a copy does not train either
         self.model = model.eval().requires_grad_(False)
+        self.base_sha256: str | None = None  # of the network around whose weights an adapter was put
         self.vocabulary = Vocabulary.of(tokenizer, config, getattr(model, "generation_config", None), end_ids)
         config = text_config(config)
         self.max_new_tokens = max_new_tokens
@@ -203,6 +206,12 @@ def inputs_of(model: nn.Module) -> dict[str, str]:
     """Those of `INPUTS` that the forward of `model` takes, each with its name there.
 
     :raises UnsuitableNetworkError: if it names its inputs, and `past_key_values` is not among them."""
+    if hasattr(model, "get_base_model"):  # PEFT's wrapper hands on whatever it is given
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UnsuitableNetworkError(
+                "soft prompts are given anew at every step, and cannot be continued; give LoRA"
+            )
+        return inputs_of(model.get_base_model())  # pyright: ignore[reportCallIssue]
     parameters = inspect.signature(model.forward).parameters
     own = {name: name for name in INPUTS}
     if "cache" in parameters and "past_key_values" not in parameters:

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ppl_lm.embedded import FOLDER
+from ppl_lm.lm.checking.adapter_folders import adapter_base, is_adapter_folder, tokenizer_folder
 from ppl_lm.lm.tokens.chats import encode_chat, special_tokens
 from ppl_lm.lm.tokens.text_ends import TextEnds
 
@@ -61,15 +62,18 @@ class Vocabulary(TextEnds):
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path = FOLDER) -> "Vocabulary":
-        """That of a language model in a folder or on the hub, whose weights are not read."""
+        """That of a language model in a folder or on the hub, whose weights are not read; of an adapter that of its base."""
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(name_or_folder))
+        while is_adapter_folder(Path(name_or_folder)):
+            name_or_folder = adapter_base(Path(name_or_folder))
         config = AutoConfig.from_pretrained(name_or_folder)
         try:
             generation: Any = GenerationConfig.from_pretrained(name_or_folder)
         except OSError:  # not every model has one
             generation = None
-        return cls.of(AutoTokenizer.from_pretrained(name_or_folder), config, generation)
+        return cls.of(tokenizer, config, generation)
 
     def decode(self, x: Int[Tensor, "N T"]) -> list[str]:
         """Text of each completion by itself, without special tokens: N strings. `Prompts.decode` gives it as it stands after

@@ -16,6 +16,7 @@ from ppl_lm.likelihood.rewards import contains, length, vader
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.run.names import from_file, is_file, shipped
+from ppl_lm.run.saved_guide import read_guide
 from ppl_lm.run.settings import Settings
 
 
@@ -50,12 +51,12 @@ def build(settings: Settings, fitted: Path | None = None, trainable: bool = Fals
     prior = LanguageModel.from_pretrained(**load, max_new_tokens=settings.max_new_tokens, device=settings.device)
     network = None
     if fitted is not None:
-        import ppl_lm.lm.table  # noqa: F401  so that a fitted table loads
-
-        network = LanguageModel.from_pretrained(fitted, settings.max_new_tokens, device=settings.device)
+        network = read_guide(fitted, prior, settings.max_new_tokens)
         network.vocabulary.require_same(prior.vocabulary, f"{fitted.name} and the prior")
-        network.requires_grad_(trainable)
-    target, approximation = model_and_guide(model, guide, prior, network, reward, settings.beta)
+        network = network if trainable else network.requires_grad_(False)
+    target, approximation = model_and_guide(
+        model, guide, prior, network, reward, settings.beta, settings.rank, settings.seed
+    )
     prompts = prior.prompts({"prompt": settings.prompts, **settings.columns})
     prior(prompts)  # refuses prompts that do not fit the context
     return Programs(settings, target, approximation, prior, prompts)
@@ -109,19 +110,35 @@ def bind_named(program: Callable[..., Any], available: dict[str, Callable[[], An
 
 
 def model_and_guide(
-    model: Callable[..., Any], guide: Callable[..., Any], prior: LanguageModel, fitted: Any, reward: Any, beta: float
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    prior: LanguageModel,
+    fitted: Any,
+    reward: Any,
+    beta: float,
+    rank: int = 16,
+    seed: int = 0,
 ) -> tuple[Bound, Bound]:
-    """Binds both by argument names: `prior` is the frozen LM, `lm` a trainable copy, `table` a trainable table,
-    `twist` a trainable twist, `reward` (or `constraint`) the reward, `beta` its temperature.
+    """Binds both by argument names: `prior` is the frozen LM, `lm` a trainable copy, `adapted` the prior with a trainable
+    adapter, `table` a trainable table, `twist` a trainable twist, `reward` (or `constraint`) the reward, `beta` its
+    temperature.
 
-    :param fitted: the guide's network where it has been fitted before, else None."""
+    :param fitted: the guide's network where it has been fitted before, else None.
+    :param rank: of the adapter; `seed`: of its random matrices."""
     from ppl_lm.infer.twists.networks import twist_like
     from ppl_lm.lm.table import table_like
 
     shared = {"prior": lambda: prior, "reward": lambda: reward, "constraint": lambda: reward, "beta": lambda: beta}
     free = {
         "lm": lambda: fitted or prior.copy(),
+        "adapted": lambda: fitted or _adapted(prior, rank, seed),
         "table": lambda: fitted or table_like(prior),
         "twist": lambda: fitted or twist_like(prior),
     }
     return bind_named(model, shared, "model"), bind_named(guide, shared | free, "guide")
+
+
+def _adapted(prior: LanguageModel, rank: int, seed: int) -> LanguageModel:
+    with preserved_rng():
+        torch.manual_seed(seed)
+        return prior.adapted(rank=rank)

@@ -33,7 +33,8 @@ def read(folder: Path) -> FittedRun | SampledRun:
         fitted_guide(folder)  # a run that was killed has none
     if missing := [name for name in (FITTED if fitted else SAMPLED) if not (folder / name).is_file()]:
         raise ValueError(f"{str(folder)!r} has no {missing[0]}; measure it first: ppl-lm diagnose {folder}")
-    network = folder / "guide" if (folder / "guide").is_dir() else config.settings.lm or FOLDER
+    whole = (folder / "guide" / "config.json").is_file()  # else an adapter of the prior, or none
+    network = folder / "guide" if whole else config.settings.lm or FOLDER
     vocabulary = _vocabulary(network)
     data = az.from_netcdf(str(folder / "draws.nc"))
     hashes = {name: str(data["constant_data"][name].values) for name in ("prior_sha256", "vocabulary_sha256")}

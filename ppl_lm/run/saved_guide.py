@@ -10,11 +10,21 @@ import torch
 from pyro.params.param_store import _MODULE_NAMESPACE_DIVIDER
 
 from ppl_lm.infer.binding import Bound
+from ppl_lm.lm.checking.adapter_folders import is_adapter_folder
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.prompts import Prompts
 
 
-def save_guide(folder: Path, guide: Bound, probes: Prompts) -> None:
+def read_guide(folder: Path, prior: LanguageModel, max_new_tokens: int | None = None) -> LanguageModel:
+    """A fitted guide's network, trainable: what is an adapter of the prior is put around the prior's own weights."""
+    import ppl_lm.lm.table  # noqa: F401  so that a fitted table loads
+
+    if is_adapter_folder(folder):
+        return prior.adapted(folder)
+    return LanguageModel.from_pretrained(folder, max_new_tokens, device=prior.device).requires_grad_(True)
+
+
+def save_guide(folder: Path, guide: Bound, probes: Prompts, prior: LanguageModel) -> None:
     """Writes the guide's language model to `folder`, and checks that what would be read back gives the same
     log-probabilities.
 
@@ -23,7 +33,7 @@ def save_guide(folder: Path, guide: Bound, probes: Prompts) -> None:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".guide-"))
     try:
         lm.save_pretrained(temporary)
-        copy = LanguageModel.from_pretrained(temporary, device=lm.device)
+        copy = read_guide(temporary, prior)
         with torch.random.fork_rng(), torch.no_grad():
             few = probes.take(torch.arange(min(4, len(probes))))
             x = lm(few).sample()

@@ -11,10 +11,12 @@ class Settings:
     :param lm: a folder or a hub name; None is the LM that ships with the package.
     :param init_from: the run whose fitted guide the fit began with; None: a guide that is untrained, as `finetuned` a copy
         of the prior.
+    :param rank: of the adapter that `lora` fits.
     :param time_limit: seconds."""
 
     model: str
     guide: str = "finetuned"
+    rank: int = 16
     init_from: str | None = None
     objective: str = "reverse_kl"
     lm: str | None = None

@@ -1,14 +1,12 @@
 """What is written into run folders: by a fit as it goes, by a measurement, by a sampler."""
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from torch import nn
-
 from ppl_lm.criticism.inference_data.arviz_groups import to_arviz
+from ppl_lm.lm.checking.folders import fingerprint
 from ppl_lm.run.config import Config
 from ppl_lm.run.files import finite, write_draws, write_json
 from ppl_lm.run.fitting.loop import Fit
@@ -59,7 +57,7 @@ class FitWriter:
 
     def fit(self, fit: Fit | FailedFit) -> None:
         """The guide as it is, and how the fit ended."""
-        save_guide(self.folder / "guide", self.programs.guide, self.programs.prompts)
+        save_guide(self.folder / "guide", self.programs.guide, self.programs.prompts, self.programs.prior)
         write_json(self.folder / "fit.json", {k: v for k, v in asdict(fit).items() if k != "metrics"})
 
 
@@ -97,12 +95,3 @@ def _constants(programs: Programs) -> dict[str, Any]:
         "prior_sha256": fingerprint(programs.prior),
         "vocabulary_sha256": programs.prior.vocabulary.fingerprint,
     }
-
-
-def fingerprint(network: nn.Module) -> str:
-    """A hash of each weight's name, shape and first 1,024 numbers."""
-    digest = hashlib.sha256()
-    for name, weight in network.state_dict().items():
-        digest.update(repr((name, tuple(weight.shape))).encode())
-        digest.update(weight.flatten()[:1024].double().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ from torch import Tensor
 from ppl_lm.lm import meter
 from ppl_lm.lm.checking.lengths import require_room
 from ppl_lm.lm.decoder import Decoder, invert
-from ppl_lm.lm.network import DivergedError, Network, UnsuitableNetworkError
+from ppl_lm.lm.network import DivergedError, Network, UnsuitableNetworkError, normalise
 from ppl_lm.lm.prompts import Prompts
 
 STEPS = 6
@@ -84,6 +84,22 @@ def one_pass(lm: Network) -> None:
         raise
     except Exception as error:  # whatever a network of any kind raises
         raise UnsuitableNetworkError(f"{lm.architecture} {_failure(error)}") from error
+
+
+@torch.no_grad()
+def require_same_start(base: Network, adapted: Network) -> None:
+    """Raises ValueError unless a network with a new adapter says what its base does of a few tokens."""
+    vocabulary = base.vocabulary
+    ids = torch.arange(min(vocabulary.size, base.max_positions or STEPS, STEPS), device=base.device)[None]
+    given: Any = {"ids": ids, "mask": None, "positions": torch.arange(ids.shape[1], device=base.device)[None]}
+    with meter.unmeasured():
+        before, after = (normalise(lm.logits(**given, keep=ids.shape[1])[0]) for lm in (base, adapted))
+    worst = float((before - after).abs().nan_to_num().max())
+    if not worst <= (base.tolerance or TOLERANCE):
+        raise ValueError(
+            f"this adapter begins {worst:.2g} nats a token from the prior; give one that begins as no change, such as LoRA "
+            "with init_lora_weights=True"
+        )
 
 
 def _differences_within(lm: Network, room: int) -> tuple[float, float]:

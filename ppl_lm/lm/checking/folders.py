@@ -1,26 +1,21 @@
 """Language models as Hugging Face folders: what one must be to be read, and what is written, to be read back as it was."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from ppl_lm.lm.adapters import save_adapter
 from ppl_lm.lm.network import Network, UnsuitableNetworkError
 
 SETTINGS = "language_model.json"  # beside the weights: what neither they nor the tokenizer say
 
 
 def require_model_folder(folder: Path, what: str) -> None:
-    """Raises ValueError unless `folder` holds a whole Hugging Face model; an adapter alone is none."""
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file() and not list(folder.glob("model*.safetensors")):
-        base = _base(adapter)
-        raise ValueError(
-            f"{what} is a PEFT adapter of {base!r}, no language model of its own; merge it first: "
-            f"peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(folder)!r})"
-            ".merge_and_unload().save_pretrained(NEW), save the tokenizer to NEW as well, and give NEW"
-        )
+    """Raises ValueError unless `folder` holds a Hugging Face model."""
     if not (folder / "config.json").is_file():
         inside = sorted(path.name for path in folder.iterdir())[:5] if folder.is_dir() else []
         raise ValueError(
@@ -28,12 +23,23 @@ def require_model_folder(folder: Path, what: str) -> None:
         )
 
 
-def _base(adapter: Path) -> str:
-    """The model that an adapter was made for, as its configuration names it."""
-    try:
-        return str(json.loads(adapter.read_text())["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "a model that it does not name"
+def require_base(folder: Path, sha256: str) -> None:
+    """Raises ValueError if an adapter was saved here with the hash of another base."""
+    theirs = saved_settings(folder).get("base_sha256")
+    if theirs not in (None, sha256):
+        raise ValueError(
+            f"the adapter in {str(folder)!r} was fitted to another base than this one, or to one of another dtype: their "
+            f"weights have the hashes {theirs[:8]} and {sha256[:8]}"
+        )
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A hash of each weight's name, shape and first 1,024 numbers."""
+    digest = hashlib.sha256()
+    for name, weight in network.state_dict().items():
+        digest.update(repr((name, tuple(weight.shape))).encode())
+        digest.update(weight.flatten()[:1024].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def require_causal(config: Any) -> None:
@@ -53,22 +59,34 @@ def save(lm: Network, folder: Path) -> None:
     """See `LanguageModel.save_pretrained`."""
     from transformers import PreTrainedModel  # takes long
 
-    if not isinstance(lm.model, PreTrainedModel):
+    if not isinstance(lm.model, PreTrainedModel) and not hasattr(lm.model, "get_base_model"):  # PEFT's wrapper
         raise ValueError(
             f"{type(lm.model).__name__} is no model of transformers', which alone can be written as a folder; save the "
-            "networks that it is made of, merge an adapter into its base (merge_and_unload()), or save lm.state_dict()"
+            "networks that it is made of, or lm.state_dict()"
         )
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file; give the name of a folder")
-    lm.model.save_pretrained(folder)
+    if lm.base_sha256 is None:
+        save_network: Any = lm.model.save_pretrained
+        save_network(folder)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_adapter(lm.model, folder)
     lm.vocabulary.tokenizer.save_pretrained(folder)
     dtype = str(next(lm.model.parameters()).dtype).removeprefix("torch.")
-    settings = {"max_new_tokens": lm.max_new_tokens, "end_ids": list(lm.vocabulary.end_ids), "dtype": dtype}
+    settings: dict[str, Any] = {
+        "max_new_tokens": lm.max_new_tokens,
+        "end_ids": list(lm.vocabulary.end_ids),
+        "dtype": dtype,
+    }
+    if lm.base_sha256 is not None:
+        settings["base_sha256"] = lm.base_sha256
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """`max_new_tokens`, `end_ids` and `dtype` of the language model that was saved there; empty where none was.
+    """`max_new_tokens`, `end_ids` and `dtype` of the language model that was saved there, `base_sha256` of an adapted one;
+    empty where none was.
 
     :raises ValueError: if the file is damaged."""
     path = folder / SETTINGS
@@ -80,6 +98,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
             "max_new_tokens": int(settings["max_new_tokens"]),
             "end_ids": [int(i) for i in settings["end_ids"]],
             "dtype": getattr(torch, settings["dtype"]),
+            "base_sha256": settings.get("base_sha256"),
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}") from None
