@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import warnings
 
 import pyro
 import pytest
@@ -130,6 +131,20 @@ def test_a_fitted_adapter_is_read_back_by_everyone(tmp_path):
     torch.testing.assert_close(scores(theirs, x), scores(q, x), rtol=0, atol=1e-5)
     theirs.save_pretrained(tmp_path / "theirs")
     torch.testing.assert_close(scores(prior.adapted(tmp_path / "theirs"), x), scores(q, x), rtol=0, atol=1e-5)
+    alone.save_pretrained(tmp_path / "again")  # what was read knows its base still
+    assert torch.equal(scores(prior.adapted(tmp_path / "again"), x), scores(q, x))
+    with pytest.raises(ValueError, match="fitted to another base"):
+        LanguageModel(tiny.network("llama", seed=5), tiny.bpe(), 6).adapted(tmp_path / "again")
+
+
+def test_a_base_that_was_trained_beside_its_adapter_is_not_lost_in_silence(tmp_path):
+    q = tiny.language_model("llama").adapted(rank=2).copy().requires_grad_(True)
+    q.save_pretrained(tmp_path / "before")
+    with torch.no_grad():
+        for weight in q.parameters():
+            weight.add_(0.01)
+    with pytest.raises(ValueError, match="weights of the base were trained beside the adapter"):
+        q.save_pretrained(tmp_path / "after")
 
 
 @pytest.mark.parametrize(
@@ -189,6 +204,13 @@ def test_weights_in_half_precision_are_trained_in_single_precision():
     assert torch.equal(scores(q, x), scores(prior, x))
     assert {w.dtype for w in adapter_weights(q.model)} == {torch.float32}
     assert {w.dtype for w in prior.parameters()} == {torch.bfloat16}
+    dora = LanguageModel(prior.model, tiny.bpe(), 8).adapted(peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
+    saved = prior.adapted(peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]))
+    with warnings.catch_warnings():  # some versions of PEFT do, of a norm that is no torch.nn.LayerNorm
+        warnings.simplefilter("ignore")
+        norms = prior.adapted(peft.LNTuningConfig(target_modules=["norm"]))
+    for other in (dora, saved, norms):
+        assert float((scores(other, x) - scores(prior, x)).abs().max()) < 1.0  # rounding, at most
 
 
 LORA = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
@@ -307,6 +329,13 @@ def test_the_command_fits_saves_and_goes_on_with_an_adapter(tmp_path):
     assert torch.equal(scores(repeated, x), scores(first, x))  # the seed decides the adapter's beginning too
     call("sample", "tilted", "--lm", run / "guide", "--output-dir", tmp_path / "as_prior")  # as a prior of its own
     call("report", tmp_path / "as_prior")
+    further = ["fit", "tilted", "--lm", run / "guide", "--reward", "length", "--beta", "5", *quick]
+    call(
+        *further, "--learning-rate", "0.05", "--output-dir", tmp_path / "further"
+    )  # a copy of a prior that has an adapter
+    call("diagnose", tmp_path / "further", "--num-samples", "128")
+    third = prior.adapted(tmp_path / "further" / "guide")
+    assert float((scores(third, x) - scores(first, x)).abs().max()) > 0
 
 
 def call(*args):

@@ -57,6 +57,7 @@ def with_adapter(base: nn.Module, config: Any) -> nn.Module:
         )
     for weight in adapter_weights(twin):
         weight.requires_grad_(True)
+    for weight in adapter_weights(twin, copies=False):
         if weight.dtype.itemsize < 4:  # steps are smaller than half precision can tell
             weight.data = weight.data.float()
     if hasattr(

@@ -16,7 +16,7 @@ from ppl_lm.lm.checking.adapter_folders import adapter_base, is_adapter_folder, 
 from ppl_lm.lm.checking.checks import one_pass, require_same_start, self_check
 from ppl_lm.lm.checking.copies import require_own_weights
 from ppl_lm.lm.checking.folders import (
-    fingerprint,
+    base_fingerprint,
     require_base,
     require_causal,
     require_model_folder,
@@ -126,8 +126,10 @@ class LanguageModel(Network):
             raise ValueError(f"the base of the adapter in {str(folder)!r}: {error}") from error
         lm = lm.adapted(folder)
         if tokenizer_folder(folder) == folder:
+            base_sha256 = lm.base_sha256
             lm = cls(lm.model, AutoTokenizer.from_pretrained(folder), length, given["end_ids"])
             lm.self_check()
+            lm.base_sha256 = base_sha256
         return lm.requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -171,7 +173,7 @@ class LanguageModel(Network):
         :raises ImportError: without `peft`: `pip install 'ppl_lm[peft]'`.
         """
         if isinstance(adapter, str | Path):
-            require_base(Path(adapter), fingerprint(self))
+            require_base(Path(adapter), base_fingerprint(self.model))
             twin = self._around(load_adapter(self.model, Path(adapter)))
         else:
             twin = self._around(with_adapter(self.model, lora_config(rank) if adapter is None else adapter))
@@ -179,7 +181,7 @@ class LanguageModel(Network):
         shared = {id(weight) for weight in self.model.parameters()}
         for weight in twin.model.parameters():
             weight.requires_grad_(id(weight) not in shared)
-        twin.base_sha256 = fingerprint(self)
+        twin.base_sha256 = base_fingerprint(self.model)
         return twin
 
     def _around(self, model: nn.Module) -> "LanguageModel":

@@ -16,8 +16,11 @@ def frozen_weights(model: nn.Module) -> set[str]:
     return {name for name, weight in weights.items() if adapters and id(weight) not in adapters}
 
 
-def adapter_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the adapters that PEFT has put into a network, in order; none where there are none."""
+def adapter_weights(model: nn.Module, copies: bool = True) -> list[nn.Parameter]:
+    """The weights of the adapters that PEFT has put into a network, in order; none where there are none.
+
+    :param copies: those too of modules that PEFT has copied whole, as in `modules_to_save`, which compute in their own dtype.
+    """
     if "peft" not in sys.modules:
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,6 +28,11 @@ def adapter_weights(model: nn.Module) -> list[nn.Parameter]:
 
     found: dict[int, nn.Parameter] = {}
     for module in model.modules():
+        is_copy = isinstance(module, AuxiliaryTrainingWrapper) or "ln_tuning_layers" in getattr(
+            module, "adapter_layer_names", ()
+        )
+        if is_copy and not copies:
+            continue
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             kept = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
             inside = {id(weight) for weight in kept.parameters()}

@@ -16,12 +16,16 @@ from ppl_lm.lm.prompts import Prompts
 
 
 def read_guide(folder: Path, prior: LanguageModel, max_new_tokens: int | None = None) -> LanguageModel:
-    """A fitted guide's network, trainable: what is an adapter of the prior is put around the prior's own weights."""
+    """A fitted guide's network, trainable: what is an adapter of the prior is put around the prior's own weights. Where the
+    prior has an adapter itself, its copy was fitted, and has a base of its own."""
     import ppl_lm.lm.table  # noqa: F401  so that a fitted table loads
 
-    if is_adapter_folder(folder):
+    if is_adapter_folder(folder) and prior.base_sha256 is None:
         return prior.adapted(folder)
-    return LanguageModel.from_pretrained(folder, max_new_tokens, device=prior.device).requires_grad_(True)
+    network = LanguageModel.from_pretrained(folder, max_new_tokens, device=prior.device)
+    for name, weight in network.model.named_parameters():
+        weight.requires_grad_(name not in network.frozen)
+    return network
 
 
 def save_guide(folder: Path, guide: Bound, probes: Prompts, prior: LanguageModel) -> None:

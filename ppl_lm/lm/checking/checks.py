@@ -47,10 +47,14 @@ def require_fit(lm: Network, prompts: Prompts) -> None:
     passed the self-check, and its law does not change at a length that they cross. What was found is remembered."""
     require_room(prompts.ids.shape[-1], lm.max_new_tokens, lm.max_positions)
     if lm.tolerance is None:
-        precise = all(torch.finfo(w.dtype).bits >= 32 for w in lm.parameters() if w.is_floating_point())
-        self_check(lm, tolerance=TOLERANCE if precise else HALF_PRECISION)
-        lm.is_checked = precise  # `bind` asks for more
+        self_check(lm, tolerance=_tolerance(lm))
+        lm.is_checked = lm.tolerance == TOLERANCE  # `bind` asks for more
     require_one_law(lm, prompts)
+
+
+def _tolerance(lm: Network) -> float:
+    precise = all(torch.finfo(w.dtype).bits >= 32 for w in lm.parameters() if w.is_floating_point())
+    return TOLERANCE if precise else HALF_PRECISION
 
 
 def require_one_law(lm: Network, prompts: Prompts) -> None:
@@ -95,7 +99,7 @@ def require_same_start(base: Network, adapted: Network) -> None:
     with meter.unmeasured():
         before, after = (normalise(lm.logits(**given, keep=ids.shape[1])[0]) for lm in (base, adapted))
     worst = float((before - after).abs().nan_to_num().max())
-    if not worst <= (base.tolerance or TOLERANCE):
+    if not worst <= _tolerance(base):
         raise ValueError(
             f"this adapter begins {worst:.2g} nats a token from the prior; give one that begins as no change, such as LoRA "
             "with init_lora_weights=True"

@@ -10,6 +10,7 @@ from torch import nn
 
 from ppl_lm.lm.adapters import save_adapter
 from ppl_lm.lm.network import Network, UnsuitableNetworkError
+from ppl_lm.lm.trainable_weights import adapter_weights
 
 SETTINGS = "language_model.json"  # beside the weights: what neither they nor the tokenizer say
 
@@ -42,6 +43,14 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def base_fingerprint(model: nn.Module) -> str:
+    """A hash of the shape and the first 1,024 numbers of each weight that is no adapter's, whatever PEFT has named it."""
+    adapters = {id(weight) for weight in adapter_weights(model)}
+    each = (weight.detach() for weight in model.parameters() if id(weight) not in adapters)
+    shown = sorted(repr(tuple(w.shape)).encode() + w.flatten()[:1024].double().cpu().numpy().tobytes() for w in each)
+    return hashlib.sha256(b"".join(shown)).hexdigest()
+
+
 def require_causal(config: Any) -> None:
     """Raises UnsuitableNetworkError unless transformers knows a causal language model of this configuration."""
     from transformers import AutoModelForCausalLM
@@ -70,6 +79,11 @@ def save(lm: Network, folder: Path) -> None:
         save_network: Any = lm.model.save_pretrained
         save_network(folder)
     else:
+        if base_fingerprint(lm.model) != lm.base_sha256:
+            raise ValueError(
+                "weights of the base were trained beside the adapter, which alone would be saved: train the adapter "
+                "alone, or give PEFT the layers as modules_to_save"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(lm.model, folder)
     lm.vocabulary.tokenizer.save_pretrained(folder)
