@@ -60,9 +60,8 @@ def with_adapter(base: nn.Module, config: Any) -> nn.Module:
     for weight in adapter_weights(twin, copies=False):
         if weight.dtype.itemsize < 4:  # steps are smaller than half precision can tell
             weight.data = weight.data.float()
-    if hasattr(
-        twin, "add_adapter"
-    ):  # transformers' own: it would write the base's weights under names that no one reads
+    if hasattr(twin, "add_adapter"):
+        # A network of transformers', which would else write the base's weights too, under names that no one reads.
         twin._hf_peft_config_loaded = True
     return twin
 

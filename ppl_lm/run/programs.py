@@ -116,8 +116,8 @@ def model_and_guide(
     fitted: Any,
     reward: Any,
     beta: float,
-    rank: int = 16,
-    seed: int = 0,
+    rank: int,
+    seed: int,
 ) -> tuple[Bound, Bound]:
     """Binds both by argument names: `prior` is the frozen LM, `lm` a trainable copy, `adapted` the prior with a trainable
     adapter, `table` a trainable table, `twist` a trainable twist, `reward` (or `constraint`) the reward, `beta` its

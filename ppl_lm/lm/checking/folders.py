@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ppl_lm.lm.adapters import save_adapter
 from ppl_lm.lm.network import Network, UnsuitableNetworkError
@@ -36,19 +37,26 @@ def require_base(folder: Path, sha256: str) -> None:
 
 def fingerprint(network: nn.Module) -> str:
     """A hash of each weight's name, shape and first 1,024 numbers."""
-    digest = hashlib.sha256()
-    for name, weight in network.state_dict().items():
-        digest.update(repr((name, tuple(weight.shape))).encode())
-        digest.update(weight.flatten()[:1024].double().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return _hash(_shown(name, weight) for name, weight in network.state_dict().items())
 
 
 def base_fingerprint(model: nn.Module) -> str:
     """A hash of the shape and the first 1,024 numbers of each weight that is no adapter's, whatever PEFT has named it."""
     adapters = {id(weight) for weight in adapter_weights(model)}
-    each = (weight.detach() for weight in model.parameters() if id(weight) not in adapters)
-    shown = sorted(repr(tuple(w.shape)).encode() + w.flatten()[:1024].double().cpu().numpy().tobytes() for w in each)
-    return hashlib.sha256(b"".join(shown)).hexdigest()
+    return _hash(sorted(_shown("", weight) for weight in model.parameters() if id(weight) not in adapters))
+
+
+def _shown(name: str, weight: Tensor) -> bytes:
+    return (
+        repr((name, tuple(weight.shape))).encode() + weight.detach().flatten()[:1024].double().cpu().numpy().tobytes()
+    )
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def require_causal(config: Any) -> None:
