@@ -5,8 +5,9 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from ppl_lm.lm.cache import place
-from ppl_lm.lm.network import DivergedError, Network, normalise, positions
+from ppl_lm.lm.network import DivergedError, Network
 from ppl_lm.lm.prompts import Prompts
+from ppl_lm.lm.scoring import normalise, positions
 
 
 class Decoder:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ppl_lm.lm import cache as caches
-from ppl_lm.lm import meter
+from ppl_lm.lm import meter, scoring
 from ppl_lm.lm.checking.lengths import boundaries, context_length
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.trainable_weights import frozen_weights
@@ -52,6 +52,11 @@ class Network(nn.Module):
             )
         self.frozen = frozen_weights(model)  # names of those that a copy does not train either
         self.model = model.eval().requires_grad_(False)
+        self.shares_prompts: bool | None = (
+            None  # shown by the self-check: a prompt may be passed once for all its texts
+        )
+        self.shares_gradients: bool | None = None  # with the same gradients; found out when it matters
+        self.head: tuple[Any, bool] | None = None  # the last layer, and whether its answers are the logits; see scoring
         self.base_sha256: str | None = None  # of the network around whose weights an adapter was put
         self.vocabulary = Vocabulary.of(tokenizer, config, getattr(model, "generation_config", None), end_ids)
         config = text_config(config)
@@ -140,46 +145,31 @@ class Network(nn.Module):
         """The network's class, for messages."""
         return type(self.model).__name__
 
-    def score(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> Float[Tensor, "N T"]:
-        """log p(x_t | prompt, x_<t) for one canonical completion a prompt, in one teacher-forced pass; 0 after the
-        end. float32 or wider, nats. Differentiable in the weights."""
-        if not len(x):
-            return torch.zeros(x.shape, device=x.device)
-        log_probs = self.next_token_log_probs(prompts, x)
-        return self._until_end(log_probs.gather(-1, x[:, : log_probs.shape[1], None]).squeeze(-1), x)
+    def score(
+        self, prompts: Prompts, x: Int[Tensor, "N T"], rows: Int[Tensor, "N"] | None = None
+    ) -> Float[Tensor, "N T"]:
+        """log p(x_t | prompt, x_<t) of canonical completions; 0 after the end. float32 or wider, nats. Differentiable in the
+        weights.
+
+        :param rows: of which prompt each completion is; None: one of each."""
+        return scoring.score(self, prompts, x, rows)[..., 0]
 
     def score_with_ends(
-        self, prompts: Prompts, x: Int[Tensor, "N T"]
+        self, prompts: Prompts, x: Int[Tensor, "N T"], rows: Int[Tensor, "N"] | None = None
     ) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
         """`score`, and from the same pass the log-probability that the text ends there instead, with the first of the end
         tokens; where it does end, with its own."""
-        log_probs = self.next_token_log_probs(prompts, x)
-        here = x[:, : log_probs.shape[1], None]
-        token = log_probs.gather(-1, here).squeeze(-1)
-        end = torch.where(self.vocabulary.is_end(here), here, self.vocabulary.end_ids[0])
-        ends = log_probs.gather(-1, end).squeeze(-1)
-        return self._until_end(token, x), self._until_end(ends, x)
-
-    def _until_end(self, by_token: Float[Tensor, "N U"], x: Int[Tensor, "N T"]) -> Float[Tensor, "N T"]:
-        steps = by_token.shape[1]
-        by_token = by_token.masked_fill(~self.vocabulary.alive(x)[:, :steps], 0.0)
-        return nn.functional.pad(by_token, (0, x.shape[-1] - steps))
+        token, end = scoring.score(self, prompts, x, rows, ends=True).unbind(-1)
+        return token, end
 
     def next_token_log_probs(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> Float[Tensor, "N U V"]:
         """log p(v | prompt, x_<t) of every token v, at every position up to the length U of the longest completion.
         What stands after a completion's end means nothing. float32 or wider, nats. Differentiable in the weights."""
-        return normalise(self.next_token_logits(prompts, x))
+        return scoring.normalise(self.next_token_logits(prompts, x))
 
     def next_token_logits(self, prompts: Prompts, x: Int[Tensor, "N T"]) -> Float[Tensor, "N U V"]:
         """What the network answers at the same places; see `next_token_log_probs` and `Decoder.logits`."""
-        steps = int(self.vocabulary.lengths(x).max())
-        ids = torch.cat([prompts.ids, x[:, : steps - 1]], 1)  # (N, P + steps - 1)
-        prompt_mask = prompts.mask
-        mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(x), steps - 1)], 1)
-        logits, _ = self.logits(
-            ids=ids, mask=None if bool(prompt_mask.all()) else mask, positions=positions(mask), keep=steps
-        )
-        return logits
+        return scoring.answers(self.logits, self, prompts, x, None, int(self.vocabulary.lengths(x).max()))
 
     def rows_per_pass(self, width: int, steps: int, gradient: bool = False) -> int:
         """How many sequences one pass takes, so that its logits and activations stay within a memory budget."""
@@ -226,16 +216,6 @@ def inputs_of(model: nn.Module) -> dict[str, str]:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return own
     return {name: theirs for name, theirs in own.items() if theirs in parameters}
-
-
-def normalise(logits: Float[Tensor, "*S V"]) -> Float[Tensor, "*S V"]:
-    """Log-probabilities. Sampling and scoring both use this one function."""
-    return logits.log_softmax(-1)
-
-
-def positions(mask: Bool[Tensor, "N L"]) -> Int[Tensor, "N L"]:
-    """Position ids that count real tokens only, whatever the padding."""
-    return (mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ppl_lm.lm.checking.checks import require_fit
 from ppl_lm.lm.decoder import sample
 from ppl_lm.lm.network import DivergedError, Network
 from ppl_lm.lm.prompts import Prompts
+from ppl_lm.lm.scoring import distinct
 
 ENUMERABLE = 1_000_000  # tokens in the whole support; beyond it enumeration is refused
 
@@ -89,7 +90,7 @@ class TokenSequence(TorchDistribution):
 
         :raises ValueError: if `value` has another length or dtype than this distribution's outcomes.
         :raises DivergedError: if the model answers NaN."""
-        return self._scored(value, lambda prompts, x: (self.lm.score(prompts, x),))[0]
+        return self._scored(value, lambda *given: (self.lm.score(*given),))[0]
 
     def token_and_end_log_probs(
         self, value: Int[Tensor, "*#S T"]
@@ -100,7 +101,7 @@ class TokenSequence(TorchDistribution):
         return token, end
 
     def _scored(
-        self, value: Int[Tensor, "*#S T"], score: Callable[[Prompts, Tensor], tuple[Tensor, ...]]
+        self, value: Int[Tensor, "*#S T"], score: Callable[[Prompts, Tensor, Tensor], tuple[Tensor, ...]]
     ) -> list[Float64[Tensor, "*#S T"]]:
         if value.shape[-1:] != self.event_shape or value.dtype != torch.int64:
             raise ValueError(
@@ -113,14 +114,29 @@ class TokenSequence(TorchDistribution):
         x = x.clamp(0, self.lm.vocabulary.size - 1)  # out-of-range ids are -inf in log_prob
         rows = self._prompt_rows(shape)
         size = self.lm.rows_per_pass(self.prompts.ids.shape[-1], self.event_shape[0], torch.is_grad_enabled())
-        parts = [score(self.prompts.take(r), c) for r, c in zip(_chunks(rows, size), _chunks(x, size), strict=True)]
+        order = self._together(rows, x)
+        parts = [self._score_part(score, rows[part], x[part]) for part in _chunks(order, size)]
         scores = []
         for column in zip(*parts, strict=True):
-            by_token = torch.cat(column).double().reshape(*shape, *self.event_shape)
+            by_token = torch.cat(column).double()[order.argsort()].reshape(*shape, *self.event_shape)
             if bool(by_token.detach().isnan().any()):
                 raise DivergedError
             scores.append(track_provenance(by_token, provenance))
         return scores
+
+    def together(self, value: Int[Tensor, "*#S T"]) -> Int[Tensor, "N"]:
+        """An order of the flattened batch in which texts of one prompt follow each other, short ones first: micro-batches of it
+        pass a prompt once and are no longer than they need to be."""
+        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        return self._together(self._prompt_rows(shape), value.expand(*shape, -1).reshape(-1, *self.event_shape))
+
+    def _together(self, rows: Int[Tensor, "N"], x: Int[Tensor, "N T"]) -> Int[Tensor, "N"]:
+        lengths = self.lm.vocabulary.lengths(x)
+        return (rows * (self.event_shape[0] + 1) + lengths).argsort(stable=True)
+
+    def _score_part(self, score: Callable[..., tuple[Tensor, ...]], rows: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        needed, copies = distinct(self.prompts.take(rows))
+        return score(self.prompts.take(rows[needed]), x, copies)
 
     def recall(self, value: Int[Tensor, "*S T"], token_log_probs: Float64[Tensor, "*S T"]) -> None:
         """Takes over what a sampler has found already: `sampled_log_probs` of this very tensor."""

@@ -9,8 +9,9 @@ from torch import Tensor
 from ppl_lm.lm import meter
 from ppl_lm.lm.checking.lengths import require_room
 from ppl_lm.lm.decoder import Decoder, invert
-from ppl_lm.lm.network import DivergedError, Network, UnsuitableNetworkError, normalise
+from ppl_lm.lm.network import DivergedError, Network, UnsuitableNetworkError
 from ppl_lm.lm.prompts import Prompts
+from ppl_lm.lm.scoring import normalise, score
 
 STEPS = 6
 STEPS_AT_BOUNDARY = 12  # what goes wrong there may show a few tokens later
@@ -171,11 +172,14 @@ def _differences(lm: Network, batch: Prompts, steps: int) -> tuple[float, float]
                     decoder.advance(x[:, -1])
             drawn = drawn.masked_fill(~lm.vocabulary.alive(x), 0.0)
             together = lm.score(batch.take(rows), x)
+            shared = score(lm, batch, x, rows, shared=True)[..., 0]
             alone = torch.cat([lm.score(batch.take(r), c) for r, c in zip(rows.split(1), x.split(1), strict=True)])
     except (DivergedError, UnsuitableNetworkError):
         raise
     except Exception as error:
         raise ValueError(f"{lm.architecture} {_failure(error)}") from error
+    same = float((shared - together).abs().max()) <= (lm.tolerance or TOLERANCE) / 10
+    lm.shares_prompts = same and lm.shares_prompts is not False  # else each text is scored with a prompt of its own
     return float((drawn - together).abs().max()), float((alone - together).abs().max())
 
 

@@ -1,0 +1,54 @@
+"""The fused head agrees with log-softmax of all logits, values and every gradient, however its work is cut up."""
+
+import pytest
+import torch
+from torch import nn
+
+from ppl_lm.lm import head as heads
+
+
+def plain(hidden, head, tokens):
+    return head(hidden).to(torch.promote_types(hidden.dtype, torch.float32)).log_softmax(-1).gather(-1, tokens)
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 2**24])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("choices", [1, 3])
+def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, chunk, bias, choices):
+    """A mutant that forgets the softmax's mean, or uses one position's total for another's, differs by 0.1."""
+    monkeypatch.setattr(heads, "CHUNK", chunk)
+    head = nn.Linear(5, 23, bias=bias).double()
+    hidden = (3 * torch.randn(4, 6, 5, dtype=torch.float64)).requires_grad_(True)
+    tokens, coming = torch.randint(23, (4, 6, choices)), torch.randn(4, 6, choices, dtype=torch.float64)
+    wanted = (hidden, *head.parameters())
+    found = [f(hidden, head, tokens) for f in (heads.chosen_log_probs, plain)]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+    for one, other in zip(*(torch.autograd.grad(value, wanted, coming) for value in found), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+def test_what_needs_no_gradient_gets_none():
+    head, hidden = nn.Linear(5, 23), torch.randn(7, 5)
+    tokens = torch.randint(23, (7, 1))
+    assert not heads.chosen_log_probs(hidden, head.requires_grad_(False), tokens).requires_grad
+    heads.chosen_log_probs(hidden.requires_grad_(True), head, tokens).sum().backward()
+    assert hidden.grad is not None and head.weight.grad is None
+    hidden.grad = None
+    heads.chosen_log_probs(hidden.detach(), head.requires_grad_(True), tokens).sum().backward()
+    assert hidden.grad is None and head.weight.grad is not None and head.bias.grad is not None
+
+
+def test_impossible_tokens_are_impossible():
+    head = nn.Linear(1, 3, bias=False).double()
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[0.0], [1.0], [-torch.inf]]))
+    found = heads.chosen_log_probs(torch.ones(1, 1, dtype=torch.float64), head, torch.tensor([[2, 1]]))
+    assert found[0, 0] == -torch.inf and found[0, 1].isfinite()
+
+
+def test_half_precision_is_summed_in_single_precision():
+    head = nn.Linear(16, 1000, bias=False).bfloat16()
+    hidden, tokens = torch.randn(9, 16).bfloat16(), torch.randint(1000, (9, 1))
+    found = heads.chosen_log_probs(hidden, head, tokens)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, plain(hidden, head, tokens), rtol=0, atol=1e-4)
