@@ -1,6 +1,7 @@
 """`Network`: next-token logits of a causal network, and the log-probabilities of whole texts."""
 
 import inspect
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,12 +172,26 @@ class Network(nn.Module):
         """What the network answers at the same places; see `next_token_log_probs` and `Decoder.logits`."""
         return scoring.answers(self.logits, self, prompts, x, None, int(self.vocabulary.lengths(x).max()))
 
-    def rows_per_pass(self, width: int, steps: int, gradient: bool = False) -> int:
-        """How many sequences one pass takes, so that its logits and activations stay within a memory budget."""
-        budget = 2**31 if self.device.type == "cuda" else 2**27  # bytes
-        hidden = self.width * (24 if gradient else 2)
-        floats = steps * self.vocabulary.size * (3 if gradient else 2) + (width + steps) * hidden
-        return max(1, budget // (4 * floats))
+    def rows_per_pass(self, width: int, steps: int, gradient: bool = False, logits: bool = True) -> int:
+        """How many texts one pass takes, so that what it holds stays within a share of the memory.
+
+        :param width: tokens of the prompt; `steps`: of the text.
+        :param logits: whether those of all tokens are formed at every step."""
+        activations = self.width * (24 if gradient else 2)
+        before = 4 * self.width if self.shares_prompts else activations  # keys and values, and their copies
+        answers = self.vocabulary.size * (3 if gradient else 2) if logits else 0
+        return max(1, budget(self.device) // (4 * (steps * (answers + activations) + width * before)))
+
+
+def budget(device: torch.device) -> int:
+    """Bytes that one pass may hold: an eighth of a CUDA device's memory; of the machine's a sixteenth, at most 1 GiB."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 8
+    try:
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows
+        whole = 2**33
+    return min(2**30, whole // 16)
 
 
 @dataclass(frozen=True)

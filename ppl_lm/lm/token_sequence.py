@@ -16,7 +16,7 @@ from ppl_lm.lm.checking.checks import require_fit
 from ppl_lm.lm.decoder import sample
 from ppl_lm.lm.network import DivergedError, Network
 from ppl_lm.lm.prompts import Prompts
-from ppl_lm.lm.scoring import distinct
+from ppl_lm.lm.scoring import distinct, plain_head
 
 ENUMERABLE = 1_000_000  # tokens in the whole support; beyond it enumeration is refused
 
@@ -113,7 +113,7 @@ class TokenSequence(TorchDistribution):
         x = detach_provenance(value).expand(*shape, *self.event_shape).reshape(-1, *self.event_shape)
         x = x.clamp(0, self.lm.vocabulary.size - 1)  # out-of-range ids are -inf in log_prob
         rows = self._prompt_rows(shape)
-        size = self.lm.rows_per_pass(self.prompts.ids.shape[-1], self.event_shape[0], torch.is_grad_enabled())
+        size = self.rows_per_pass(torch.is_grad_enabled())
         order = self._together(rows, x)
         parts = [self._score_part(score, rows[part], x[part]) for part in _chunks(order, size)]
         scores = []
@@ -123,6 +123,11 @@ class TokenSequence(TorchDistribution):
                 raise DivergedError
             scores.append(track_provenance(by_token, provenance))
         return scores
+
+    def rows_per_pass(self, gradient: bool) -> int:
+        """How many texts are scored at a time."""
+        logits = plain_head(self.lm) is None
+        return self.lm.rows_per_pass(self.prompts.ids.shape[-1], self.event_shape[0], gradient, logits)
 
     def together(self, value: Int[Tensor, "*#S T"]) -> Int[Tensor, "N"]:
         """An order of the flattened batch in which texts of one prompt follow each other, short ones first: micro-batches of it
