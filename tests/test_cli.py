@@ -390,7 +390,10 @@ def test_prompts_from_files(tmp_path):
 
 BAD = {
     "unknown model": (["fit", "tilterd"], "model 'tilterd' is unknown; give constrained, power, tilted"),
-    "unknown guide": (["fit", "tilted", "--guide", "x"], "guide 'x' is unknown; give finetuned, lora, prior, tabular"),
+    "unknown guide": (
+        ["fit", "tilted", "--guide", "x"],
+        "guide 'x' is unknown; give finetuned, lora, mixture, prior, tabular",
+    ),
     "unknown reward": (["fit", "tilted", "--reward", "nice"], "nice"),
     "missing file": (["fit", "no/such.py:model"], "there is no file 'no/such.py'"),
     "missing lm": (["fit", "tilted", "--lm", "/"], "has no config.json"),

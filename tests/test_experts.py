@@ -95,7 +95,7 @@ def test_a_twist_begins_as_none_and_alone_is_trained(kind, head_only):
 
 def test_refusals():
     one, other = table_lm(3, 2), table_lm(4, 2)
-    with pytest.raises(ValueError, match="experts of a product"):
+    with pytest.raises(ValueError, match="language models that are put together"):
         product([one, other])
     with pytest.raises(ValueError, match="max_new_tokens are 2 and 3"):
         product([one, table_lm(3, 3)])

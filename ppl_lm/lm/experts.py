@@ -1,8 +1,8 @@
-"""`product`: language models put together token by token."""
+"""Language models put together; `product`: token by token."""
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 import torch
 from jaxtyping import Int
@@ -28,27 +28,64 @@ def product(lms: Sequence[LanguageModel], powers: Sequence[float] | None = None)
     powers = [1.0] * len(lms) if powers is None else [float(power) for power in powers]
     if not lms or len(lms) != len(powers):
         raise ValueError(f"{len(lms)} language models and {len(powers)} powers; give one power for each, at least one")
+    return combined(_Product([lm.model for lm in lms], powers), lms)
+
+
+def combined(network: nn.Module, lms: Sequence[LanguageModel]) -> LanguageModel:
+    """A language model around a network that is made of those of others; what is trainable of them stays so.
+
+    :raises ValueError: if their vocabularies or `max_new_tokens` differ."""
     first = lms[0]
     for other in lms[1:]:
-        other.vocabulary.require_same(first.vocabulary, "the experts of a product")
+        other.vocabulary.require_same(first.vocabulary, "language models that are put together")
         if other.max_new_tokens != first.max_new_tokens:  # an automaton's mask knows what can still be ended
             raise ValueError(
-                f"the experts' max_new_tokens are {first.max_new_tokens} and {other.max_new_tokens}; give all the same"
+                f"max_new_tokens are {first.max_new_tokens} and {other.max_new_tokens}; put those of the same together"
             )
     trainable = [weight for lm in lms for weight in lm.parameters() if weight.requires_grad]
-    combined = LanguageModel(  # born frozen
-        _Product([lm.model for lm in lms], powers),
-        first.vocabulary.tokenizer,
-        first.max_new_tokens,
-        end_ids=first.vocabulary.end_ids,
+    whole = LanguageModel(  # born frozen
+        network, first.vocabulary.tokenizer, first.max_new_tokens, end_ids=first.vocabulary.end_ids
     )
-    combined.vocabulary, combined.networks = first.vocabulary, sum(lm.networks for lm in lms)
+    whole.vocabulary, whole.networks = first.vocabulary, sum(lm.networks for lm in lms)
     for weight in trainable:
         weight.requires_grad_(True)
     rooms = [lm.max_positions for lm in lms if lm.max_positions is not None]
-    combined.max_positions, combined.width = min(rooms, default=None), sum(lm.width for lm in lms)
-    combined.boundaries = dict(sorted({n: name for lm in lms for n, name in lm.boundaries.items()}.items()))
-    return combined
+    whole.max_positions, whole.width = min(rooms, default=None), sum(lm.width for lm in lms)
+    whole.boundaries = dict(sorted({n: name for lm in lms for n, name in lm.boundaries.items()}.items()))
+    if all(lm.is_checked and lm.tolerance is not None for lm in lms):
+        whole.is_checked, whole.tolerance = True, max(lm.tolerance or 0.0 for lm in lms)
+        whole.shares_prompts = all(lm.shares_prompts for lm in lms)
+    return whole
+
+
+def forward_each(models: Iterable[nn.Module], past: "Caches | None", **inputs: Any) -> tuple[list[Tensor], list[Any]]:
+    """What each of several networks answers, in float32 or wider, and its cache.
+
+    :param past: their caches, or None."""
+    models = list(models)
+    logits, moved = [], []
+    for model, cache in zip(models, [None] * len(models) if past is None else past.caches, strict=True):
+        given = {"past_key_values": cache, **inputs}
+        out = model(**{theirs: given[name] for name, theirs in inputs_of(model).items()})
+        logits.append(out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)))
+        moved.append(past_of(out))
+    return logits, moved
+
+
+class Caches:
+    """The caches of several networks, moved together."""
+
+    def __init__(self, caches: list[Any]):
+        self.caches = caches
+
+    @classmethod
+    def of(cls, models: Iterable[nn.Module]) -> Self:
+        """Empty ones."""
+        return cls([new_cache(model) for model in models])
+
+    def batch_select_indices(self, rows: Int[Tensor, "M"]) -> None:
+        for cache in self.caches:
+            cache.batch_select_indices(rows)
 
 
 class _Product(nn.Module):
@@ -57,39 +94,20 @@ class _Product(nn.Module):
     def __init__(self, models: Sequence[nn.Module], powers: list[float]):
         super().__init__()
         self.models, self.powers = nn.ModuleList(models), powers
-        self.inputs = [inputs_of(model) for model in models]
-        config: Any = models[0].config
-        self.config = copy.deepcopy(config)
+        self.config: Any = copy.deepcopy(models[0].config)
         self.generation_config = getattr(models[0], "generation_config", None)
 
-    def new_cache(self) -> "_Caches":
-        return _Caches([new_cache(model) for model in self.models])
+    def new_cache(self) -> Caches:
+        return Caches.of(self.models)
 
-    def forward(self, past_key_values: "_Caches | None" = None, **inputs: Any) -> Answer:
-        caches = [None] * len(self.models) if past_key_values is None else past_key_values.caches
-        logits: Any = 0.0
-        moved = []
-        for model, power, cache, names in zip(self.models, self.powers, caches, self.inputs, strict=True):
-            given = {"past_key_values": cache, **inputs}
-            out = model(**{theirs: given[name] for name, theirs in names.items()})
-            wide = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
-            logits = logits + (power * wide if power else torch.zeros_like(wide))
-            moved.append(past_of(out))
+    def forward(self, past_key_values: Caches | None = None, **inputs: Any) -> Answer:
+        each, moved = forward_each(self.models, past_key_values, **inputs)
+        parts = zip(self.powers, each, strict=True)
+        logits: Any = sum(power * one if power else torch.zeros_like(one) for power, one in parts)
         if bool((logits == -torch.inf).all(-1).any()):
             raise DivergedError(
                 "a product of language models has no next token to give: after some text each token that one of them finds "
                 "possible is impossible to another, so this product is no distribution; a mask does so where the prior gives "
                 "all that the mask allows probability 0"
             )
-        return Answer(logits, _Caches(moved))
-
-
-class _Caches:
-    """The experts' caches, moved together."""
-
-    def __init__(self, caches: list[Any]):
-        self.caches = caches
-
-    def batch_select_indices(self, rows: Int[Tensor, "M"]) -> None:
-        for cache in self.caches:
-            cache.batch_select_indices(rows)
+        return Answer(logits, Caches(moved))

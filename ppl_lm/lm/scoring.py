@@ -1,7 +1,7 @@
 """Scoring: log-probabilities of given texts by teacher forcing, the prompt once for all its texts, the logits never all."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,15 +11,13 @@ from ppl_lm.lm import meter
 from ppl_lm.lm.head import chosen_log_probs, entering, scaling
 from ppl_lm.lm.prompts import Prompts
 
-if TYPE_CHECKING:
-    from ppl_lm.lm.network import Network
-
+Network = Any  # the `Network` that calls, whose module imports this one
 WORTH = 8  # the prompt is passed by itself where that saves an eighth of the tokens
 LARGE = 1000.0  # logits at which a soft cap shows
 
 
 def score(
-    lm: "Network",
+    lm: Network,
     prompts: Prompts,
     x: Int[Tensor, "N T"],
     rows: Int[Tensor, "N"] | None = None,
@@ -51,7 +49,7 @@ def score(
 
 def answers(
     call: Callable[..., tuple[Tensor, Any]],
-    lm: "Network",
+    lm: Network,
     prompts: Prompts,
     x: Int[Tensor, "N T"],
     rows: Int[Tensor, "N"] | None,
@@ -74,7 +72,7 @@ def answers(
 
 
 def _after_shared_prompts(
-    call: Callable[..., Any], lm: "Network", prompts: Prompts, x: Tensor, rows: Tensor, steps: int
+    call: Callable[..., Any], lm: Network, prompts: Prompts, x: Tensor, rows: Tensor, steps: int
 ) -> Tensor:
     """The prompts' keys and values are found once, with their gradient, and copied to the completions."""
     before, padded = prompts.mask, not bool(prompts.mask.all())
@@ -110,7 +108,7 @@ def distinct(prompts: Prompts) -> tuple[Int[Tensor, "B"], Int[Tensor, "N"]]:
     return first.scatter_reduce(0, which, place, "amin"), which
 
 
-def may_share(lm: "Network", prompts: Prompts, x: Tensor, rows: Tensor, steps: int) -> bool:
+def may_share(lm: Network, prompts: Prompts, x: Tensor, rows: Tensor, steps: int) -> bool:
     """Whether prompts are passed by themselves: where that saves enough, and a check has shown that it changes nothing."""
     saved = (len(x) - len(prompts)) * prompts.ids.shape[-1]
     whole = len(x) * (prompts.ids.shape[-1] + steps - 1)
@@ -123,7 +121,7 @@ def may_share(lm: "Network", prompts: Prompts, x: Tensor, rows: Tensor, steps: i
     return lm.shares_gradients
 
 
-def _same_gradients(lm: "Network", prompts: Prompts, x: Tensor, rows: Tensor) -> bool:
+def _same_gradients(lm: Network, prompts: Prompts, x: Tensor, rows: Tensor) -> bool:
     """Whether gradients flow back through the cache, by two texts of one prompt and a few of the weights."""
     free = [weight for weight in lm.parameters() if weight.requires_grad]
     few = list({id(w): w for w in (*free[:2], *free[len(free) // 2 :][:1], *free[-1:])}.values())
@@ -149,7 +147,7 @@ def _same_gradients(lm: "Network", prompts: Prompts, x: Tensor, rows: Tensor) ->
     return all(float((a - b).norm()) <= exact * float(b.norm()) + 1e-12 for a, b in pairs)
 
 
-def plain_head(lm: "Network") -> nn.Linear | None:
+def plain_head(lm: Network) -> nn.Linear | None:
     """The network's last layer if its answers are the logits as they are, and it is linear: found out once by a few tokens,
     with its answers made large, since a soft cap would hardly change small ones. None of any other."""
     find: Any = getattr(lm.model, "get_output_embeddings", None)
@@ -160,7 +158,7 @@ def plain_head(lm: "Network") -> nn.Linear | None:
 
 
 @torch.no_grad()
-def _answers_logits(lm: "Network", head: nn.Linear) -> bool:
+def _answers_logits(lm: Network, head: nn.Linear) -> bool:
     count = min(lm.vocabulary.size, lm.max_positions or 4, 4)
     ids = torch.arange(count, device=lm.device)[None]
     factor = 1.0
@@ -177,7 +175,7 @@ def _answers_logits(lm: "Network", head: nn.Linear) -> bool:
     return True
 
 
-def hidden_of(lm: "Network", head: nn.Linear) -> Callable[..., tuple[Tensor, Any]]:
+def hidden_of(lm: Network, head: nn.Linear) -> Callable[..., tuple[Tensor, Any]]:
     """`Network.logits`, but what is given to the head, (N, keep, H), instead of what it answers."""
 
     def call(keep: int = 1, **inputs: Any) -> tuple[Tensor, Any]:

@@ -1,0 +1,136 @@
+"""Mixtures of whole texts: the law, its gradient and its bound, against enumeration.
+
+| what | property | mutant |
+|---|---|---|
+| law | Σ w_k p_k of whole texts, prompts left out | the same weights at every token |
+| gradient | each component's responsibility times its own | none: the gradient of log q_k alone |
+| weights | at most 1/ε times the largest likelihood, where those of the guide alone have no bound | |
+"""
+
+import math
+
+import oracle
+import pyro
+import pytest
+import tiny
+import torch
+
+import ppl_lm
+from ppl_lm.guides import finetuned
+from ppl_lm.guides import mixture as mixture_guide
+from ppl_lm.guides import prior as prior_guide
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.table import table_like, table_lm
+from ppl_lm.lm.text_mixture import mixture
+from ppl_lm.models import tilted
+
+V, T, END = 3, 3, 2
+ROWS = oracle.outcomes(V, T, END)
+X = oracle.as_tensor(ROWS, T, END)
+WEIGHTS = [0.7, 0.3]
+PROMPTS = ["", "a"]
+HAS_B = ppl_lm.Reward(lambda completions, **_: [float("b" in text) for text in completions], r_max=1.0)
+
+
+def components(concentration=1.0):
+    return [table_lm(V, T, max_prompt=2, concentration=concentration, seed=seed) for seed in (1, 2)]
+
+
+def whole(lms, weights, prompts, x):
+    """log Σ_k w_k p_k(x), by hand."""
+    each = [
+        torch.tensor(w, dtype=torch.float64).log() + lm(prompts).log_prob(x) for lm, w in zip(lms, weights, strict=True)
+    ]
+    return torch.stack(each).logsumexp(0)
+
+
+def test_it_is_the_mixture_of_whole_texts_whatever_the_prompt():
+    lms = components()
+    q, x = mixture(lms, WEIGHTS), X[:, None].expand(-1, 2, -1)
+    log_q = q(PROMPTS).log_prob(x)
+    for b, prompt in enumerate(PROMPTS):
+        context = tuple(lms[0].vocabulary.encode(prompt))
+        each = [oracle.log_probs(lm.model.table, context, ROWS) for lm in lms]
+        right = sum(w * log_p.exp() for w, log_p in zip(WEIGHTS, each, strict=True)).log()
+        torch.testing.assert_close(log_q[:, b], right, rtol=0, atol=1e-12)
+    torch.testing.assert_close(log_q.exp().sum(0), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-12)
+    tokens = torch.stack([lm(PROMPTS).token_log_probs(x) for lm in lms])  # the mutant: each token from either
+    log_w = torch.tensor(WEIGHTS, dtype=torch.float64).log()[:, None, None, None]
+    assert float(((tokens + log_w).logsumexp(0).sum(-1) - log_q).abs().max()) > 0.05
+    law = q(PROMPTS)
+    x = law.sample((200,))
+    torch.testing.assert_close(law.sampled_log_probs(x), law.token_log_probs(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_it_is_sampled_as_it_is_scored(kind):
+    """Step by step with rows moved and dropped, in one pass, after a prompt that is passed once, alone: the self-check."""
+    lms = [
+        LanguageModel(tiny.network(kind, seed=seed).double(), tiny.bpe(), 6, end_ids=range(2, 40)) for seed in (0, 1)
+    ]
+    q = mixture(lms, WEIGHTS)
+    assert q.self_check(["the soup was", "a"]) < 1e-7
+    assert q.shares_prompts
+    law = q(["the soup was good", "a"])
+    x = law.sample((8,))
+    torch.testing.assert_close(law.log_prob(x), whole(lms, WEIGHTS, law.prompts, x), rtol=0, atol=1e-6)
+
+
+def test_gradients_are_the_components_by_their_responsibilities():
+    prior, guide = components()
+    free = table_like(guide, max_prompt=2)
+    with torch.no_grad():
+        free.model.table.copy_(guide.model.table)
+    q, x = mixture([free, prior], [0.9, 0.1]), X[:, None]
+    coming = torch.randn(len(X), 1, dtype=torch.float64)
+    log_q = q([""]).log_prob(x)
+    (found,) = torch.autograd.grad((coming * log_q).sum(), free.model.table)
+    responsibility = (torch.log(torch.tensor(0.9)) + free([""]).log_prob(x) - log_q).exp().detach()
+    (right,) = torch.autograd.grad((coming * responsibility * free([""]).log_prob(x)).sum(), free.model.table)
+    (mutant,) = torch.autograd.grad((coming * free([""]).log_prob(x)).sum(), free.model.table)
+    torch.testing.assert_close(found, right, rtol=0, atol=1e-7)
+    assert float((found - mutant).abs().max()) > 0.01
+
+
+def test_weights_are_bounded_where_those_of_the_guide_are_not():
+    prior = components()[0]
+    narrow = table_like(prior, max_prompt=2)
+    with torch.no_grad():
+        narrow.model.table[:, 0] = 12.0  # all but one text are forgotten
+    beta, epsilon = 0.5, 0.2
+    target = bind(tilted, prior, reward=HAS_B, beta=beta)
+    q = bind(mixture_guide, narrow, prior, epsilon=epsilon)
+    draws = importance(target, q, [""], num_samples=2000)
+    exact = ppl_lm.enumerate_posterior(target, q, [""])
+    assert float(draws.log_weight.max()) <= 1 / beta - math.log(epsilon) + 1e-9
+    alone, before = (
+        float(ppl_lm.enumerate_posterior(target, guide, [""]).kl_p_q.detach())
+        for guide in (bind(finetuned, narrow), bind(prior_guide, prior))
+    )
+    assert float(exact.kl_p_q.detach()) <= min(alone - math.log(1 - epsilon), before - math.log(epsilon)) + 1e-9
+    assert alone > before - math.log(epsilon) + 1  # of the guide alone that does not hold
+    found = float(draws.log_weight.logsumexp((0, 1)) - math.log(2000))
+    assert found == pytest.approx(float(exact.log_z), abs=0.1)
+
+
+def test_svi_fits_the_guide_beside_the_prior():
+    prior = components()[0]
+    free = table_like(prior, max_prompt=2)
+    target, q = bind(tilted, prior, reward=HAS_B, beta=0.3), bind(mixture_guide, free, prior, epsilon=0.05)
+    before = float(ppl_lm.enumerate_posterior(target, q, [""]).kl_q_p.detach())
+    svi = pyro.infer.SVI(target, q, pyro.optim.Adam({"lr": 0.1}), loss=SequenceELBO(num_particles=32))
+    for _ in range(60):
+        svi.step([""])
+    after = float(ppl_lm.enumerate_posterior(target, q, [""]).kl_q_p.detach())
+    assert after < 0.1 * before
+    assert not any(w.requires_grad for w in prior.parameters())
+
+
+def test_bad_weights_are_refused():
+    lms = components()
+    for weights in ([0.5, 0.6], [1.0, 0.0], [1.0], [1.5, -0.5]):
+        with pytest.raises(ValueError, match="weight"):
+            mixture(lms, weights)
