@@ -11,7 +11,7 @@ def plain(hidden, head, tokens):
     return head(hidden).to(torch.promote_types(hidden.dtype, torch.float32)).log_softmax(-1).gather(-1, tokens)
 
 
-@pytest.mark.parametrize("chunk", [1, 64, 2**24])
+@pytest.mark.parametrize("chunk", [1, 64, 200, 2**24])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("choices", [1, 3])
 def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, chunk, bias, choices):

@@ -20,8 +20,13 @@ def chosen_log_probs(
 ) -> Float[Tensor, "*S M"]:
     """log softmax(hidden Wᵀ + b) at `tokens`, in float32 or wider, nats. Differentiable in `hidden` and in the head.
 
-    Memory beside the arguments: `CHUNK` logits, and with a gradient M numbers more for each of `hidden`."""
+    Memory beside the arguments: `CHUNK` logits, and with a gradient M numbers more for each of `hidden`. A head that is trained
+    finds its logits a second time, unless all are no more than `CHUNK`: then they are kept."""
     flat, chosen = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1, tokens.shape[-1])
+    if len(flat) * len(head.weight) <= CHUNK and torch.is_grad_enabled() and head.weight.requires_grad:
+        logits = head(flat)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return wide.log_softmax(-1).gather(-1, chosen).reshape(tokens.shape)
     found: Any = _ChosenLogProbs.apply(flat, head.weight, head.bias, chosen)
     return found.reshape(tokens.shape)
 

@@ -180,18 +180,20 @@ class Network(nn.Module):
         activations = self.width * (24 if gradient else 2)
         before = 4 * self.width if self.shares_prompts else activations  # keys and values, and their copies
         answers = self.vocabulary.size * (3 if gradient else 2) if logits else 0
-        return max(1, budget(self.device) // (4 * (steps * (answers + activations) + width * before)))
+        return max(1, budget(self, self.device) // (4 * (steps * (answers + activations) + width * before)))
 
 
-def budget(device: torch.device) -> int:
-    """Bytes that one pass may hold: an eighth of a CUDA device's memory; of the machine's a sixteenth, at most 1 GiB."""
+def budget(network: nn.Module, device: torch.device) -> int:
+    """Bytes that one pass may hold. On CUDA an eighth of the device's memory. Elsewhere twice what the weights take, which
+    each pass reads once, but at least 128 MiB, beyond which small networks slow down, and at most a sixteenth of the memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 8
     try:
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows
         whole = 2**33
-    return min(2**30, whole // 16)
+    weights = sum(weight.numel() * weight.itemsize for weight in network.parameters())
+    return min(max(2**27, 2 * weights), max(2**27, whole // 16))
 
 
 @dataclass(frozen=True)
