@@ -26,7 +26,7 @@ def chosen_log_probs(
     if len(flat) * len(head.weight) <= CHUNK and torch.is_grad_enabled() and head.weight.requires_grad:
         logits = head(flat)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return wide.log_softmax(-1).gather(-1, chosen).reshape(tokens.shape)
+        return (wide.gather(-1, chosen) - wide.logsumexp(-1, keepdim=True)).reshape(tokens.shape)  # to the bit as below
     found: Any = _ChosenLogProbs.apply(flat, head.weight, head.bias, chosen)
     return found.reshape(tokens.shape)
 
