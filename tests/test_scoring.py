@@ -5,8 +5,10 @@ import tiny
 import torch
 from test_networks import build
 
-from ppl_lm.lm import meter, scoring
+from ppl_lm.lm import meter
 from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.scoring import teacher_forcing as scoring
+from ppl_lm.lm.scoring.shortcuts import plain_head
 from ppl_lm.lm.table import table_lm
 
 PROMPTS = ["the soup was good and the bread", "a dog", "she said that"]
@@ -44,8 +46,8 @@ def test_the_fast_way_agrees_with_the_plain_one(kind, dtype, atol, rtol):
     if kind == "Gemma2" and dtype == torch.float64:
         pytest.skip("transformers' own answers beside padding are NaN there")
     lm, prompts, rows, x = problem(kind, dtype)
-    assert lm.shares_prompts
-    assert (scoring.plain_head(lm) is not None) == (kind in LINEAR)
+    assert lm.shortcuts.prompts
+    assert (plain_head(lm) is not None) == (kind in LINEAR)
     if dtype == torch.float64 and kind != "gpt2":
         rtol = 1e-6  # transformers' other norms are single precision whatever they are given
     lm.model.requires_grad_(True)
@@ -102,7 +104,7 @@ def test_networks_whose_cache_loses_gradients_are_scored_the_plain_way(monkeypat
     plain = torch.autograd.grad(scoring.score(lm, prompts, x, rows, shared=False).sum(), weights)
     monkeypatch.setattr(scoring, "WORTH", 10**6)
     found = torch.autograd.grad(lm.score(prompts, x, rows).sum(), weights)
-    assert lm.shares_gradients is False
+    assert lm.shortcuts.gradients[1] is False
     for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
@@ -121,7 +123,7 @@ def test_networks_whose_cached_pass_is_another_law_are_scored_the_plain_way(monk
     monkeypatch.setattr(type(lm.model), "forward", forgetful)
     law = lm(PROMPTS)
     x = law.sample((6,))
-    assert lm.shares_prompts is False
+    assert lm.shortcuts.prompts is False
     drawn = law.sampled_log_probs(x)
     assert drawn is not None
     torch.testing.assert_close(law.token_log_probs(x), drawn, rtol=0, atol=1e-5)
@@ -139,9 +141,170 @@ def test_micro_batches_keep_texts_of_one_prompt_together_and_short_ones_first():
 
 def test_a_head_that_is_replaced_is_found_again():
     lm = LanguageModel(tiny.network("gpt2"), tiny.bpe(), 4)
-    first = scoring.plain_head(lm)
+    first = plain_head(lm)
     lm.model.lm_head = torch.nn.Linear(32, 300)
-    assert scoring.plain_head(lm) is lm.model.lm_head is not first
+    assert plain_head(lm) is lm.model.lm_head is not first
     lm.model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 300), torch.nn.Tanh())
-    assert scoring.plain_head(lm) is None
-    assert scoring.plain_head(table_lm(3, 2)) is None
+    assert plain_head(lm) is None
+    assert plain_head(table_lm(3, 2)) is None
+
+
+def drawn_as_scored(lm, texts=12):
+    """The largest difference, in nats, between a token's log-probability as it was drawn and as it is scored."""
+    law = lm(PROMPTS)
+    x = law.sample((texts,))
+    drawn = law.sampled_log_probs(x)
+    assert drawn is not None
+    return float((law.token_log_probs(x) - drawn).detach().abs().max())
+
+
+def later_hook(lm):
+    lm.model.lm_head.register_forward_hook(lambda module, given, answer: answer / 2)
+
+
+def later_scale(lm):
+    lm.model.logit_scale = 0.25
+
+
+def later_forward(lm):
+    forward = lm.model.forward
+
+    def halved(**given):
+        answer = forward(**given)
+        answer.logits = answer.logits / 2
+        return answer
+
+    lm.model.forward = halved
+
+
+def later_cap(lm):
+    lm.model.config.final_logit_softcapping = 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("llama", later_hook), ("llama", later_forward), ("Cohere", later_scale), ("Gemma2", later_cap)],
+)
+def test_what_follows_the_head_may_change_after_it_was_looked_at(kind, change):
+    """What was remembered of the network would score texts that nobody draws any more, by half a nat a token."""
+    extra = {"Gemma2": {"final_logit_softcapping": None}, "Cohere": {"logit_scale": 1.0}}.get(kind, {})
+    net = build(kind, **SMALL, **extra) if extra else tiny.network(kind)
+    lm = LanguageModel(net, tiny.bpe(), 7, end_ids=range(2, 50))
+    assert drawn_as_scored(lm) < 1e-4 and plain_head(lm) is not None
+    change(lm)
+    assert drawn_as_scored(lm) < 1e-4
+    assert plain_head(lm) is None
+
+
+def test_a_head_of_zeros_proves_nothing():
+    net = build("Gemma2", **SMALL, final_logit_softcapping=3.0, tie_word_embeddings=False)
+    with torch.no_grad():
+        net.lm_head.weight.zero_()
+    lm = LanguageModel(net, tiny.bpe(), 7, end_ids=range(2, 50)).copy()
+    assert drawn_as_scored(lm) < 1e-4
+    with torch.no_grad():
+        lm.model.lm_head.weight.normal_()
+    assert drawn_as_scored(lm) < 1e-4
+
+
+def test_a_forward_of_ones_own_is_not_looked_into():
+    """It may do anything after its head, here to one token alone, or trip over an answer that was cut short."""
+    base = type(tiny.network("llama"))
+
+    class Rare(base):
+        def forward(self, input_ids=None, past_key_values=None, **given):
+            answer = super().forward(input_ids=input_ids, past_key_values=past_key_values, **given)
+            answer.logits = answer.logits.clone()
+            answer.logits[..., 123] += 3.0
+            return answer
+
+    class Viewed(base):
+        def forward(self, input_ids=None, past_key_values=None, logits_to_keep=0, **given):
+            answer = super().forward(input_ids=input_ids, past_key_values=past_key_values, **given)
+            answer.logits = answer.logits.view(*input_ids.shape, -1)
+            return answer
+
+    for kind in (Rare, Viewed):
+        net = tiny.network("llama")
+        net.__class__ = kind
+        assert drawn_as_scored(LanguageModel(net, tiny.bpe(), 7, end_ids=range(2, 50))) < 1e-4
+
+
+def test_a_pass_that_fails_is_left_and_no_reason_to_refuse(monkeypatch):
+    """A network that can be continued by one token at a time alone."""
+    base = type(tiny.network("llama"))
+
+    class OneByOne(base):
+        def forward(self, input_ids=None, past_key_values=None, **given):
+            if past_key_values is not None and past_key_values.get_seq_length() and input_ids.shape[1] > 1:
+                raise NotImplementedError("one token at a time")
+            return super().forward(input_ids=input_ids, past_key_values=past_key_values, **given)
+
+    net = tiny.network("llama")
+    net.__class__ = OneByOne
+    lm = LanguageModel(net, tiny.bpe(), 7, end_ids=range(2, 50))
+    assert drawn_as_scored(lm) < 1e-4 and lm.shortcuts.prompts is False
+
+
+def test_networks_that_are_compiled_in_place_are_scored():
+    lm, same = (LanguageModel(tiny.network("llama"), tiny.bpe(), 7, end_ids=range(2, 50)) for _ in range(2))
+    lm.model.compile(backend="eager", dynamic=True)
+    x = same(PROMPTS).sample((4,))
+    torch.testing.assert_close(lm(PROMPTS).log_prob(x), same(PROMPTS).log_prob(x), rtol=0, atol=1e-4)
+
+
+def test_gradients_are_looked_at_again_when_others_are_trained():
+    lm, prompts, rows, x = problem("llama", torch.float32)
+    assert lm.shortcuts.gradients is None
+    lm.model.lm_head.requires_grad_(True)
+    lm.score(prompts, x, rows)
+    before = lm.shortcuts.gradients
+    lm.model.requires_grad_(True)
+    lm.score(prompts, x, rows)
+    assert lm.shortcuts.gradients[0] != before[0]
+
+
+def test_texts_of_one_token_share_their_prompt_with_a_gradient_too():
+    lm = LanguageModel(tiny.network("llama"), tiny.bpe(), 1)
+    lm.model.requires_grad_(True)
+    law = lm([PROMPTS[0]])
+    x = torch.full((12, 1, 1), 7)
+    law.log_prob(x)
+    with meter.measure() as cost:
+        law.log_prob(x)
+    assert cost.lm_tokens == len(law.prompts.unpadded()[0])
+
+
+@pytest.mark.parametrize("free", ["adapter", "all"])
+def test_second_derivatives_and_torch_func_are_those_of_the_plain_way(free):
+    """With a frozen head its slope would be taken for a constant, silently."""
+    prior = LanguageModel(tiny.network("gpt2", attn_implementation="eager").double(), tiny.bpe(), 4, end_ids=range(2, 50))
+    lm = prior.adapted(rank=2) if free == "adapter" else prior.copy()
+    law, weights = lm(PROMPTS), {n: w for n, w in lm.model.named_parameters() if w.requires_grad}
+    x, found = law.sample((3,)), []
+    few = [w for n, w in weights.items() if "lora_B" in n or n.endswith("ln_f.weight")]
+    head = plain_head(lm)
+    assert head is not None
+    for is_plain in (True, False):
+        lm.shortcuts.head = head, is_plain
+        first = torch.autograd.grad(law.log_prob(x).sum(), few, create_graph=True)
+        second = torch.autograd.grad(sum(slope.pow(2).sum() for slope in first), few)
+
+        def total(values):
+            return torch.func.functional_call(
+                _Summed(lm.model, law, x), {f"model.{n}": w for n, w in values.items()}, ()
+            )
+
+        by_func = torch.func.grad(total)({n: w.detach() for n, w in weights.items()})
+        found.append([*first, *second, *by_func.values()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+class _Summed(torch.nn.Module):
+    def __init__(self, model, law, x):
+        super().__init__()
+        self.model, self.law, self.x = model, law, x
+
+    def forward(self):
+        return self.law.log_prob(self.x).sum()

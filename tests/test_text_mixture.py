@@ -14,6 +14,7 @@ import pyro
 import pytest
 import tiny
 import torch
+from test_automata import each_a_before_b
 
 import ppl_lm
 from ppl_lm.guides import finetuned
@@ -73,7 +74,7 @@ def test_it_is_sampled_as_it_is_scored(kind):
     ]
     q = mixture(lms, WEIGHTS)
     assert q.self_check(["the soup was", "a"]) < 1e-7
-    assert q.shares_prompts
+    assert q.shortcuts.prompts
     law = q(["the soup was good", "a"])
     x = law.sample((8,))
     torch.testing.assert_close(law.log_prob(x), whole(lms, WEIGHTS, law.prompts, x), rtol=0, atol=1e-6)
@@ -134,3 +135,65 @@ def test_bad_weights_are_refused():
     for weights in ([0.5, 0.6], [1.0, 0.0], [1.0], [1.5, -0.5]):
         with pytest.raises(ValueError, match="weight"):
             mixture(lms, weights)
+
+
+def test_what_all_components_forbid_is_impossible_and_moves_nothing():
+    """The sum of no probability at all has no logarithm to go back through: NaN in every weight, without care."""
+    lms = [table_lm(4, T, max_prompt=2, concentration=1.0, seed=seed) for seed in (1, 2)]
+    mask = each_a_before_b(lms[0]).mask(lms[0])
+    free = lms[0].copy()
+    allowed = mixture([ppl_lm.lm.product([free, mask]), ppl_lm.lm.product([lms[1], mask])], WEIGHTS)
+    law = allowed([""])
+    x = law.enumerate_support()
+    log_q = law.log_prob(x)
+    right = whole([ppl_lm.lm.product([lm, mask]) for lm in (free, lms[1])], WEIGHTS, [""], x)
+    torch.testing.assert_close(log_q, right, rtol=0, atol=1e-12)
+    possible = log_q.isfinite()
+    assert possible.any() and not possible.all()
+    (found,) = torch.autograd.grad(log_q[possible].sum(), free.model.table, retain_graph=True)
+    alone = whole([ppl_lm.lm.product([lm, mask]) for lm in (free, lms[1])], WEIGHTS, [""], x[possible[:, 0]])
+    (wanted,) = torch.autograd.grad(alone.sum(), free.model.table)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    (whatever,) = torch.autograd.grad(
+        log_q.masked_fill(~possible, 0.0).sum() + log_q[~possible].sum(), free.model.table
+    )
+    assert bool(whatever.isfinite().all())
+
+
+def test_weights_of_single_precision_are_weights():
+    lms = components()
+    given = torch.tensor([0.7, 0.2, 0.1]).tolist()
+    three = [*lms, table_lm(V, T, max_prompt=2, seed=3)]
+    law = mixture(three, given)([""])
+    torch.testing.assert_close(law.log_prob(X[:, None]).exp().sum(), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_a_guide_that_is_a_mixture_is_not_looked_into_at_every_step():
+    """Each call makes a language model anew; what is known of its components is known of it."""
+    prior = LanguageModel(tiny.network("llama"), tiny.bpe(), 6, end_ids=range(2, 40))
+    prior.self_check()
+    free, passes = prior.copy(), []
+    free.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    prompts = prior.prompts(["the soup was good"] * 4)
+    counts = []
+    for _ in range(3):
+        passes.clear()
+        law = mixture([free, prior], WEIGHTS)(prompts)
+        law.log_prob(torch.full((3, 4, 6), 60)).sum().backward()
+        counts.append(len(passes))
+    assert counts[1] == counts[2] == 2
+
+
+def test_copies_keep_what_is_known_of_all_components():
+    short = LanguageModel(tiny.network("llama", max_position_embeddings=16), tiny.bpe(), 6, end_ids=range(2, 40))
+    long = LanguageModel(tiny.network("gpt2"), tiny.bpe(), 6, end_ids=range(2, 40))
+    for whole_of in (ppl_lm.lm.product, lambda lms: mixture(lms, WEIGHTS)):
+        q = whole_of([long, short])
+        twin = q.copy()
+        assert (
+            (twin.max_positions, twin.networks, twin.width)
+            == (16, 2, q.width)
+            == (q.max_positions, q.networks, q.width)
+        )
+        x = q(["a dog"]).sample((5,))
+        torch.testing.assert_close(twin(["a dog"]).log_prob(x), q(["a dog"]).log_prob(x), rtol=0, atol=1e-4)

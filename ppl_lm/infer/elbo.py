@@ -270,7 +270,7 @@ class SequenceELBO(ELBO):
         law, x = text.law.expand(coefficient.shape[:-1]), text.value
         x = x.expand(*coefficient.shape[:-1], x.shape[-1]).reshape(-1, x.shape[-1])  # (K·B, T)
         flat = coefficient.reshape(x.shape)
-        size = self.micro_batch or law.rows_per_pass(gradient=True)
+        size = self.micro_batch or law.rows_per_pass(len(x), gradient=True)
         for rows in law.together(x.reshape(*coefficient.shape[:-1], -1)).split(size):
             if ends is None:
                 yield (flat[rows] * law.slice(rows).token_log_probs(x[rows])).sum()

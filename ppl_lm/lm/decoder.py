@@ -7,7 +7,7 @@ from torch import Tensor
 from ppl_lm.lm.cache import place
 from ppl_lm.lm.network import DivergedError, Network
 from ppl_lm.lm.prompts import Prompts
-from ppl_lm.lm.scoring import normalise, positions
+from ppl_lm.lm.scoring.teacher_forcing import normalise, positions
 
 
 class Decoder:

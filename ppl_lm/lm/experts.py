@@ -54,22 +54,43 @@ def combined(network: nn.Module, lms: Sequence[LanguageModel]) -> LanguageModel:
     whole.boundaries = dict(sorted({n: name for lm in lms for n, name in lm.boundaries.items()}.items()))
     if all(lm.is_checked and lm.tolerance is not None for lm in lms):
         whole.is_checked, whole.tolerance = True, max(lm.tolerance or 0.0 for lm in lms)
-        whole.shares_prompts = all(lm.shares_prompts for lm in lms)
+        whole.parts, whole.shortcuts.prompts = tuple(lms), all(lm.shortcuts.prompts for lm in lms)
+        whole.crossed = _crossed(lms)
     return whole
 
 
-def forward_each(models: Iterable[nn.Module], past: "Caches | None", **inputs: Any) -> tuple[list[Tensor], list[Any]]:
-    """What each of several networks answers, in float32 or wider, and its cache.
+def _crossed(lms: Sequence[LanguageModel]) -> dict[tuple[int, bool, bool], str]:
+    """What was found out where texts cross a boundary, by all that have it."""
+    found = {key for lm in lms for key in lm.crossed}
+    having = {key: [lm for lm in lms if key[0] in lm.boundaries] for key in found}
+    known = {key: some for key, some in having.items() if all(key in lm.crossed for lm in some)}
+    return {key: next((lm.crossed[key] for lm in some if lm.crossed[key]), "") for key, some in known.items()}
 
-    :param past: their caches, or None."""
-    models = list(models)
-    logits, moved = [], []
-    for model, cache in zip(models, [None] * len(models) if past is None else past.caches, strict=True):
-        given = {"past_key_values": cache, **inputs}
-        out = model(**{theirs: given[name] for name, theirs in inputs_of(model).items()})
-        logits.append(out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)))
-        moved.append(past_of(out))
-    return logits, moved
+
+class Experts(nn.Module):
+    """Several networks, each of which is asked for its logits."""
+
+    def __init__(self, models: Sequence[nn.Module]):
+        super().__init__()
+        self.models, self.inputs = nn.ModuleList(models), [inputs_of(model) for model in models]
+        self.config: Any = copy.deepcopy(models[0].config)
+        self.generation_config = getattr(models[0], "generation_config", None)
+
+    def new_cache(self) -> "Caches":
+        return Caches.of(self.models)
+
+    def each(self, past: "Caches | None", **given: Any) -> tuple[list[Tensor], list[Any]]:
+        """The networks' logits, in float32 or wider, and their caches.
+
+        :param past: their caches, or None."""
+        logits, moved = [], []
+        caches = [None] * len(self.models) if past is None else past.caches
+        for model, inputs, cache in zip(self.models, self.inputs, caches, strict=True):
+            named = {"past_key_values": cache, **given}
+            out = model(**{theirs: named[name] for name, theirs in inputs.items()})
+            logits.append(out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)))
+            moved.append(past_of(out))
+        return logits, moved
 
 
 class Caches:
@@ -88,20 +109,15 @@ class Caches:
             cache.batch_select_indices(rows)
 
 
-class _Product(nn.Module):
+class _Product(Experts):
     """Σ_k power_k · logits_k. Where a power is 0 the expert says nothing, also of what it finds impossible."""
 
     def __init__(self, models: Sequence[nn.Module], powers: list[float]):
-        super().__init__()
-        self.models, self.powers = nn.ModuleList(models), powers
-        self.config: Any = copy.deepcopy(models[0].config)
-        self.generation_config = getattr(models[0], "generation_config", None)
-
-    def new_cache(self) -> Caches:
-        return Caches.of(self.models)
+        super().__init__(models)
+        self.powers = powers
 
     def forward(self, past_key_values: Caches | None = None, **inputs: Any) -> Answer:
-        each, moved = forward_each(self.models, past_key_values, **inputs)
+        each, moved = self.each(past_key_values, **inputs)
         parts = zip(self.powers, each, strict=True)
         logits: Any = sum(power * one if power else torch.zeros_like(one) for power, one in parts)
         if bool((logits == -torch.inf).all(-1).any()):

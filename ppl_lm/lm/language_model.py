@@ -189,7 +189,9 @@ class LanguageModel(Network):
         vocabulary = self.vocabulary
         twin = LanguageModel(model, vocabulary.tokenizer, self.max_new_tokens, end_ids=vocabulary.end_ids)
         twin.vocabulary, twin.crossed = vocabulary, dict(self.crossed)
-        twin.is_checked, twin.tolerance, twin.shares_prompts = self.is_checked, self.tolerance, self.shares_prompts
+        twin.is_checked, twin.tolerance = self.is_checked, self.tolerance
+        twin.shortcuts.prompts, twin.boundaries = self.shortcuts.prompts, dict(self.boundaries)
+        twin.max_positions, twin.networks, twin.width = self.max_positions, self.networks, self.width
         return twin
 
     def self_check(self, prompts: Any = None, tolerance: float = 2e-3) -> float:

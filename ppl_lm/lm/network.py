@@ -13,9 +13,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ppl_lm.lm import cache as caches
-from ppl_lm.lm import meter, scoring
+from ppl_lm.lm import meter
 from ppl_lm.lm.checking.lengths import boundaries, context_length
 from ppl_lm.lm.prompts import Prompts
+from ppl_lm.lm.scoring import teacher_forcing as scoring
+from ppl_lm.lm.scoring.shortcuts import Shortcuts
 from ppl_lm.lm.trainable_weights import frozen_weights
 from ppl_lm.lm.vocabulary import Vocabulary, text_config
 
@@ -53,11 +55,8 @@ class Network(nn.Module):
             )
         self.frozen = frozen_weights(model)  # names of those that a copy does not train either
         self.model = model.eval().requires_grad_(False)
-        self.shares_prompts: bool | None = (
-            None  # shown by the self-check: a prompt may be passed once for all its texts
-        )
-        self.shares_gradients: bool | None = None  # with the same gradients; found out when it matters
-        self.head: tuple[Any, bool] | None = None  # the last layer, and whether its answers are the logits; see scoring
+        self.shortcuts = Shortcuts()  # of scoring; found out when it matters
+        self.parts: tuple[Network, ...] = ()  # the networks that it is made of, see `combined`
         self.base_sha256: str | None = None  # of the network around whose weights an adapter was put
         self.vocabulary = Vocabulary.of(tokenizer, config, getattr(model, "generation_config", None), end_ids)
         config = text_config(config)
@@ -172,15 +171,18 @@ class Network(nn.Module):
         """What the network answers at the same places; see `next_token_log_probs` and `Decoder.logits`."""
         return scoring.answers(self.logits, self, prompts, x, None, int(self.vocabulary.lengths(x).max()))
 
-    def rows_per_pass(self, width: int, steps: int, gradient: bool = False, logits: bool = True) -> int:
+    def rows_per_pass(
+        self, width: int, steps: int, gradient: bool = False, logits: bool = True, shared: float = 0.0
+    ) -> int:
         """How many texts one pass takes, so that what it holds stays within a share of the memory.
 
         :param width: tokens of the prompt; `steps`: of the text.
-        :param logits: whether those of all tokens are formed at every step."""
+        :param logits: whether those of all tokens are formed at every step.
+        :param shared: the number of texts for which a prompt is passed once; 0: each has its own."""
         activations = self.width * (24 if gradient else 2)
-        before = 4 * self.width if self.shares_prompts else activations  # keys and values, and their copies
+        before = 4 * self.width + activations / shared if shared else activations  # keys and values, and their copies
         answers = self.vocabulary.size * (3 if gradient else 2) if logits else 0
-        return max(1, budget(self, self.device) // (4 * (steps * (answers + activations) + width * before)))
+        return max(1, int(budget(self, self.device) / (4 * (steps * (answers + activations) + width * before))))
 
 
 def budget(network: nn.Module, device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from ppl_lm.lm.checking.checks import require_fit
 from ppl_lm.lm.decoder import sample
 from ppl_lm.lm.network import DivergedError, Network
 from ppl_lm.lm.prompts import Prompts
-from ppl_lm.lm.scoring import distinct, plain_head
+from ppl_lm.lm.scoring.shortcuts import plain_head
+from ppl_lm.lm.scoring.teacher_forcing import distinct, saves, shares
 
 ENUMERABLE = 1_000_000  # tokens in the whole support; beyond it enumeration is refused
 
@@ -70,7 +71,7 @@ class TokenSequence(TorchDistribution):
 
     def _draw(self, shape: torch.Size, *begun: Tensor) -> Int[Tensor, "*S T"]:
         rows = self._prompt_rows(shape)
-        size = self.lm.rows_per_pass(self.prompts.ids.shape[-1] + self.event_shape[0], 1)
+        size = self.lm.rows_per_pass(self.prompts.ids.shape[-1] + self.event_shape[0], 1, shared=inf)
         u = torch.rand(len(rows), *self.event_shape, dtype=torch.float64, device=rows.device)
         parts = zip(*(_chunks(v, size) for v in (rows, u, *begun)), strict=True)
         samples = [sample(self.lm, self.prompts, *part) for part in parts]
@@ -113,7 +114,7 @@ class TokenSequence(TorchDistribution):
         x = detach_provenance(value).expand(*shape, *self.event_shape).reshape(-1, *self.event_shape)
         x = x.clamp(0, self.lm.vocabulary.size - 1)  # out-of-range ids are -inf in log_prob
         rows = self._prompt_rows(shape)
-        size = self.rows_per_pass(torch.is_grad_enabled())
+        size = self.rows_per_pass(len(x), torch.is_grad_enabled())
         order = self._together(rows, x)
         parts = [self._score_part(score, rows[part], x[part]) for part in _chunks(order, size)]
         scores = []
@@ -124,10 +125,13 @@ class TokenSequence(TorchDistribution):
             scores.append(track_provenance(by_token, provenance))
         return scores
 
-    def rows_per_pass(self, gradient: bool) -> int:
-        """How many texts are scored at a time."""
+    def rows_per_pass(self, texts: int, gradient: bool) -> int:
+        """How many of so many texts are scored at a time."""
+        width, steps = self.prompts.ids.shape[-1], self.event_shape[0]
+        prompts = len(distinct(self.prompts.flatten())[0])
+        shared = saves(prompts, texts, width, steps) and shares(self.lm, gradient and steps > 1)
         logits = plain_head(self.lm) is None
-        return self.lm.rows_per_pass(self.prompts.ids.shape[-1], self.event_shape[0], gradient, logits)
+        return self.lm.rows_per_pass(width, steps, gradient, logits, texts / prompts if shared else 0.0)
 
     def together(self, value: Int[Tensor, "*#S T"]) -> Int[Tensor, "N"]:
         """An order of the flattened batch in which texts of one prompt follow each other, short ones first: micro-batches of it

@@ -9,7 +9,7 @@ from torch import Tensor
 from ppl_lm.infer.samplers.twist import Twist
 from ppl_lm.lm.decoder import Decoder, invert
 from ppl_lm.lm.language_model import LanguageModel
-from ppl_lm.lm.scoring import normalise
+from ppl_lm.lm.scoring.teacher_forcing import normalise
 from ppl_lm.lm.token_sequence import TokenSequence
 from ppl_lm.lm.vocabulary import Vocabulary
 

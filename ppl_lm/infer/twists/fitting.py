@@ -16,7 +16,7 @@ from ppl_lm.infer.traces.text_site import text_law
 from ppl_lm.infer.twists.losses import Loss, Rollouts, ctl
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.network import Network
-from ppl_lm.lm.scoring import normalise
+from ppl_lm.lm.scoring.teacher_forcing import normalise
 
 
 def fit_twist(

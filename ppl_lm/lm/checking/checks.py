@@ -11,7 +11,7 @@ from ppl_lm.lm.checking.lengths import require_room
 from ppl_lm.lm.decoder import Decoder, invert
 from ppl_lm.lm.network import DivergedError, Network, UnsuitableNetworkError
 from ppl_lm.lm.prompts import Prompts
-from ppl_lm.lm.scoring import normalise, score
+from ppl_lm.lm.scoring.teacher_forcing import normalise, score
 
 STEPS = 6
 STEPS_AT_BOUNDARY = 12  # what goes wrong there may show a few tokens later
@@ -172,15 +172,24 @@ def _differences(lm: Network, batch: Prompts, steps: int) -> tuple[float, float]
                     decoder.advance(x[:, -1])
             drawn = drawn.masked_fill(~lm.vocabulary.alive(x), 0.0)
             together = lm.score(batch.take(rows), x)
-            shared = score(lm, batch, x, rows, shared=True)[..., 0]
             alone = torch.cat([lm.score(batch.take(r), c) for r, c in zip(rows.split(1), x.split(1), strict=True)])
     except (DivergedError, UnsuitableNetworkError):
         raise
     except Exception as error:
         raise ValueError(f"{lm.architecture} {_failure(error)}") from error
-    same = float((shared - together).abs().max()) <= (lm.tolerance or TOLERANCE) / 10
-    lm.shares_prompts = same and lm.shares_prompts is not False  # else each text is scored with a prompt of its own
+    if lm.shortcuts.prompts is not False:
+        lm.shortcuts.prompts = _shares_prompts(lm, batch, x, rows, together)
     return float((drawn - together).abs().max()), float((alone - together).abs().max())
+
+
+def _shares_prompts(lm: Network, batch: Prompts, x: Tensor, rows: Tensor, right: Tensor) -> bool:
+    """Whether a prompt may be passed once for all its texts; else each is scored with one of its own."""
+    try:
+        with meter.unmeasured():
+            found = score(lm, batch, x, rows, shared=True)[..., 0]
+    except Exception:  # whatever a network does in a pass that it need not know: then it is spared it
+        return False
+    return float((found - right).abs().max()) <= (lm.tolerance or TOLERANCE) / 10
 
 
 def _ancestors(t: int, count: int) -> Int[Tensor, "M"]:

@@ -1,4 +1,4 @@
-"""Scoring: log-probabilities of given texts by teacher forcing, the prompt once for all its texts, the logits never all."""
+"""Teacher forcing: log-probabilities of given texts, the prompt once for all its texts, the logits never all."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ppl_lm.lm import meter
-from ppl_lm.lm.head import chosen_log_probs, entering, scaling
 from ppl_lm.lm.prompts import Prompts
+from ppl_lm.lm.scoring.head import chosen_log_probs
+from ppl_lm.lm.scoring.shortcuts import OtherHeadError, before_head, plain_head
 
 Network = Any  # the `Network` that calls, whose module imports this one
+SMALL = 2**16  # numbers in a weight of which a gradient is kept twice to compare
 WORTH = 8  # the prompt is passed by itself where that saves an eighth of the tokens
-LARGE = 1000.0  # logits at which a soft cap shows
 
 
 def score(
@@ -38,11 +39,16 @@ def score(
     if ends:
         ending = torch.where(vocabulary.is_end(here), here, vocabulary.end_ids[0])
         here = torch.cat([here, ending], -1)  # (N, U, M)
-    head = plain_head(lm)
-    if head is None:
+    head, log_probs = plain_head(lm), None
+    if head is not None:
+        try:
+            log_probs = chosen_log_probs(
+                answers(before_head(lm, head), lm, prompts, x, rows, steps, shared), head, here
+            )
+        except OtherHeadError:
+            lm.shortcuts.head = head, False
+    if log_probs is None:
         log_probs = normalise(answers(lm.logits, lm, prompts, x, rows, steps, shared)).gather(-1, here)
-    else:
-        log_probs = chosen_log_probs(answers(hidden_of(lm, head), lm, prompts, x, rows, steps, shared), head, here)
     log_probs = log_probs.masked_fill(~vocabulary.alive(x)[:, :steps, None], 0.0)
     return nn.functional.pad(log_probs, (0, 0, 0, x.shape[-1] - steps))
 
@@ -62,7 +68,7 @@ def answers(
 
     :param call: as `Network.logits`.
     :param shared: None: where the network was shown to allow it, and it saves an eighth."""
-    if rows is not None and (may_share(lm, prompts, x, rows, steps) if shared is None else shared):
+    if rows is not None and (may_share(lm, prompts, x, steps) if shared is None else shared):
         return _after_shared_prompts(call, lm, prompts, x, rows, steps)
     own = prompts if rows is None else prompts.take(rows)
     ids = torch.cat([own.ids, x[:, : steps - 1]], 1)  # (N, P + U - 1)
@@ -108,82 +114,55 @@ def distinct(prompts: Prompts) -> tuple[Int[Tensor, "B"], Int[Tensor, "N"]]:
     return first.scatter_reduce(0, which, place, "amin"), which
 
 
-def may_share(lm: Network, prompts: Prompts, x: Tensor, rows: Tensor, steps: int) -> bool:
+def may_share(lm: Network, prompts: Prompts, x: Tensor, steps: int) -> bool:
     """Whether prompts are passed by themselves: where that saves enough, and a check has shown that it changes nothing."""
-    saved = (len(x) - len(prompts)) * prompts.ids.shape[-1]
-    whole = len(x) * (prompts.ids.shape[-1] + steps - 1)
-    if not lm.shares_prompts or len(prompts) == len(x) or saved * WORTH < whole:
-        return False
-    if not torch.is_grad_enabled():
-        return True
-    if lm.shares_gradients is None:
-        lm.shares_gradients = _same_gradients(lm, prompts, x, rows)
-    return lm.shares_gradients
+    width = prompts.ids.shape[-1]
+    return saves(len(prompts), len(x), width, steps) and shares(lm, torch.is_grad_enabled() and steps > 1)
 
 
-def _same_gradients(lm: Network, prompts: Prompts, x: Tensor, rows: Tensor) -> bool:
-    """Whether gradients flow back through the cache, by two texts of one prompt and a few of the weights."""
-    free = [weight for weight in lm.parameters() if weight.requires_grad]
-    few = list({id(w): w for w in (*free[:2], *free[len(free) // 2 :][:1], *free[-1:])}.values())
-    if not few:
+def saves(prompts: int, texts: int, width: int, steps: int) -> bool:
+    """Whether passing prompts of `width` tokens by themselves saves an eighth of the tokens of texts of `steps` tokens."""
+    return prompts < texts and (texts - prompts) * width * WORTH >= texts * (width + steps - 1)
+
+
+def shares(lm: Network, gradient: bool) -> bool:
+    """Whether prompts may be passed by themselves, as the self-check has shown; where there is a `gradient`, whether it
+    flows back through the cache, which is found out once for what is trainable."""
+    if not lm.shortcuts.prompts or not gradient:
+        return bool(lm.shortcuts.prompts)
+    if lm.parts:
+        return all(shares(part, gradient) for part in lm.parts)
+    free = tuple(weight.requires_grad for weight in lm.parameters())
+    if not any(free):
         return True
-    mine = (rows == rows[0]).nonzero()[:2, 0]
-    one, texts = prompts.take(rows[:1]), x[mine][:, :8]
-    both = torch.zeros(2, dtype=torch.int64, device=x.device)
-    texts = texts if len(mine) == 2 else texts.expand(2, -1)
-    steps = max(2, min(texts.shape[-1], int(lm.vocabulary.lengths(texts).max())))
-    if steps > texts.shape[-1]:
+    if lm.shortcuts.gradients is None or lm.shortcuts.gradients[0] != free:
+        try:
+            lm.shortcuts.gradients = free, _same_gradients(lm)
+        except Exception:  # whatever a network does in a pass that it need not know: then it is spared it
+            lm.shortcuts.gradients = free, False
+    return lm.shortcuts.gradients[1]
+
+
+def _same_gradients(lm: Network) -> bool:
+    """Whether two texts of one prompt give the small ones of the trainable weights (norms, biases, adapters; some of the others
+    where there are none) the same gradient either way."""
+    free = list({id(weight): weight for weight in lm.parameters() if weight.requires_grad}.values())
+    small = [weight for weight in free if weight.numel() <= SMALL] or [free[0], free[len(free) // 2], free[-1]]
+    ids = torch.linspace(0, lm.vocabulary.size - 1, 9, device=lm.device).long()
+    if lm.max_positions is not None and lm.max_positions < 6:
         return False
+    prompt = Prompts.from_ids([ids[:3].tolist()], lm.vocabulary, device=lm.device)
+    texts, both = ids[3:].reshape(2, 3), torch.zeros(2, dtype=torch.int64, device=lm.device)
     slopes = []
     with meter.unmeasured():
         for shared in (True, False):
-            said = normalise(answers(lm.logits, lm, one, texts, both, steps, shared))
-            total = said.gather(-1, texts[:, :steps, None]).sum()
-            slopes.append(torch.autograd.grad(total, few, allow_unused=True))
+            said = normalise(answers(lm.logits, lm, prompt, texts, both, 3, shared)).gather(-1, texts[..., None])
+            slopes.append(torch.autograd.grad(said.sum(), small, allow_unused=True))
     pairs = [(a, b) for a, b in zip(*slopes, strict=True) if a is not None or b is not None]
-    if any(a is None or b is None for a, b in pairs):
-        return False
-    exact = 1e-3 if all(w.dtype.itemsize >= 4 for w in lm.parameters()) else 0.1
-    return all(float((a - b).norm()) <= exact * float(b.norm()) + 1e-12 for a, b in pairs)
-
-
-def plain_head(lm: Network) -> nn.Linear | None:
-    """The network's last layer if its answers are the logits as they are, and it is linear: found out once by a few tokens,
-    with its answers made large, since a soft cap would hardly change small ones. None of any other."""
-    find: Any = getattr(lm.model, "get_output_embeddings", None)
-    head = None if find is None else find()
-    if lm.head is None or lm.head[0] is not head:
-        lm.head = (head, type(head) is nn.Linear and _answers_logits(lm, head))
-    return head if lm.head[1] else None
-
-
-@torch.no_grad()
-def _answers_logits(lm: Network, head: nn.Linear) -> bool:
-    count = min(lm.vocabulary.size, lm.max_positions or 4, 4)
-    ids = torch.arange(count, device=lm.device)[None]
-    factor = 1.0
-    with meter.unmeasured():
-        for _ in range(2):
-            with scaling(head, factor) as seen:
-                said = lm.logits(ids=ids, mask=None, positions=ids, keep=count)[0]
-            if len(seen) != 1 or seen[0].shape[:2] != (1, count):
-                return False
-            linear = (nn.functional.linear(seen[0], head.weight, head.bias) * factor).to(said.dtype)
-            if linear.shape != said.shape or not torch.allclose(linear, said, rtol=1e-5, atol=1e-5 * factor):
-                return False
-            factor = LARGE / max(float(said.abs().max()), 1e-6)
-    return True
-
-
-def hidden_of(lm: Network, head: nn.Linear) -> Callable[..., tuple[Tensor, Any]]:
-    """`Network.logits`, but what is given to the head, (N, keep, H), instead of what it answers."""
-
-    def call(keep: int = 1, **inputs: Any) -> tuple[Tensor, Any]:
-        with entering(head) as seen:
-            _, cache = lm.logits(keep=keep, **inputs)
-        return seen[0][:, -keep:], cache
-
-    return call
+    exact = 1e-3 if all(weight.dtype.itemsize >= 4 for weight in lm.parameters()) else 0.1
+    return all(
+        a is not None and b is not None and float((a - b).norm()) <= exact * float(b.norm()) + 1e-12 for a, b in pairs
+    )
 
 
 def normalise(logits: Float[Tensor, "*S V"]) -> Float[Tensor, "*S V"]:
