@@ -52,6 +52,8 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="CUDA where there is one")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the LM's weights: float32, bfloat16 or float16; what is trained stays "
+                                              "float32.", show_default="as it was saved by ppl_lm, else float32")] = None,
     num_samples: Annotated[int | None, typer.Option(help="Draws for each prompt when measuring.",
                                                     show_default="4096, fewer with many prompts")] = None,
     traceback: Traceback = False,
@@ -65,7 +67,7 @@ def command(
     from ppl_lm.run.fitting.loop import StepMetrics, fit
     from ppl_lm.run.measuring import measure
     from ppl_lm.run.outcome import in_words
-    from ppl_lm.run.programs import build
+    from ppl_lm.run.programs import build, uncertainty
     from ppl_lm.run.prompts_file import read_prompts
     from ppl_lm.run.run_folder import fitted_guide, going_on, new_folder, require_free, require_outside
     from ppl_lm.run.run_record import FailedFit
@@ -80,8 +82,8 @@ def command(
         texts, columns = read_prompts(prompts)
         settings = Settings(
             model=absolute(model), guide=absolute(guide), rank=rank, objective=objective, reward=absolute(reward), beta=beta,
-            lm=whole_path(lm), prompts=texts, columns=columns, max_new_tokens=max_new_tokens, device=device, seed=seed,
-            batch_size=batch_size, particles=particles or 128, learning_rate=learning_rate, max_steps=max_steps,
+            lm=whole_path(lm), prompts=texts, columns=columns, max_new_tokens=max_new_tokens, device=device, dtype=dtype,
+            seed=seed, batch_size=batch_size, particles=particles or 128, learning_rate=learning_rate, max_steps=max_steps,
             time_limit=time_limit, init_from=None if init_from is None else str(init_from.resolve()),
         )  # fmt: skip
         settings = going_on(settings, {name for name in context.params if is_typed(context, name)})
@@ -97,6 +99,8 @@ def command(
             require_enough(num_samples)
         loss = SequenceELBO(num_particles=particles, objective=objective_named(objective, settings.beta))
         programs = build(settings, start, trainable=True)
+        for line in uncertainty(programs):
+            out.print(line, markup=False)
         title = f"posterior {settings.model}, guide {settings.guide}, {len(settings.prompts)} prompt(s); fitting"
         with FitProgress(out, title) as progress, FitWriter(path, programs, as_typed(context), overwrite) as writer:
 

@@ -21,10 +21,11 @@ def command(
                                              "(smc 1,024 or more), write all, and show so many.")] = 10,
     guide: Annotated[str | None, typer.Option(help="With MODEL: what proposes, as for fit or a RUN's fitted guide.",
                                               show_default="prior")] = None,
-    lm: Annotated[str | None, typer.Option(help="With MODEL, as for fit; likewise the next three.")] = None,
+    lm: Annotated[str | None, typer.Option(help="With MODEL, as for fit; likewise the next four.")] = None,
     reward: Annotated[str | None, typer.Option()] = None,
     beta: Annotated[float | None, typer.Option()] = None,
     max_new_tokens: Annotated[int | None, typer.Option()] = None,
+    dtype: Annotated[str | None, typer.Option()] = None,
     prompts: OtherPrompts = None,
     output_dir: Annotated[Path | None, typer.Option(help="Where draws.nc and diagnosis.json are written.",
                                                     show_default="with RUN its folder, by SAMPLER; else runs/")] = None,
@@ -39,13 +40,14 @@ def command(
     The files are draws.nc and diagnosis.json; in a RUN's own folder draws_SAMPLER.nc and diagnosis_SAMPLER.json."""
     from ppl_lm.report.terminal import verdict
     from ppl_lm.report.terminal_draws import draw_lines, json_rows, worth
-    from ppl_lm.run.programs import build
+    from ppl_lm.run.programs import build, uncertainty
     from ppl_lm.run.run_folder import is_run, new_folder, require_free
     from ppl_lm.run.sampling import require_sampler, settings_of
     from ppl_lm.run.sampling import sample as draw
     from ppl_lm.run.write_run import write_config, write_sample
 
-    given = {"guide": guide, "lm": whole_path(lm), "reward": reward, "beta": beta, "max_new_tokens": max_new_tokens}
+    given = {"guide": guide, "lm": whole_path(lm), "reward": reward, "beta": beta, "dtype": dtype}
+    given["max_new_tokens"] = max_new_tokens
     given = {k: absolute(v) if k in ("guide", "reward") else v for k, v in given.items() if v is not None}
     with errors(traceback):
         require_sampler(sampler)
@@ -55,6 +57,9 @@ def command(
         if output_dir is not None:
             require_free(output_dir, overwrite, keep_fit=True)
         programs = build(settings, fitted)
+        if not as_json:
+            for line in uncertainty(programs):
+                out.print(line, markup=False)
         sample = draw(programs, sampler, num_samples)
         if own:
             path, suffix = Path(source), f"_{sampler}" + ("" if prompts is None else f"_{prompts.stem}")

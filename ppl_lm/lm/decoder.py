@@ -96,13 +96,20 @@ def sample(
         so how rows are batched and when finished ones are dropped changes nothing.
     :param begun: texts whose tokens before `start` are taken over, end tokens not among them; forced one by one, so that
         a prompt is still forwarded once, and no row is longer than another."""
-    vocabulary, steps = lm.vocabulary, u.shape[-1]
-    x = torch.full((len(rows), steps), vocabulary.pad_id, dtype=torch.int64, device=rows.device)
+    x = torch.full(u.shape, lm.vocabulary.pad_id, dtype=torch.int64, device=rows.device)
     log_q = torch.zeros_like(u)
     if not len(rows):
         return x, log_q
-    decoder = Decoder.of(lm, prompts, rows)
-    live = torch.arange(len(rows), device=rows.device)  # output row of each decoder row
+    with lm.precision():
+        return _sample(Decoder.of(lm, prompts, rows), u, x, log_q, begun, start)
+
+
+def _sample(
+    decoder: Decoder, u: Tensor, x: Tensor, log_q: Tensor, begun: Tensor | None, start: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Fills in what `sample` returns: texts `x`, and the log-probabilities of their tokens."""
+    vocabulary, steps = decoder.lm.vocabulary, u.shape[-1]
+    live = torch.arange(len(x), device=x.device)  # output row of each decoder row
     for t in range(steps):
         log_probs = decoder.log_probs()
         tokens = invert(log_probs, u[live, t])  # (decoder rows,)

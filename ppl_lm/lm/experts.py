@@ -52,6 +52,8 @@ def combined(network: nn.Module, lms: Sequence[LanguageModel]) -> LanguageModel:
     rooms = [lm.max_positions for lm in lms if lm.max_positions is not None]
     whole.max_positions, whole.width = min(rooms, default=None), sum(lm.width for lm in lms)
     whole.boundaries = dict(sorted({n: name for lm in lms for n, name in lm.boundaries.items()}.items()))
+    whole.compute_dtype = next((lm.compute_dtype for lm in lms if lm.compute_dtype is not None), None)
+    whole.noise = sum(lm.noise for lm in lms)
     if all(lm.is_checked and lm.tolerance is not None for lm in lms):
         whole.is_checked, whole.tolerance = True, max(lm.tolerance or 0.0 for lm in lms)
         whole.parts, whole.shortcuts.prompts = tuple(lms), all(lm.shortcuts.prompts for lm in lms)

@@ -64,7 +64,8 @@ class LanguageModel(Network):
         Checks itself before it is returned (`self_check`).
 
         :param max_new_tokens: None: as many as it was saved with (`save_pretrained`), else 40; `end_ids` likewise, else those
-            that the folder's files name; `dtype` likewise, else float32.
+            that the folder's files name; `dtype` likewise, else float32. In half precision a text's log-ratio is uncertain by
+            about `noise` · √T nats, which the self-check measures.
         :raises ValueError: if weights are missing, unexpected, misshapen or not finite, or if the model scores its own
             samples differently from how it drew them.
         """
@@ -101,6 +102,7 @@ class LanguageModel(Network):
         finally:
             torch.random.set_rng_state(state)
         lm = cls(model.to(device or default_device()), tokenizer, length, end_ids)
+        lm.compute_dtype = saved.get("compute_dtype") if dtype == torch.float32 else None
         one_pass(lm)
         for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if report.get(fault):
@@ -147,7 +149,9 @@ class LanguageModel(Network):
 
     def copy(self) -> "LanguageModel":
         """A trainable copy that shares nothing but the vocabulary. What is frozen while other weights are trained stays frozen
-        in it, and so does what was frozen when the network was given; of an adapted network the adapter alone is trainable.
+        in it, and so does what was frozen when the network was given; of an adapted network the adapter alone is trainable. Of
+        a network in half precision the weights that are trained are float32, since steps are smaller than half precision can
+        tell, and products stay in half precision.
 
         :raises ValueError: if the copy's forward pass would still read weights of the original, as with a `forward` that
             `torch.compile` or another wrapper put on the network."""
@@ -157,6 +161,8 @@ class LanguageModel(Network):
         twin.frozen = frozen_weights(self.model) if being_trained else self.frozen
         for name, weight in twin.model.named_parameters():
             weight.requires_grad_(name not in twin.frozen)
+            if weight.requires_grad and weight.is_floating_point() and weight.itemsize < 4:
+                twin.compute_dtype, weight.data = weight.dtype, weight.data.float()
         twin.base_sha256 = self.base_sha256
         return twin
 
@@ -192,9 +198,10 @@ class LanguageModel(Network):
         twin.is_checked, twin.tolerance = self.is_checked, self.tolerance
         twin.shortcuts.prompts, twin.boundaries = self.shortcuts.prompts, dict(self.boundaries)
         twin.max_positions, twin.networks, twin.width = self.max_positions, self.networks, self.width
+        twin.compute_dtype, twin.noise = self.compute_dtype, self.noise
         return twin
 
-    def self_check(self, prompts: Any = None, tolerance: float = 2e-3) -> float:
+    def self_check(self, prompts: Any = None, tolerance: float | None = None) -> float:
         """Draws a few tokens and scores them again: alone, in a padded batch, step by step and in one pass.
 
         It is done at load, by `bind`, and at the latest when prompts are first given. Where a prompt and `max_new_tokens`
@@ -202,6 +209,8 @@ class LanguageModel(Network):
         stretched rotary embedding), texts that cross it are checked as well, once.
 
         :param prompts: to be checked with, and with all lengths that they reach; None: a few tokens.
+        :param tolerance: nats; None: 0.002, or 0.5 in half precision, where `noise` then says what rounding does to a token of
+            a text: the root mean square of the difference, in nats.
         :returns: the largest difference between two log-probabilities of the same token, in nats.
         :raises ValueError: if it exceeds `tolerance`; such a model would be sampled from one distribution and scored
             under another. Also if the network fails, or is no causal language model.

@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -61,7 +61,9 @@ class Network(nn.Module):
         self.vocabulary = Vocabulary.of(tokenizer, config, getattr(model, "generation_config", None), end_ids)
         config = text_config(config)
         self.max_new_tokens = max_new_tokens
+        self.compute_dtype: torch.dtype | None = None  # of matrix products, where it is not that of the weights
         self.is_checked = False  # set by self_check
+        self.noise = 0.0  # nats a token, by which rounding moves a log-ratio (root mean square); measured by self_check
         self.tolerance: float | None = None  # nats, of the check that it has passed
         self.max_positions = context_length(config)
         self.boundaries = boundaries(config)  # lengths where the law may change, see checks
@@ -119,7 +121,7 @@ class Network(nn.Module):
         """
         meter.add(lm_tokens=ids.numel() * self.networks)
         given = (ids, None if mask is None else mask.long(), positions, cache, use_cache, keep)
-        with evaluating(self.model):
+        with evaluating(self.model), self.precision():
             named = zip(INPUTS, given, strict=True)
             out = self.model(**{self.inputs[name]: value for name, value in named if name in self.inputs})
         logits, past, name = getattr(out, "logits", None), past_of(out), self.architecture
@@ -139,6 +141,12 @@ class Network(nn.Module):
             )
         logits = logits[:, -keep:]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), past
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Inside the block, matrix products are of `compute_dtype`; the outermost such block converts each weight once."""
+        if self.compute_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype)
 
     @property
     def architecture(self) -> str:
@@ -189,13 +197,19 @@ def budget(network: nn.Module, device: torch.device) -> int:
     """Bytes that one pass may hold. On CUDA an eighth of the device's memory. Elsewhere twice what the weights take, which
     each pass reads once, but at least 128 MiB, beyond which small networks slow down, and at most a sixteenth of the memory."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 8
-    try:
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # Windows
-        whole = 2**33
+        return memory(device) // 8
     weights = sum(weight.numel() * weight.itemsize for weight in network.parameters())
-    return min(max(2**27, 2 * weights), max(2**27, whole // 16))
+    return min(max(2**27, 2 * weights), max(2**27, memory(device) // 16))
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that a device has; where the system does not say, 8 GiB."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return 2**33
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,14 @@ import torch
 from ppl_lm.infer.binding import Bound, bind
 from ppl_lm.likelihood.reward import preserved_rng
 from ppl_lm.likelihood.rewards import contains, length, vader
+from ppl_lm.lm.checking.precision import is_half
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.run.names import from_file, is_file, shipped
 from ppl_lm.run.saved_guide import read_guide
 from ppl_lm.run.settings import Settings
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,12 @@ def build(settings: Settings, fitted: Path | None = None, trainable: bool = Fals
                 f"device={settings.device!r} cannot be used here; give cpu, or cuda where there is one: {error}"
             ) from None
     load: Any = {} if settings.lm is None else {"name_or_folder": settings.lm}
-    prior = LanguageModel.from_pretrained(**load, max_new_tokens=settings.max_new_tokens, device=settings.device)
+    if settings.dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={settings.dtype!r}; give one of {', '.join(DTYPES)}")
+    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+    prior = LanguageModel.from_pretrained(
+        **load, max_new_tokens=settings.max_new_tokens, device=settings.device, dtype=dtype
+    )
     network = None
     if fitted is not None:
         network = read_guide(fitted, prior, settings.max_new_tokens)
@@ -60,6 +68,19 @@ def build(settings: Settings, fitted: Path | None = None, trainable: bool = Fals
     prompts = prior.prompts({"prompt": settings.prompts, **settings.columns})
     prior(prompts)  # refuses prompts that do not fit the context
     return Programs(settings, target, approximation, prior, prompts)
+
+
+def uncertainty(programs: Programs) -> list[str]:
+    """What half precision does to a run's figures, in a line; none in single precision."""
+    networks = [programs.prior, *programs.guide.networks.values()]
+    noise = max((lm.noise for lm in networks if isinstance(lm, LanguageModel) and is_half(lm)), default=None)
+    if noise is None:
+        return []
+    steps = programs.settings.max_new_tokens
+    return [
+        f"half precision moves the log-ratio of a text of {steps} tokens by about {noise * math.sqrt(steps):.2g} nats "
+        "(standard deviation, from the self-check); figures finer than that need --dtype float32"
+    ]
 
 
 def resolve_reward(name: str) -> Callable[..., Any]:

@@ -89,7 +89,9 @@ def going_on(settings: Settings, given: Collection[str]) -> Settings:
         raise ValueError(
             f"init-from={settings.init_from!r} fitted the guide {theirs.guide!r}; give --guide {theirs.guide}"
         )
-    kept = {name for name in ("guide", "lm", "reward", "beta", "prompts", "max_new_tokens") if name not in given}
+    kept = {
+        name for name in ("guide", "lm", "dtype", "reward", "beta", "prompts", "max_new_tokens") if name not in given
+    }
     kept |= {"columns"} if "prompts" in kept else set()
     return replace(settings, **{name: getattr(theirs, name) for name in kept})
 

@@ -11,6 +11,7 @@ class Settings:
     :param lm: a folder or a hub name; None is the LM that ships with the package.
     :param init_from: the run whose fitted guide the fit began with; None: a guide that is untrained, as `finetuned` a copy
         of the prior.
+    :param dtype: of the LM's weights: float32, bfloat16 or float16; None: as the LM was saved by ppl_lm, else float32.
     :param rank: of the adapter that `lora` fits.
     :param time_limit: seconds."""
 
@@ -26,6 +27,7 @@ class Settings:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     max_new_tokens: int = 40
     device: str | None = None
+    dtype: str | None = None
     seed: int = 0
     particles: int = 128
     batch_size: int = 16

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ppl_lm.lm import meter
 from ppl_lm.lm.checking.lengths import require_room
+from ppl_lm.lm.checking.precision import TOLERANCE, tolerance_of
 from ppl_lm.lm.decoder import Decoder, invert
 from ppl_lm.lm.network import DivergedError, Network, UnsuitableNetworkError
 from ppl_lm.lm.prompts import Prompts
@@ -15,13 +16,12 @@ from ppl_lm.lm.scoring.teacher_forcing import normalise, score
 
 STEPS = 6
 STEPS_AT_BOUNDARY = 12  # what goes wrong there may show a few tokens later
-TOLERANCE = 2e-3  # nats
-HALF_PRECISION = 0.5  # nats: what the rounding of 16-bit weights may do to a token of a network that is sound
 
 
-def self_check(lm: Network, prompts: Any = None, tolerance: float = TOLERANCE) -> float:
+def self_check(lm: Network, prompts: Any = None, tolerance: float | None = None) -> float:
     """See `LanguageModel.self_check`. Leaves the global random states alone, and is not counted as cost."""
     one_pass(lm)
+    tolerance = tolerance_of(lm) if tolerance is None else tolerance
     if prompts is None:
         differences = _differences_within(lm, lm.max_positions or 1024)
         near = min((n for n in lm.boundaries if n > 2), default=STEPS + 4)
@@ -48,14 +48,8 @@ def require_fit(lm: Network, prompts: Prompts) -> None:
     passed the self-check, and its law does not change at a length that they cross. What was found is remembered."""
     require_room(prompts.ids.shape[-1], lm.max_new_tokens, lm.max_positions)
     if lm.tolerance is None:
-        self_check(lm, tolerance=_tolerance(lm))
-        lm.is_checked = lm.tolerance == TOLERANCE  # `bind` asks for more
+        self_check(lm)
     require_one_law(lm, prompts)
-
-
-def _tolerance(lm: Network) -> float:
-    precise = all(torch.finfo(w.dtype).bits >= 32 for w in lm.parameters() if w.is_floating_point())
-    return TOLERANCE if precise else HALF_PRECISION
 
 
 def require_one_law(lm: Network, prompts: Prompts) -> None:
@@ -100,7 +94,7 @@ def require_same_start(base: Network, adapted: Network) -> None:
     with meter.unmeasured():
         before, after = (normalise(lm.logits(**given, keep=ids.shape[1])[0]) for lm in (base, adapted))
     worst = float((before - after).abs().nan_to_num().max())
-    if not worst <= _tolerance(base):
+    if not worst <= tolerance_of(base):
         raise ValueError(
             f"this adapter begins {worst:.2g} nats a token from the prior; give one that begins as no change, such as LoRA "
             "with init_lora_weights=True"
@@ -177,6 +171,8 @@ def _differences(lm: Network, batch: Prompts, steps: int) -> tuple[float, float]
         raise
     except Exception as error:
         raise ValueError(f"{lm.architecture} {_failure(error)}") from error
+    alive = lm.vocabulary.alive(x)
+    lm.noise = max(lm.noise, float((drawn - together)[alive].square().mean().sqrt()))
     if lm.shortcuts.prompts is not False:
         lm.shortcuts.prompts = _shares_prompts(lm, batch, x, rows, together)
     return float((drawn - together).abs().max()), float((alone - together).abs().max())

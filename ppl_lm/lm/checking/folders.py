@@ -101,14 +101,16 @@ def save(lm: Network, folder: Path) -> None:
         "end_ids": list(lm.vocabulary.end_ids),
         "dtype": dtype,
     }
+    if lm.compute_dtype is not None:
+        settings["compute_dtype"] = str(lm.compute_dtype).removeprefix("torch.")
     if lm.base_sha256 is not None:
         settings["base_sha256"] = lm.base_sha256
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """`max_new_tokens`, `end_ids` and `dtype` of the language model that was saved there, `base_sha256` of an adapted one;
-    empty where none was.
+    """`max_new_tokens`, `end_ids`, `dtype` and `compute_dtype` of the language model that was saved there, `base_sha256` of an
+    adapted one; empty where none was.
 
     :raises ValueError: if the file is damaged."""
     path = folder / SETTINGS
@@ -120,6 +122,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
             "max_new_tokens": int(settings["max_new_tokens"]),
             "end_ids": [int(i) for i in settings["end_ids"]],
             "dtype": getattr(torch, settings["dtype"]),
+            "compute_dtype": getattr(torch, settings["compute_dtype"]) if "compute_dtype" in settings else None,
             "base_sha256": settings.get("base_sha256"),
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -58,7 +58,7 @@ def _answers_logits(lm: Network, head: nn.Linear) -> bool:
     given = {"ids": ids, "mask": None, "positions": torch.arange(count, device=lm.device)[None], "keep": count}
     factor = 1.0
     try:
-        with meter.unmeasured():
+        with meter.unmeasured(), lm.precision():
             for _ in range(2):
                 with _scaling(head, factor) as seen:
                     said = lm.logits(**given)[0]

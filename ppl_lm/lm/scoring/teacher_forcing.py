@@ -39,18 +39,22 @@ def score(
     if ends:
         ending = torch.where(vocabulary.is_end(here), here, vocabulary.end_ids[0])
         here = torch.cat([here, ending], -1)  # (N, U, M)
-    head, log_probs = plain_head(lm), None
-    if head is not None:
-        try:
-            log_probs = chosen_log_probs(
-                answers(before_head(lm, head), lm, prompts, x, rows, steps, shared), head, here
-            )
-        except OtherHeadError:
-            lm.shortcuts.head = head, False
-    if log_probs is None:
-        log_probs = normalise(answers(lm.logits, lm, prompts, x, rows, steps, shared)).gather(-1, here)
+    with lm.precision():
+        log_probs = _of_tokens(lm, prompts, x, rows, steps, here, shared)
     log_probs = log_probs.masked_fill(~vocabulary.alive(x)[:, :steps, None], 0.0)
     return nn.functional.pad(log_probs, (0, 0, 0, x.shape[-1] - steps))
+
+
+def _of_tokens(
+    lm: Network, prompts: Prompts, x: Tensor, rows: Tensor | None, steps: int, tokens: Tensor, shared: bool | None
+) -> Float[Tensor, "N U M"]:
+    head = plain_head(lm)
+    if head is not None:
+        try:
+            return chosen_log_probs(answers(before_head(lm, head), lm, prompts, x, rows, steps, shared), head, tokens)
+        except OtherHeadError:
+            lm.shortcuts.head = head, False
+    return normalise(answers(lm.logits, lm, prompts, x, rows, steps, shared)).gather(-1, tokens)
 
 
 def answers(

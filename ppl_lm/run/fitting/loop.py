@@ -15,6 +15,8 @@ from ppl_lm.infer.binding import Bound
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.traces.parameters import trainable_parameters
+from ppl_lm.lm.checking.precision import require_true_gradient
+from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.network import DivergedError
 from ppl_lm.lm.prompts import shuffled
@@ -86,7 +88,7 @@ def fit(
     :param on_step: called with each step's metrics.
     :param on_fault: called when a step after the first fails (a reward, say), before the error is raised again, with
         which guide's weights were restored: `best` or `start`.
-    :raises ValueError: on bad arguments, before anything is drawn.
+    :raises ValueError: on bad arguments, before anything is drawn; in half precision also if that turns the gradient too far.
     """
     _check(loss, batch_size, learning_rate, max_steps, time_limit, clip)
     require_count("warmup", warmup)
@@ -106,6 +108,9 @@ def fit(
             "the guide has nothing to train; choose another, or draw from it as it is with importance(), on the command "
             "line with ppl-lm sample MODEL --guide GUIDE"
         )
+    for network in guide.networks.values():
+        if isinstance(network, LanguageModel):
+            require_true_gradient(network)
     gain = Gain(model, guide, batch, elbo.objective, nesting)
     if gain.is_joint and size < len(batch):
         if batch_size is not None:
