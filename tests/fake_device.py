@@ -1,95 +1,77 @@
 """A device that is not there: its tensors compute on the CPU, but are as far from the CPU's as a GPU's are.
 
-A tensor on `FAKE` is a wrapper around one of the CPU (a subclass with `__torch_dispatch__`), and claims to lie on torch's device
-"lazy", which every build knows and none has a kernel for; what makes tensors there is registered here. So nothing is
-switched on: `lm.to(FAKE)` or `torch.zeros(3, device=FAKE)` is enough, and a program is refused what CUDA would refuse it:
-an operation on tensors of both devices (but CPU tensors of no dimension among elementwise ones, and CPU indices), a generator of
-the CPU, NumPy. Its numbers are those of the CPU, random ones too. `synchronisations()` counts what a GPU's host would wait for.
+A tensor on `FAKE` is a wrapper around one of the CPU (a subclass with `__torch_dispatch__`), and claims to lie on torch's
+device "lazy", which every build knows and none has kernels for; what makes tensors there is registered here. Nothing is
+switched on: `lm.to(FAKE)` or `torch.zeros(3, device=FAKE)` is enough. A program is refused what CUDA would refuse it: an
+operation on tensors of both devices (but CPU tensors of no dimension among elementwise ones, and CPU indices), a generator
+of the CPU, NumPy. Its numbers are those of the CPU, random ones too. `synchronisations()` counts what a GPU's host waits for.
 
-Not checked: kernels, memory, speed, what is done for CUDA alone."""
+Not checked: kernels, memory, speed, what is done for CUDA alone. Tried with torch 2.6, 2.13 and 2.15."""
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
+from torch import Tensor
 
-aten = torch.ops.aten
 FAKE = torch.device("lazy", 0)
-COPIES = {aten._to_copy.default, aten.copy_.default}
-INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-WAITS = {
-    "item": ["_local_scalar_dense"],
-    "size": ["nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"],
-}
-WAITED = {name: why for why, names in WAITS.items() for name in names} | {"equal": "item", "repeat_interleave": "size"}
-MAKE = [
-    "empty.memory_format",
-    "empty_strided",
-    "arange",
-    "arange.start",
-    "arange.start_step",
-    "eye",
-    "eye.m",
-    "rand",
-    "rand.generator",
-    "randn",
-    "randn.generator",
-    "randint",
-    "randint.generator",
-    "randint.low",
-    "randint.low_generator",
-    "randperm",
-    "randperm.generator",
+CPU = torch.device("cpu")
+MAKERS = [  # of new tensors; torch makes all others from empty ones
+    *("empty.memory_format", "empty_strided", "arange", "arange.start", "arange.start_step", "eye", "eye.m"),
+    *("rand", "rand.generator", "randn", "randn.generator", "randperm", "randperm.generator"),
+    *("randint", "randint.generator", "randint.low", "randint.low_generator"),
 ]
-counting: list[Counter] = []
+WAITS = {  # operations whose answer, or its size, the host has to know
+    "item": {"_local_scalar_dense", "equal"},
+    "size": {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"},
+}
+counters: list[Counter[str]] = []
 
 
 @contextmanager
-def synchronisations() -> Iterator[Counter]:
+def synchronisations() -> Iterator[Counter[str]]:
     """Counts those inside the block, by why the host waits: for a number ("item"), for the size of a result ("size"), for a
-    tensor that comes to the host ("down") or goes to the device ("up", from memory that is not pinned)."""
-    seen = Counter()
-    counting.append(seen)
+    tensor that comes to the host ("down"), or goes to the device ("up") from memory that is not pinned."""
+    counters.append(seen := Counter())
     try:
         yield seen
     finally:
-        counting.remove(seen)
+        counters.remove(seen)
 
 
 def _waits(why: str) -> None:
-    for seen in counting:
+    for seen in counters:
         seen[why] += 1
 
 
-class OnFake(torch.Tensor):
-    cpu_: torch.Tensor
+class OnFake(Tensor):
+    """Of its own methods it has those that torch does beneath the dispatcher, or refuses wrappers."""
+
+    cpu_: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, cpu):
-        return _wrapper(cls, cpu)
-
-    def __init__(self, cpu):
-        self.cpu_ = cpu
+    def __new__(cls, cpu: Tensor):
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, cpu.shape, strides=cpu.stride(), storage_offset=cpu.storage_offset(), dtype=cpu.dtype, device=FAKE
+        )
+        made.cpu_ = cpu
+        return made
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _dispatch(func, args, kwargs or {})
 
-    def __tensor_flatten__(
-        self,
-    ):  # by which torch knows that modules have to move it as a whole: what is tied stays tied
+    def __tensor_flatten__(self):  # by which `Module.to` keeps parameters that are one, one
         return ["cpu_"], None
 
     @staticmethod
     def __tensor_unflatten__(inner, context, size, stride):
         return OnFake(inner["cpu_"])
-
-    # What torch does beneath the dispatcher, or not at all with wrappers.
 
     def __repr__(self, *, tensor_contents=None):
         return f"OnFake({self.cpu_})"
@@ -103,7 +85,7 @@ class OnFake(torch.Tensor):
 
     def numpy(self, *, force=False):
         raise TypeError(
-            "can't convert fake device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+            "can't convert fake device type tensor to numpy. Use Tensor.cpu() to copy it to the host first."
         )
 
     def untyped_storage(self):
@@ -118,120 +100,140 @@ class OnFake(torch.Tensor):
 
     @data.setter
     def data(self, value):
-        torch.Tensor.data.__set__(self, value)
+        Tensor.data.__set__(self, value)  # pyright: ignore[reportAttributeAccessIssue]
         self.cpu_ = value.cpu_
 
-    def as_subclass(self, cls):  # Pyro's provenance
-        made = _wrapper(_joined(cls), self.cpu_)
-        made.cpu_ = self.cpu_
-        return made
-
-
-def _wrapper(cls, cpu):
-    return torch.Tensor._make_wrapper_subclass(
-        cls, cpu.shape, strides=cpu.stride(), storage_offset=cpu.storage_offset(), dtype=cpu.dtype, device=FAKE
-    )
+    def as_subclass(self, cls):  # by which Pyro marks where a value comes from
+        return OnFake.__new__(_also(cls), self.cpu_)
 
 
 @cache
-def _joined(cls):
+def _also(cls: type[Tensor]) -> type[Tensor]:
     return type(cls.__name__, (cls, OnFake), {})
 
 
-def _cpu(value):
-    if isinstance(value, torch.device):
-        return torch.device("cpu") if value.type == FAKE.type else value
-    return value.cpu_ if isinstance(value, OnFake) else value
+@dataclass(frozen=True)
+class Operation:
+    """What is to be known of one of torch's operations."""
+
+    name: str
+    changes: bool
+    elementwise: bool
+    random: bool
+
+    @staticmethod
+    @cache
+    def of(func: Any) -> "Operation":
+        schema = func._schema
+        random = any("Generator" in str(argument.type) for argument in schema.arguments)
+        pointwise = torch.Tag.pointwise in func.tags
+        return Operation(schema.name.removeprefix("aten::"), schema.is_mutable, pointwise, random)
+
+    @property
+    def copies(self) -> bool:
+        return self.name in ("_to_copy", "copy_")
+
+    @property
+    def indexes(self) -> bool:
+        return self.name in ("index", "index_put", "index_put_", "_index_put_impl_")
 
 
-def _dispatch(func, args, kwargs):
-    """An operation with at least one tensor of the device."""
-    leaves = tree_flatten((args, kwargs))[0]
-    fakes = [leaf for leaf in leaves if isinstance(leaf, OnFake)]
-    strangers = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, OnFake)]
-    if strangers and func not in COPIES:
-        _require_one_device(func, args, strangers)
-    device = _device(func, args, kwargs)
-    if device == FAKE.type:
-        _require_generator(leaves)
-    _count(func, args, kwargs, device)
-    given, named = tree_map(_cpu, (args, kwargs))
+def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation with at least one tensor of the device: refused, counted, done on the CPU."""
+    operation, fakes, others = Operation.of(func), [], []
+    given = [_on_cpu(arg, fakes, others) for arg in args]
+    named = {name: _on_cpu(arg, fakes, others) for name, arg in kwargs.items()}
+    if others and not operation.copies:
+        _require_one_device(operation, args, others)
+    there = FAKE.type == (args[0] if operation.copies else fakes[0]).device.type  # where the answer lies
+    if kwargs.get("device") is not None:
+        there = torch.device(kwargs["device"]).type == FAKE.type
+    if there and operation.random:
+        _require_no_generator([*args, *kwargs.values()])
+    if counters:
+        _count(operation, args, kwargs, there)
     if "pin_memory" in named:
         named["pin_memory"] = False
-    out = func(*given, **named)
-    same = {id(fake.cpu_): fake for fake in fakes}  # what is changed in place is answered as it was given
-    if func._schema.is_mutable and any(fake.shape != fake.cpu_.shape for fake in fakes):
+    answer = func(*given, **named)
+    if operation.changes and any(fake.shape != fake.cpu_.shape for fake in fakes):
         raise NotImplementedError(f"{func} changes a tensor's shape in place, of which its wrapper hears nothing")
-
-    def wrapped(value):
-        if not isinstance(value, torch.Tensor) or device != FAKE.type:
-            return value
-        return same[id(value)] if id(value) in same else OnFake(value)
-
-    return tree_map(wrapped, out)
+    return _wrapped(answer, fakes) if there else answer
 
 
-def _device(func, args, kwargs) -> str:
-    """Where the result lies."""
-    if kwargs.get("device") is not None:
-        return torch.device(kwargs["device"]).type
-    return args[0].device.type if func in COPIES else FAKE.type
+def _on_cpu(value: Any, fakes: list[OnFake], others: list[Tensor]) -> Any:
+    if isinstance(value, OnFake):
+        fakes.append(value)
+        return value.cpu_
+    if isinstance(value, Tensor):
+        others.append(value)
+    elif isinstance(value, (list, tuple)):
+        return [_on_cpu(item, fakes, others) for item in value]
+    return CPU if type(value) is torch.device and value.type == FAKE.type else value
 
 
-def _require_one_device(func, args, strangers):
-    indexed = func in INDEXED and isinstance(args[0], OnFake)
-    allowed = [index for index in args[1] if index is not None] if indexed else []
-    changed = func._schema.is_mutable and not isinstance(args[0], OnFake)
-    scalars = not changed and (torch.Tag.pointwise in func.tags or indexed)
-    allowed += [one for one in strangers if one.dim() == 0] if scalars else []
-    if any(not any(one is other for other in allowed) for one in strangers):
+def _wrapped(answer: Any, fakes: list[OnFake]) -> Any:
+    if isinstance(answer, (list, tuple)):
+        return type(answer)(_wrapped(item, fakes) for item in answer)
+    if not isinstance(answer, Tensor):
+        return answer
+    for fake in fakes:
+        if fake.cpu_ is answer:  # changed in place
+            return fake
+    return OnFake(answer)
+
+
+def _require_one_device(operation: Operation, args: tuple[Any, ...], others: list[Tensor]) -> None:
+    target = isinstance(args[0], OnFake)  # or a list, which changes nothing
+    indices = [id(index) for index in args[1]] if operation.indexes and target else []
+    scalars = (operation.elementwise and (target or not operation.changes)) or (operation.indexes and target)
+    if any(id(one) not in indices and not (scalars and one.dim() == 0) for one in others):
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, fake:0 and cpu! (in {func})"
+            "Expected all tensors to be on the same device, but found at least two devices, fake:0 and cpu! "
+            f"(in {operation.name})"
         )
 
 
-def _require_generator(leaves):
-    if any(isinstance(leaf, torch.Generator) for leaf in leaves):
+def _require_no_generator(args: list[Any]) -> None:
+    if any(isinstance(arg, torch.Generator) for arg in args):
         raise RuntimeError("Expected a 'fake' device type for generator but found 'cpu'")
 
 
-def _count(func, args, kwargs, device):
-    name = func._schema.name.removeprefix("aten::")
-    if func in COPIES:
-        source = args[1] if func is aten.copy_.default else args[0]
-        if source.device.type != device:
-            _waits("up" if device == FAKE.type else "down")
-    elif func in INDEXED:
-        masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+def _count(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], there: bool) -> None:
+    if operation.copies:
+        source = args[1] if operation.name == "copy_" else args[0]
+        if isinstance(source, OnFake) != there:
+            _waits("up" if there else "down")
+    elif operation.indexes:
+        indices = [index for index in args[1] if index is not None]
         filled = len(args) > 2 and args[2].numel() == 1 and not isinstance(args[2], OnFake)  # as `masked_fill` does it
-        if masks and not filled:
+        if any(index.dtype in (torch.bool, torch.uint8) for index in indices) and not filled:
             _waits("size")
-        if any(index is not None and not isinstance(index, OnFake) for index in args[1]):
+        if not all(isinstance(index, OnFake) for index in indices):
             _waits("up")
-    elif name in WAITED and not (name == "repeat_interleave" and kwargs.get("output_size") is not None):
-        _waits(WAITED[name])
+    elif kwargs.get("output_size") is None:
+        for why, names in WAITS.items():
+            if operation.name in names:
+                _waits(why)
 
 
-def _maker(name):
-    packet, _, overload = name.partition(".")
-    make = getattr(getattr(aten, packet), overload or "default")
+def _maker(func: Any) -> Any:
+    def make(*args: Any, **kwargs: Any) -> OnFake:
+        _require_no_generator([*args, *kwargs.values()])
+        return OnFake(func(*args, **{**kwargs, "device": CPU, "pin_memory": False}))
 
-    def made(*args, **kwargs):
-        _require_generator([*args, *kwargs.values()])
-        return OnFake(make(*args, **{**kwargs, "device": "cpu", "pin_memory": False}))
-
-    return made
+    return make
 
 
-def _copy_from(source, target, non_blocking=False):  # of `torch.tensor(..., device=FAKE)`
+def _copy_from(
+    source: Tensor, target: OnFake, non_blocking: bool = False
+) -> OnFake:  # of `torch.tensor(..., device=FAKE)`
     _waits("up")
     target.cpu_.copy_(source)
     return target
 
 
 library = torch.library.Library("aten", "IMPL", "Lazy")
-with warnings.catch_warnings():
-    warnings.simplefilter("error")  # a build that has kernels for this device would say so
-    for each in MAKE:
-        library.impl(each, _maker(each))
-    library.impl("_copy_from", _copy_from)
+for each in MAKERS:
+    packet, _, overload = each.partition(".")
+    library.impl(each, _maker(getattr(getattr(torch.ops.aten, packet), overload or "default")))
+library.impl("_copy_from", _copy_from)
