@@ -7,10 +7,11 @@
 | the fake device | refuses what CUDA refuses, allows what CUDA allows | exact |
 | drawing | counts what the host waits for | exact |
 
-Mutants, each rejected below: a buffer, a weight and a mask that stayed on the CPU.
+Mutants, each rejected below: a weight, a buffer, positions and an automaton that stayed on the CPU.
 """
 
 import dataclasses
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,7 +22,7 @@ import pytest
 import tiny
 import torch
 from arviz_lives import groups
-from fake_device import FAKE
+from fake_device import FAKE, synchronisations
 from matplotlib import pyplot
 from pyro.infer import MCMC, SVI
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -94,6 +95,7 @@ def letters(completions, **_):
 letters.r_max = 3.0
 
 
+@cache  # checked once
 def table(device) -> LanguageModel:
     return table_lm(3, 2, max_prompt=2, concentration=1.0, seed=1).to(device)
 
@@ -106,6 +108,7 @@ def problem(device):
     return bind(tilted, lm, reward=letters, beta=BETA), bind(finetuned, guide)
 
 
+@cache
 def llama(device, seed: int = 0) -> LanguageModel:
     return tiny.language_model("llama", max_new_tokens=4, seed=seed).double().to(device)
 
@@ -134,7 +137,7 @@ def drawing_and_scoring(device):
 
 
 def prompts(device):
-    lm = llama(device)
+    lm = llama.__wrapped__(device)
     lm.vocabulary.tokenizer.chat_template = tiny.CHAT
     given = lm.prompts({"prompt": SOUP, "n": [1, 2, 3]})
     x = lm(given).sample()
@@ -211,14 +214,18 @@ def rewards_of_all_kinds(device):
     yield Reward(rewards.classifier(judge, 1, words))(given, x)
 
 
-def automata(device):
-    lm = table(device)
+def letters_in_order() -> networkx.MultiDiGraph:
     graph = networkx.MultiDiGraph()
     graph.add_edge("start", "a", token="a")
     graph.add_edge("start", "b", token="b")
     graph.add_edge("a", "b", token="b")
-    rule = Automaton.graph(graph, "start", ["b"], lm.vocabulary)
-    spelled = tiny.language_model("llama", max_new_tokens=4).double().to(device)
+    return graph
+
+
+def automata(device):
+    lm = table(device)
+    rule = Automaton.graph(letters_in_order(), "start", ["b"], lm.vocabulary)
+    spelled = llama(device)
     yield product([spelled, Automaton.regex("[ab ]*", spelled.vocabulary).mask(spelled)])(SOUP).sample((2,))
     masked = product([lm, rule.mask(lm)])
     x = masked(TEXTS).sample((20,))
@@ -295,7 +302,12 @@ def mixed_program(device):
 def fitting(device):
     target, guide = problem(device)
     done = fit(target, guide, TEXTS, SequenceELBO(8), max_steps=4, seed=1)
-    yield done.gain, done.gain_se, [{**row, "seconds": 0, "tokens_per_second": 0} for row in done.metrics], guide.lm.model.table
+    yield (
+        done.gain,
+        done.gain_se,
+        [{**row, "seconds": 0, "tokens_per_second": 0} for row in done.metrics],
+        guide.lm.model.table,
+    )
     target, _ = problem(device)
     guides = (bind(tabular, table_like(table(device), 2)), bind(mixture, table(device).copy(), table(device)))
     for guide in guides:
@@ -378,7 +390,7 @@ def diagnosing(device):
     yield found.as_json(), found.exact, found.to_dataframe().values.tolist()
     exact, chain = (
         rejection(target, None, TEXTS[:1], num_samples=40),
-        mcmc(target, guide, TEXTS, num_samples=30, warmup=5, num_chains=4),
+        mcmc(target, guide, TEXTS, num_samples=12, warmup=2, num_chains=4),
     )
     runs = smc(target, guide, TEXTS, num_samples=8, num_runs=8)
     for draws in (exact, chain, runs, found.guide):
@@ -394,7 +406,11 @@ def diagnosing(device):
     yield predictive_check(one, ["a b", "b"], size), predictive_check(one, exact["x"].flatten(0, 2), size)
     tree = prefix_tree(found.prior, found.guide, exact)
     yield {str(node): values for node, values in tree.nodes(data=True)}, reward_kl_frontier(found.prior, [0.5, 2.0])
-    for draw in (lambda: plot.frontier(found.prior), lambda: plot.smc_steps(runs.of_prompt(0)), lambda: plot.weight_tail(one)):
+    for draw in (
+        lambda: plot.frontier(found.prior),
+        lambda: plot.smc_steps(runs.of_prompt(0)),
+        lambda: plot.weight_tail(one),
+    ):
         draw()
         pyplot.close("all")
 
@@ -447,3 +463,154 @@ def test_each_path_runs_elsewhere_as_it_does_on_the_cpu(path, elsewhere, tmp_pat
                 torch.testing.assert_close(b, a, atol=1e-9, rtol=1e-9, equal_nan=True)
         elif elsewhere == FAKE:
             assert b == (pytest.approx(a, rel=1e-9, abs=1e-9, nan_ok=True) if isinstance(a, float) else a)
+
+
+def weight_left_behind(lm):
+    head = lm.model.lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach().cpu(), requires_grad=False)
+
+
+def buffer_left_behind(lm):
+    """The rotary frequencies are moved by transformers itself at every pass; a norm's weight is not."""
+    norm = lm.model.model.norm
+    weight = norm.weight.detach().cpu()
+    del norm.weight
+    norm.register_buffer("weight", weight)
+
+
+def positions_left_behind(lm):
+    inside = lm.logits
+    lm.logits = lambda positions, **given: inside(positions=positions.cpu(), **given)
+
+
+@pytest.mark.parametrize("leave", [weight_left_behind, buffer_left_behind, positions_left_behind])
+def test_what_is_left_on_the_cpu_is_found_out(leave, elsewhere):
+    lm = llama.__wrapped__(elsewhere)
+    x = lm(SOUP).sample((2,))
+    leave(lm)
+    for ask in (lambda: lm(SOUP).sample((2,)), lambda: lm(SOUP).log_prob(x)):
+        with pytest.raises(RuntimeError, match="on the same device"):
+            ask()
+
+
+def test_a_constraint_left_on_the_cpu_is_found_out(elsewhere):
+    lm = table(elsewhere)
+    rule = Automaton.graph(letters_in_order(), "start", ["b"], lm.vocabulary).mask(lm)
+    rule.model.needs = rule.model.needs.cpu()
+    with pytest.raises(ValueError, match="forward pass: .*device"):  # of the self-check
+        product([lm, rule])(TEXTS).sample((2,))
+
+
+# ----- the fake device refuses what CUDA refuses -----
+
+REFUSED = {
+    "elementwise": lambda here, there: there + here,
+    "comparison": lambda here, there: there == here,
+    "where": lambda here, there: torch.where(there > 0, there, here),
+    "matmul": lambda here, there: there @ here,
+    "cat": lambda here, there: torch.cat([there, here]),
+    "stack of numbers": lambda here, there: torch.stack([there[0], here[0]]),
+    "gather": lambda here, there: there.gather(0, here.long()),
+    "a number as an index of gather": lambda here, there: there[0].gather(0, here[0].long()),
+    "searchsorted": lambda here, there: torch.searchsorted(there, here),
+    "index of a CPU tensor": lambda here, there: here[there.long()],
+    "values at indices": lambda here, there: there.index_put_((there.long(),), here),
+    "a CPU number in place": lambda here, there: here[0].add_(there[0]),
+    "out of the CPU": lambda here, there: torch.rand(2, device=there.device, generator=torch.Generator()),
+    "like, out of the CPU": lambda here, there: there.uniform_(generator=torch.Generator()),
+    "gradient": lambda here, there: torch.autograd.grad(there.requires_grad_() * 2, there, here),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_tensors_of_two_devices_are_refused(name, elsewhere):
+    here = torch.zeros(3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="device"):
+        REFUSED[name](here, here.to(elsewhere))
+
+
+ALLOWED = {
+    "a number": lambda here, there: there * here[0],
+    "a number first": lambda here, there: here[0] - there,
+    "where with a number": lambda here, there: torch.where(there > 1, there, here[2]),
+    "filled with a number": lambda here, there: there.masked_fill(there > 1, here[0]),
+    "index": lambda here, there: there[torch.tensor([2, 0])],
+    "mask": lambda here, there: there[torch.tensor([True, False, True])],
+    "set to a number": lambda here, there: _with(there, lambda t: t.__setitem__(t > 0, here[1])),
+    "set to a CPU tensor": lambda here, there: _with(there, lambda t: t.__setitem__(slice(1, None), here[1:])),
+    "copied": lambda here, there: there.new_zeros(3).copy_(here),
+    "moved with its gradient": lambda here, there: torch.autograd.grad(_leaf(here).to(there.device).exp().sum(), LEAF),
+    "made of numbers": lambda here, there: torch.tensor([1.0, 2.0], device=there.device) + there.new_tensor([3.0, 4.0]),
+}
+LEAF: list[torch.Tensor] = []
+
+
+def _leaf(here):
+    LEAF[:] = [here.clone().requires_grad_()]
+    return LEAF[0]
+
+
+def _with(tensor, change):
+    change(made := tensor.clone())
+    return made
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_what_cuda_allows_is_allowed_and_gives_the_same(name, elsewhere):
+    here = torch.arange(3, dtype=torch.float64)
+    a, b = ALLOWED[name](here, here.clone()), ALLOWED[name](here, here.to(elsewhere))
+    assert all(map(torch.equal, leaves(a), leaves(b)))
+    assert name.startswith("moved") or b.device.type == elsewhere.type
+
+
+def test_numpy_needs_the_cpu(elsewhere):
+    there = torch.zeros(3, device=elsewhere)
+    with pytest.raises(TypeError, match="numpy"):
+        there.numpy()
+    assert there.cpu().numpy().tolist() == there.tolist() == [0.0] * 3
+
+
+def test_moved_parameters_that_are_one_stay_one(elsewhere):
+    model = tiny.network("gpt2").to(elsewhere)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert all(isinstance(weight, torch.nn.Parameter) for weight in model.parameters())
+
+
+# ----- what the host waits for -----
+
+WAITS = {
+    "item": lambda x: [float(x[0]), bool(x[0] > 1), int(x[1]), torch.equal(x, x)],
+    "size": lambda x: [x.nonzero(), x[x > 1], x.unique(), x.masked_select(x > 1)],
+    "down": lambda x: [x.cpu(), x.tolist(), x.to("cpu"), torch.zeros(3, dtype=torch.float64).copy_(x)],
+    "up": lambda x: [torch.tensor([1], device=FAKE), torch.zeros(2).to(FAKE), x[torch.tensor([0])], x.new_tensor([1])],
+    "nothing": lambda x: [x + 1, x[x.long()], torch.where(x > 1, x, 0), torch.arange(3, device=FAKE), x.to(FAKE)],
+}
+
+
+@pytest.mark.parametrize("why", WAITS)
+def test_each_wait_is_counted_once(why):
+    x = torch.arange(3, dtype=torch.float64).to(FAKE)
+    with synchronisations() as seen:
+        done = len(WAITS[why](x))
+    assert seen == ({} if why == "nothing" else {why: done})
+
+
+def waits_per_step(lm: LanguageModel, texts, count: int, steps: int) -> float:
+    """How often the host waits in drawing `count` texts for each prompt, per token: what `steps` more cost."""
+    seen = []
+    for length in (steps, 2 * steps):
+        law = LanguageModel(lm.model, lm.vocabulary.tokenizer, length, end_ids=lm.vocabulary.end_ids)(texts)
+        law.sample()  # it is checked, once
+        pyro.set_rng_seed(0)
+        with synchronisations() as waits:
+            law.sample((count,))
+        seen.append(waits.total())
+    return (seen[1] - seen[0]) / steps
+
+
+def test_drawing_waits_as_seldom_as_is_said():
+    """At most so often a token where no text ends: what ends texts, whether the law is one, and which go on. And once for all."""
+    lm = llama(FAKE)
+    print(waits_per_step(lm, ["a dog"], 10, 8))
+    print(waits_per_step(lm, SOUP, 10, 8))
+    print(waits_per_step(LanguageModel(lm.model, lm.vocabulary.tokenizer, 4, end_ids=range(280, 300)), SOUP, 10, 8))
