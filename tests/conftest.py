@@ -10,6 +10,7 @@ import pyro
 import pytest
 import torch
 import transformers
+from fake_device import FAKE
 
 CHECKED = pytest.StashKey[bool]()
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -72,8 +73,19 @@ def stories() -> Path:
     return folder
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request) -> torch.device:
-    if request.param == "cuda" and not torch.cuda.is_available():
+def device_of(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    return torch.device(request.param)
+    return FAKE if name == "fake" else torch.device(name)
+
+
+@pytest.fixture(params=["cpu", "fake", "cuda"])
+def device(request) -> torch.device:
+    """Each device; `fake` is there everywhere, and catches what mixes devices: see fake_device.py."""
+    return device_of(request.param)
+
+
+@pytest.fixture(params=["fake", "cuda"])
+def elsewhere(request) -> torch.device:
+    """A device that is not the CPU."""
+    return device_of(request.param)

@@ -232,10 +232,6 @@ def test_what_is_no_list_of_numbers_is_refused(value):
         returning(value)(prompts_ab(), ids("ab", "cd"))
 
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-
-
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "good",
     [
@@ -252,7 +248,7 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 def test_every_kind_of_real_number_is_promoted_and_detached(good, device):
     good = good.to(device) if isinstance(good, Tensor) else good
     result = returning(good)(prompts_ab(), ids("ab", "cd").to(device))
-    assert result.dtype == torch.float64 and result.device.type == device and not result.requires_grad
+    assert result.dtype == torch.float64 and result.device.type == device.type and not result.requires_grad
     assert result.tolist() == [1.0, 0.0]
 
 
