@@ -72,6 +72,12 @@ def forward_each(models: Iterable[nn.Module], past: "Caches | None", **inputs: A
     return logits, moved
 
 
+def cuts_of(model: nn.Module) -> frozenset[int]:
+    """Which truncations (`ppl_lm.lm.truncated`) a network's law has gone through, by identity: texts that they cut off are
+    impossible to it. Empty of a network whose law has its whole support."""
+    return getattr(model, "cuts", frozenset())
+
+
 class Caches:
     """The caches of several networks, moved together."""
 
@@ -96,6 +102,11 @@ class _Product(nn.Module):
         self.models, self.powers = nn.ModuleList(models), powers
         self.config: Any = copy.deepcopy(models[0].config)
         self.generation_config = getattr(models[0], "generation_config", None)
+
+    @property
+    def cuts(self) -> frozenset[int]:
+        pairs = zip(self.powers, self.models, strict=True)
+        return frozenset().union(*(cuts_of(model) for power, model in pairs if power))
 
     def new_cache(self) -> Caches:
         return Caches.of(self.models)

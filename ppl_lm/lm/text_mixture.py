@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from ppl_lm.lm.experts import Caches, combined, forward_each
+from ppl_lm.lm.experts import Caches, combined, cuts_of, forward_each
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.network import Answer
 from ppl_lm.lm.scoring import normalise
@@ -46,6 +46,10 @@ class _Mixture(nn.Module):
         self.config: Any = models[0].config
         self.generation_config = getattr(models[0], "generation_config", None)
 
+    @property
+    def cuts(self) -> frozenset[int]:  # what one component can draw the mixture can
+        return frozenset.intersection(*(cuts_of(model) for model in self.models))
+
     def new_cache(self) -> "_Begun":
         return _Begun.of(self.models)
 
@@ -74,8 +78,11 @@ class _Mixture(nn.Module):
         over = self._over(tokens, ended)  # what stands after a text's end says nothing of it
         said = said.masked_fill(over, 0.0)
         log_w = torch.cat([log_w, first[..., None] + said.cumsum(-1)], -1)  # (C, N, m), up to a constant of each row
+        log_w = log_w.masked_fill((log_w == -torch.inf).all(0), 0.0)  # after what none of them can draw
         log_w = log_w - log_w.logsumexp(0)
-        mixed = (log_w.unsqueeze(-1) + log_p).logsumexp(0)
+        each = log_w.unsqueeze(-1) + log_p
+        none = (each == -torch.inf).all(0)  # of which the gradient of logsumexp is NaN
+        mixed = each.masked_fill(none, 0.0).logsumexp(0).masked_fill(none, -torch.inf)
         ended = (
             over[:, -1] | self.is_end(tokens[:, -1]) if tokens.shape[1] else torch.zeros_like(input_ids[:, 0]).bool()
         )

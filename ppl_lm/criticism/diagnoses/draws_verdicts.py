@@ -30,11 +30,13 @@ def judge_draws(
     r_hat: float | None,
     kl_q_p: float | None,
     chains: int = 1,
+    lacks_support: bool = False,
 ) -> Verdict:
     """The verdict on the draws of one sampler and prompt: whether means over them are the posterior's.
 
     :param kind: of `Draws`.
     :param possible: share of the draws that the posterior allows.
+    :param lacks_support: of `Draws`.
     :param chains: of runs how many there are, which alone are independent, by which alone their errors are known."""
     if kind == "exact":
         return Verdict("exact", f"{num_samples} exact, independent posterior draws: use them as they are.")
@@ -84,5 +86,12 @@ def judge_draws(
     if ess is None or ess < MIN_ESS:
         return Verdict(
             "unreliable", f"{num_samples} weighted draws are {worth}: draw more, or give a closer guide.{far}"
+        )
+    if lacks_support:
+        return Verdict(
+            "unknown",
+            "The guide's support is truncated (top-p, min-p or top-k): by their weights these draws stand for what the posterior "
+            "has there, how much that is they do not show, and log Z is a lower bound. Diagnose the guide, or give one without "
+            f"the truncation.{far}",
         )
     return Verdict("good", f"With their weights the {num_samples} draws are {worth} of the posterior.{far}")
