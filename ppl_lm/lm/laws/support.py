@@ -58,7 +58,8 @@ class _Truncated(Around):
         return super().cuts if whole else super().cuts | {id(self)}
 
     def law(self, logits: Float[Tensor, "N m V"]) -> Float[Tensor, "N m V"]:
-        return logits.masked_fill(~kept_tokens(logits.detach(), self.top_p, self.min_p, self.top_k), -torch.inf)
+        kept = kept_tokens(logits.detach(), self.top_p, self.min_p, self.top_k)
+        return logits.masked_fill(~kept, -torch.inf)
 
 
 @torch.no_grad()
@@ -67,16 +68,16 @@ def kept_tokens(
 ) -> Bool[Tensor, "*S V"]:
     """Which next tokens `truncated` keeps; none where a logit is NaN."""
     peak = logits.amax(-1, keepdim=True)
-    kept = logits >= (peak if min_p is None else peak + (math.log(min_p) - ROUNDING))
+    least = torch.full_like(peak, -torch.inf) if min_p is None else peak + (math.log(min_p) - ROUNDING)
     if top_p is None and top_k is None:
-        return kept
+        return logits >= least
     if top_p is None:
         values = logits.topk(min(top_k or 1, logits.shape[-1])).values
         count = torch.full_like(peak, values.shape[-1], dtype=torch.int64)
     else:
         values, count = _nucleus(logits, peak, top_p, top_k)
-    likely = most_probable(logits, values.gather(-1, count - 1), count)
-    return likely if min_p is None else likely & kept
+    likely = most_probable(logits, values.gather(-1, count - 1), count) & ~peak.isnan()
+    return likely if min_p is None else likely & (logits >= least)
 
 
 def _nucleus(
