@@ -62,7 +62,8 @@ def judge_draws(
                 "unreliable", f"The chains agree, but their {num_samples} draws are {worth}: run them longer."
             )
         return Verdict("good", f"The chains agree (R-hat {r_hat:.2f}): {num_samples} correlated draws, {worth}.")
-    far = "" if kl_q_p is None else f" Without weights their law is about {max(kl_q_p, 0):.2f} nats from the posterior."
+    about = "at least" if lacks_support else "about"
+    far = "" if kl_q_p is None else f" Without weights their law is {about} {max(kl_q_p, 0):.2f} nats from the posterior."
     if possible < 1:
         far = f" Without weights {1 - possible:.0%} of them are impossible under the posterior."
     if kind in TOGETHER and kl_q_p is not None:
