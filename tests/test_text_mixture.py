@@ -24,6 +24,7 @@ from ppl_lm.infer.binding import bind
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.laws.support import truncated
 from ppl_lm.lm.table import table_like, table_lm
 from ppl_lm.lm.text_mixture import mixture
 from ppl_lm.models import tilted
@@ -197,3 +198,23 @@ def test_copies_keep_what_is_known_of_all_components():
         )
         x = q(["a dog"]).sample((5,))
         torch.testing.assert_close(twin(["a dog"]).log_prob(x), q(["a dog"]).log_prob(x), rtol=0, atol=1e-4)
+
+
+def test_what_no_component_can_draw_is_impossible_and_has_a_gradient():
+    """After such a token, and at those that none of them keeps: -inf, and no NaN in the gradient of the others."""
+    lms = [truncated(lm.copy(), top_k=k) for lm, k in zip(components(), (1, 2), strict=True)]
+    q, x = mixture(lms, WEIGHTS), X[:, None]
+    log_q = q([""]).log_prob(x)
+    torch.testing.assert_close(log_q, whole(lms, WEIGHTS, [""], x), rtol=0, atol=1e-12)
+    assert bool((log_q == -torch.inf).any())
+    coming = torch.randn(len(X), 1, dtype=torch.float64)
+    table = lms[1].model.model.table
+    (found,) = torch.autograd.grad((coming * log_q).sum(), table, retain_graph=True)
+    assert bool(found.isfinite().all())
+    possible = log_q > -torch.inf
+    (found,) = torch.autograd.grad((coming * log_q)[possible].sum(), table)
+    log_p = lms[1]([""]).log_prob(x)
+    responsibility = (math.log(WEIGHTS[1]) + log_p - log_q).exp().detach()
+    own = log_p > -torch.inf
+    right = (coming[own] * responsibility[own] * log_p[own]).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(right, table)[0], rtol=0, atol=1e-10)

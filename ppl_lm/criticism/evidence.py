@@ -29,6 +29,9 @@ class Evidence:
     :param upper_exact: whether those draws were exact. If not they are the guide's own, reweighted, and both upper bounds
         are approximate: they cannot show posterior mass that the guide never visits.
     :param log_z: estimate of log Z: from the proposals behind the exact draws, else from the guide's draws.
+    :param lacks_support: whether the guide's law is truncated. Its upper bounds and KL(p ‖ q) are infinite then, however few
+        texts it cannot draw; and `log_z`, where it is from the guide's draws, is of the posterior on its support, and so
+        is `kl_q_p` the distance from that: both are too small.
     :param prompts: by name, as long as B; "all prompts" where only their joint evidence exists.
     """
 
@@ -49,6 +52,7 @@ class Evidence:
     kl_p_q: Float[Tensor, "B"]
     kl_p_q_se: Float[Tensor, "B"]
     prompts: tuple[str, ...] = ()
+    lacks_support: bool = False
 
     def __repr__(self) -> str:
         lower, log_z, se, upper = (v.tolist() for v in (self.elbo, self.log_z, self.log_z_se, self.upper))
@@ -73,10 +77,13 @@ class Evidence:
 
     def __str__(self) -> str:
         label = "≤" if self.upper_exact else "≲ (approximate)"
+        of = "log Z"
+        if self.lacks_support and not self.upper_exact:
+            of = "log Z of the guide's truncated support"
         rows = zip(*(getattr(self, k).tolist() for k in ("elbo", "elbo_se", "iwae", "log_z", "log_z_se")), strict=True)
         tops = zip(self.iwae_upper.tolist(), self.upper.tolist(), self.upper_se.tolist(), strict=True)
         return "\n".join(
-            f"ELBO {e:.3f} ± {ese:.3f} ≤ IWAE-{self.iwae_particles} {i:.3f} ≤ log Z {z:.3f} ± {zse:.3f} "
+            f"ELBO {e:.3f} ± {ese:.3f} ≤ IWAE-{self.iwae_particles} {i:.3f} ≤ {of} {z:.3f} ± {zse:.3f} "
             f"{label} IWAE-{self.iwae_particles} upper {iu:.3f} {label} EUBO {u:.3f} ± {use:.3f} nats"
             for (e, ese, i, z, zse), (iu, u, use) in zip(rows, tops, strict=True)
         )
@@ -131,6 +138,9 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
             torch.hypot(se, log_z_se) for se in (elbo_se, iwae_se, upper_se, iwae_upper_se, kl_p_q_se)
         )
         kl_q_p_se = elbo_se
+    if draws.lacks_support:
+        infinite = torch.full_like(log_z, math.inf)
+        upper = upper_se = iwae_upper = iwae_upper_se = kl_p_q = kl_p_q_se = infinite
     return Evidence(
         elbo=elbo,
         elbo_se=elbo_se,
@@ -149,6 +159,7 @@ def log_evidence(draws: Draws, exact: Draws | None = None, iwae_particles: int =
         kl_p_q=kl_p_q,
         kl_p_q_se=kl_p_q_se,
         prompts=tuple(draws.prompts.names) if draws.is_local else ("all prompts",),
+        lacks_support=draws.lacks_support,
     )
 
 

@@ -56,8 +56,7 @@ class Draws:
           independent, and the mean weight of each is an unbiased estimate of Z.
         - `conditional_runs`: likewise, each around an exact posterior draw (conditional SMC): then it is 1/Z that the inverse
           of the mean weight is unbiased for.
-        - `rescored`: weighted draws or runs put under another guide (`under`), which is not the law that drew them: they have
-          no weights any more.
+        - `rescored`: weighted draws or runs put under another guide (`under`), which did not draw them: they have no weights.
     :param observed: what the model observed, by site, (B, *inner, *event): `optimal` is 1 for each prompt.
     :param log_likelihoods: each observed site's share of `log_likelihood`, at each index of its plates, (C, S, B, *inner).
     :param factors: names of those observed sites whose share is no normalised log density: `Optimality`'s r/β, `pyro.factor`.
@@ -65,6 +64,7 @@ class Draws:
         ones; None where there is no plate, such as first of a site outside the prompt plate.
     :param stats: how each draw came about, (C, S, B, ...), such as `acceptance_rate`; (C, 1, B, ...) where all draws of a chain
         share it, as those of an SMC run do.
+    :param lacks_support: whether the guide is `truncated`: they stand for what the posterior has on its support alone.
     :param proposals: of a sampler that discards, all that it proposed (without `latents`).
     """
 
@@ -80,6 +80,7 @@ class Draws:
     log_likelihoods: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
     proposals: "Draws | None" = None
+    lacks_support: bool = False
     texts: tuple[str, ...] = ()
     factors: tuple[str, ...] = ()
     plates: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
@@ -89,8 +90,9 @@ class Draws:
 
     @property
     def log_weight(self) -> Float[Tensor, "C S B"]:
-        """log of p(z, evidence) / q(z), nats; -inf means impossible under the posterior."""
-        return self.log_prior + self.log_likelihood - self.log_guide
+        """log of p(z, evidence) / q(z), nats; -inf means impossible under the posterior, whatever q is."""
+        log_p = self.log_prior + self.log_likelihood
+        return (log_p - self.log_guide).masked_fill(log_p == -torch.inf, -torch.inf)
 
     @property
     def weights(self) -> Float[Tensor, "C S B"]:
@@ -294,4 +296,5 @@ def as_draws(particles: Particles) -> Draws:
         log_likelihoods={n: v.unsqueeze(0) for n, v in pointwise_log_likelihoods(particles).items()},
         factors=factors(particles),
         plates=plate_names(particles),
+        lacks_support=particles.lacks_support(),
     )

@@ -22,7 +22,7 @@ from ppl_lm.infer.objectives.baselines import (
     as_estimate,
     leave_one_out,
 )
-from ppl_lm.infer.objectives.catalogue import hard_constraint
+from ppl_lm.infer.objectives.catalogue import hard_constraint, truncated_guide
 from ppl_lm.infer.objectives.divergences import reverse_kl
 from ppl_lm.infer.objectives.protocol import Objective, ObjectiveFunction, as_objective
 from ppl_lm.infer.traces.gradients import ordinary_surrogate, plate_costs
@@ -211,6 +211,8 @@ class SequenceELBO(ELBO):
         """Loss and coefficients of these particles; moves what the estimates of log Z and the baselines remember."""
         if particles.is_hard() and not self.objective.allows_hard_constraints:
             raise hard_constraint(self.objective)
+        if self.objective.mass_covering and particles.lacks_support():
+            raise truncated_guide(self.objective)
         if not self.pathwise:
             return self._objective_step(particles)
         terms = [v.sum() for v in particles.log_q.values()] + [-v.sum() for v in particles.log_p.values()]

@@ -68,4 +68,6 @@ def enumerate_posterior(
 
 def kl(log_a: Float[Tensor, "N *B"], log_b: Float[Tensor, "N *B"]) -> Float[Tensor, "*B"]:
     """Σ_z a (log a - log b) over the first dimension, nats; a zero of `a` counts nothing."""
-    return torch.where(log_a == -torch.inf, 0.0, log_a.exp() * (log_a - log_b)).sum(0)
+    none = log_a == -torch.inf
+    share = torch.where(none, 0.0, log_a)  # its gradient, too, is nothing there, where that of 0 · log 0 is NaN
+    return torch.where(none, 0.0, share.exp() * (share - torch.where(none, 0.0, log_b))).sum(0)

@@ -95,6 +95,12 @@ class Experts(nn.Module):
         return logits, moved
 
 
+def cuts_of(model: nn.Module) -> frozenset[int]:
+    """Which truncations (`ppl_lm.lm.truncated`) a network's law has gone through, by identity: texts that they cut off are
+    impossible to it. Empty of a network whose law has its whole support."""
+    return getattr(model, "cuts", frozenset())
+
+
 class Caches:
     """The caches of several networks, moved together."""
 
@@ -117,6 +123,11 @@ class _Product(Experts):
     def __init__(self, models: Sequence[nn.Module], powers: list[float]):
         super().__init__(models)
         self.powers = powers
+
+    @property
+    def cuts(self) -> frozenset[int]:
+        pairs = zip(self.powers, self.models, strict=True)
+        return frozenset().union(*(cuts_of(model) for power, model in pairs if power))
 
     def forward(self, past_key_values: Caches | None = None, **inputs: Any) -> Answer:
         each, moved = self.each(past_key_values, **inputs)

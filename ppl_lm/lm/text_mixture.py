@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ppl_lm.lm.experts import Caches, Experts, combined
+from ppl_lm.lm.experts import Caches, Experts, combined, cuts_of
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.network import Answer
 from ppl_lm.lm.scoring.teacher_forcing import normalise
@@ -44,6 +44,10 @@ class _Mixture(Experts):
     def __init__(self, models: Sequence[nn.Module], log_weights: list[float], end_ids: Sequence[int]):
         super().__init__(models)
         self.log_weights, self.end_ids = log_weights, end_ids
+
+    @property
+    def cuts(self) -> frozenset[int]:  # what one component can draw the mixture can
+        return frozenset.intersection(*(cuts_of(model) for model in self.models))
 
     def new_cache(self) -> "_Begun":
         return _Begun.of(self.models)

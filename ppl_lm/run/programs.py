@@ -141,18 +141,20 @@ def model_and_guide(
     seed: int,
 ) -> tuple[Bound, Bound]:
     """Binds both by argument names: `prior` is the frozen LM, `lm` a trainable copy, `adapted` the prior with a trainable
-    adapter, `table` a trainable table, `twist` a trainable twist, `reward` (or `constraint`) the reward, `beta` its
-    temperature.
+    adapter, `tempered` the prior at a trainable temperature, `table` a trainable table, `twist` a trainable twist, `reward`
+    (or `constraint`) the reward, `beta` its temperature.
 
     :param fitted: the guide's network where it has been fitted before, else None.
     :param rank: of the adapter; `seed`: of its random matrices."""
     from ppl_lm.infer.twists.networks import twist_like
+    from ppl_lm.lm.laws.temperature import tempered
     from ppl_lm.lm.table import table_like
 
     shared = {"prior": lambda: prior, "reward": lambda: reward, "constraint": lambda: reward, "beta": lambda: beta}
     free = {
         "lm": lambda: fitted or prior.copy(),
         "adapted": lambda: fitted or _adapted(prior, rank, seed),
+        "tempered": lambda: fitted or tempered(prior, trainable=True),
         "table": lambda: fitted or table_like(prior),
         "twist": lambda: fitted or twist_like(prior),
     }

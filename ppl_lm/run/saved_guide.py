@@ -1,4 +1,5 @@
-"""The fitted guide on disk: its language model as a Hugging Face folder, checked as it is saved."""
+"""The fitted guide on disk: its language model as a Hugging Face folder, or what of it is not the prior's, checked as it is
+saved."""
 
 import os
 import shutil
@@ -13,14 +14,18 @@ from ppl_lm.infer.binding import Bound
 from ppl_lm.lm.checking.adapter_folders import is_adapter_folder
 from ppl_lm.lm.checking.precision import is_half
 from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.laws.temperature import FILE as TEMPERATURE
+from ppl_lm.lm.laws.temperature import Tempered, load_temperature, save_temperature
 from ppl_lm.lm.prompts import Prompts
 
 
 def read_guide(folder: Path, prior: LanguageModel, max_new_tokens: int | None = None) -> LanguageModel:
-    """A fitted guide's network, trainable: what is an adapter of the prior is put around the prior's own weights. Where the
-    prior has an adapter itself, its copy was fitted, and has a base of its own."""
+    """A fitted guide's network, trainable: what is an adapter of the prior, or a temperature, is put around the prior's own
+    weights. Where the prior has an adapter itself, its copy was fitted, and has a base of its own."""
     import ppl_lm.lm.table  # noqa: F401  so that a fitted table loads
 
+    if (folder / TEMPERATURE).is_file():
+        return load_temperature(prior, folder)
     if is_adapter_folder(folder) and prior.base_sha256 is None:
         return prior.adapted(folder)
     network = LanguageModel.from_pretrained(folder, max_new_tokens, device=prior.device)
@@ -37,7 +42,10 @@ def save_guide(folder: Path, guide: Bound, probes: Prompts, prior: LanguageModel
     lm = trained_language_model(guide)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".guide-"))
     try:
-        lm.save_pretrained(temporary)
+        if isinstance(lm.model, Tempered):
+            save_temperature(lm, temporary)
+        else:
+            lm.save_pretrained(temporary)
         copy = read_guide(temporary, prior)
         with torch.random.fork_rng(), torch.no_grad():
             few = probes.take(torch.arange(min(4, len(probes))))

@@ -48,7 +48,8 @@ def diagnose_draws(draws: Draws, statistics: Mapping[str, Statistic] | None = No
     Of weighted draws: `log_z` and `kl_q_p` = KL(their own law ‖ posterior), nats, with `_se`; `khat` with `khat_se`;
     `max_weight`, the largest weight's share of their sum. Of runs `log_z`, as `kl_q_p` the bound
     log Z - E log Ẑ of a text picked from a run by its weight, and `khat` and `max_weight` of the weights of all runs together:
-    where nothing was resampled they are those of importance sampling. Of exact ones with their proposals `log_z`.
+    where nothing was resampled they are those of importance sampling. Where the guide's support is truncated `log_z` and
+    `kl_q_p` are of the posterior there: lower bounds. Of exact ones with their proposals `log_z`.
 
     Of Markov chains: `r_hat`, the largest of any number; `ess_bulk` and `ess_tail`, draws, the fewest of any number; all three
     ArviZ's rank-normalised ones of split chains (Vehtari et al. 2021), `_se` by the jackknife over chains, or 16 groups of them
@@ -123,7 +124,7 @@ def _figures(draws: Draws, share: float) -> dict[str, Any]:
     figures["lm_tokens"], figures["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
     figures["lm_tokens_per_effective_draw"] = cost.lm_tokens * share / figures["ess"] if figures["ess"] else None
     known = ("kind", "num_samples", "chains", "possible", "ess", "khat", "r_hat", "kl_q_p")
-    verdict = judge_draws(**{k: figures[k] for k in known})
+    verdict = judge_draws(**{k: figures[k] for k in known}, lacks_support=draws.lacks_support)
     return figures | {"verdict": verdict.code, "sentence": verdict.sentence}
 
 

@@ -30,11 +30,13 @@ def judge_draws(
     r_hat: float | None,
     kl_q_p: float | None,
     chains: int = 1,
+    lacks_support: bool = False,
 ) -> Verdict:
     """The verdict on the draws of one sampler and prompt: whether means over them are the posterior's.
 
     :param kind: of `Draws`.
     :param possible: share of the draws that the posterior allows.
+    :param lacks_support: of `Draws`.
     :param chains: of runs how many there are, which alone are independent, by which alone their errors are known."""
     if kind == "exact":
         return Verdict("exact", f"{num_samples} exact, independent posterior draws: use them as they are.")
@@ -60,7 +62,10 @@ def judge_draws(
                 "unreliable", f"The chains agree, but their {num_samples} draws are {worth}: run them longer."
             )
         return Verdict("good", f"The chains agree (R-hat {r_hat:.2f}): {num_samples} correlated draws, {worth}.")
-    far = "" if kl_q_p is None else f" Without weights their law is about {max(kl_q_p, 0):.2f} nats from the posterior."
+    about = "at least" if lacks_support else "about"
+    far = (
+        "" if kl_q_p is None else f" Without weights their law is {about} {max(kl_q_p, 0):.2f} nats from the posterior."
+    )
     if possible < 1:
         far = f" Without weights {1 - possible:.0%} of them are impossible under the posterior."
     if kind in TOGETHER and kl_q_p is not None:
@@ -84,5 +89,12 @@ def judge_draws(
     if ess is None or ess < MIN_ESS:
         return Verdict(
             "unreliable", f"{num_samples} weighted draws are {worth}: draw more, or give a closer guide.{far}"
+        )
+    if lacks_support:
+        return Verdict(
+            "unknown",
+            "The guide's support is truncated (top-p, min-p or top-k): by their weights these draws stand for what the posterior "
+            "has there, how much that is they do not show, and log Z is a lower bound. Diagnose the guide, or give one without "
+            f"the truncation.{far}",
         )
     return Verdict("good", f"With their weights the {num_samples} draws are {worth} of the posterior.{far}")

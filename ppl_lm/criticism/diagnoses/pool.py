@@ -21,7 +21,7 @@ def pooled(prior: Draws, guide: Draws) -> Draws:
     :param prior: draws of the prior, with `log_q` under the guide in their `stats`, as `Diagnosis.prior` has them."""
     both = concatenate([guide, prior])
     log_q = torch.cat([guide.log_guide, prior.stats["log_q"]], 1)
-    return replace(both, log_guide=torch.logaddexp(both.log_prior, log_q) - math.log(2))
+    return replace(both, log_guide=torch.logaddexp(both.log_prior, log_q) - math.log(2), lacks_support=False)
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Pool:
     log_prior: Float[Tensor, "2 N"]
     log_likelihood: Float[Tensor, "2 N"]
     log_guide: Float[Tensor, "2 N"]
+    lacks_support: bool = False  # the guide cannot draw all texts of the prior, whether a draw shows it or not
 
     @staticmethod
     def of(prior: Draws, guide: Draws) -> "Pool":
@@ -43,7 +44,7 @@ class Pool:
         :param guide: as many of the guide. Both of one prompt."""
         both = (prior, guide)
         row = lambda name: torch.stack([getattr(d, name).flatten() for d in both])  # noqa: E731
-        return Pool(row("log_prior"), row("log_likelihood"), row("log_guide"))
+        return Pool(row("log_prior"), row("log_likelihood"), row("log_guide"), guide.lacks_support)
 
     @property
     def log_joint(self) -> Float[Tensor, "2 N"]:
@@ -84,14 +85,14 @@ class Pool:
     def eubo(self) -> tuple[float, float]:
         """E_p[log p(x, evidence) - log q] = log Z + KL(posterior ‖ guide): an upper bound of log Z, nats."""
         centre, influence = self._posterior(self.log_joint - self.log_guide)
-        if centre == torch.inf:  # the guide cannot draw some text that the posterior has
+        if centre == torch.inf or self.lacks_support:  # the guide cannot draw some text that the posterior has
             return math.inf, math.inf
         return float(centre), _error(influence)
 
     def kl_posterior(self) -> tuple[float, float]:
         """KL(posterior ‖ guide) = EUBO - log Z, nats."""
         centre, influence = self._posterior(self.log_joint - self.log_guide)
-        if centre == torch.inf:
+        if centre == torch.inf or self.lacks_support:
             return math.inf, math.inf
         return float(centre - self.log_z), _error(influence - self.relative)
 

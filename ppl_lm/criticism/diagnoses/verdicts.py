@@ -84,7 +84,8 @@ def judge(
 
     In this order: `collapsed`, with a seventh of the posterior's entropy, or half where it has lost most of the mass, and the
     evidence at least as likely; `worse_than_prior`, with ELBO(q) < ELBO(prior), which needs no log Z, unless all that is wrong
-    is the mass that it misses: a guide that is right but for a mass m is -log(1 - m) from the posterior; `misses_mass`;
+    is the mass that it misses: a guide that is right but for a mass m is -log(1 - m) from the posterior; `misses_mass`,
+    also where a text of the posterior is impossible to the guide, whatever its mass;
     `unknown`, where the prior's draws do not show the posterior, so that nothing would show what the guide misses, unless it is
     too far off whatever that is; `good`, where KL(guide ‖ posterior) + 2 SE is below 15% of the prior's distance or 0.125 nats,
     KL(posterior ‖ guide) below twice that, and the mass missed, error included, below a tenth (else `unknown`); else `poor`.
@@ -126,6 +127,13 @@ def judge(
     away = log_likelihood < log_likelihood_prior - 3 * log_likelihood_se or rest > was[0]
     if further and away and rest >= REST * near[0]:
         return _worse(distance, elbo_gain, elbo_gain_se, hard)
+    if kl_p_q == math.inf:
+        return Verdict(
+            "misses_mass",
+            f"The guide's support is truncated: it can never draw some of the posterior's texts, so that KL(posterior ‖ guide) "
+            f"is infinite; {mass}. {distance}.",
+            "Give it without the truncation (top-p, min-p, top-k, a mask), or beside the prior (--guide mixture).",
+        )
     if lost > MISSED:
         return Verdict(
             "misses_mass",

@@ -223,6 +223,7 @@ def _attributes(draws: Draws, picks: Tensor) -> dict[str, Any]:
         "inference_library_version": version("ppl_lm"),
         **versions,
         "kind": draws.kind,
+        "lacks_support": int(draws.lacks_support),
         "num_samples": len(picks),
         "unique_fraction": float(np.mean([len(set(column.tolist())) / len(picks) for column in picks.T])),
         **_cost(draws),

@@ -81,6 +81,7 @@ def from_arviz(data: Any, prompts: Prompts, group: str = "guide") -> Draws:
         plates=plates | {str(name): _plates(value, 0) for name, value in seen.items()},
         proposals=None if all_of is None else Draws(prompts, {}, {}, **all_of),
         kind=raw.attrs["kind"],
+        lacks_support=bool(raw.attrs.get("lacks_support", 0)),
     )
 
 

@@ -50,3 +50,12 @@ def hard_constraint(refused: Objective) -> ValueError:
         f"Objectives that can: {works}. Or draw from this posterior with importance() or rejection(), on the command line with "
         "ppl-lm sample MODEL --sampler rejection"
     )
+
+
+def truncated_guide(refused: Objective) -> ValueError:
+    """That this objective cannot fit a guide whose law is truncated, and what can."""
+    works = ", ".join(name for name in OBJECTIVES if not objective(name, 1.0).mass_covering)
+    return ValueError(
+        f"{refused.name} is infinite for a guide that cannot draw some of the posterior's texts, and this one's law is truncated "
+        f"(top-p, min-p or top-k): fit the language model without the truncation, or by one of {works}"
+    )

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from ppl_lm.infer.draws import Draws, concatenate
-from ppl_lm.infer.samplers.importance_sampling import only_text
+from ppl_lm.infer.samplers.importance_sampling import only_text, require_support
 from ppl_lm.infer.samplers.population import grow
 from ppl_lm.infer.samplers.sequential import PLAIN, finish, laws, require_counts
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.traces.layout import ROWS
+from ppl_lm.infer.traces.sites import lacks_support
 from ppl_lm.infer.traces.structure import nesting_of
 from ppl_lm.lm import meter
 
@@ -62,6 +63,8 @@ def grow_around(
     x = planted.latents[name].flatten(0, 1)  # (S, B, T)
     with meter.measure() as cost:
         prior, proposal = laws(model, guide, prompts)
+        whole = proposal is None or not lacks_support(proposal, prior)
+        require_support(whole, "conditional SMC holds texts of the whole posterior")
         size = max(1, ROWS // (num_samples * settings.expand * len(prompts)))
         parts = []
         possible = (planted.log_weight.flatten(0, 1) > -torch.inf).expand(len(x), len(prompts))

@@ -26,7 +26,8 @@ def importance(
 ) -> Draws:
     """`num_samples` draws of the guide for each prompt, with what is needed to weight them: importance sampling.
 
-    The mean of `exp(draws.log_weight)` is an unbiased estimate of Z for each prompt.
+    The mean of `exp(draws.log_weight)` is an unbiased estimate of Z for each prompt; of a truncated guide
+    (`draws.lacks_support`) of the share of Z that its support has.
 
     :param guide: None draws from the model's own prior.
     :param max_plate_nesting: how many plates lie within each other, the prompts' among them; None: found by a run that draws
@@ -58,6 +59,16 @@ def draw(model: Any, guide: Any, prompts: Any, n: int, nesting: int) -> Draws:
 def require_prompts(prompts: Any) -> None:
     if not len(prompts):
         raise ValueError("no prompt is given; give at least one, which may be empty: ['']")
+
+
+def require_support(whole: bool, what: str) -> None:
+    """:raises ValueError: unless the proposals can be all texts of the posterior, without which `what` claims too much."""
+    if not whole:
+        raise ValueError(
+            f"{what}, and this guide's law is truncated (top-p, min-p or top-k): it cannot draw all texts of the posterior. "
+            "Give the guide without the truncation, or beside the prior (ppl_lm.lm.mixture); or give the model the same "
+            "truncated language model as its prior; or use importance(), which says what its draws stand for"
+        )
 
 
 def only_text(state: Draws) -> tuple[str, ...]:

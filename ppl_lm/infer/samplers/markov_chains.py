@@ -12,8 +12,11 @@ from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
 from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
+from ppl_lm.infer.samplers.importance_sampling import require_support as require_whole
 from ppl_lm.infer.samplers.kernels import Kernel, Propose, suffix
 from ppl_lm.infer.traces.structure import nesting_of
+
+CLAIM = "a Markov chain tends to the whole posterior"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def mcmc(
     :param num_samples: of each chain, after `warmup` further steps.
     :param kernel: `suffix`, `independence` or `particle_gibbs()`, or any function of that signature.
     :raises NoSupportError: if a chain has met no possible text by the end of its warm-up.
+    :raises ValueError: if the guide is truncated: chains would never leave its support.
     """
     require_count("num_samples", num_samples)
     require_count("warmup", warmup, 0)
@@ -74,6 +78,7 @@ def mcmc(
     nesting = nesting_of(max_plate_nesting, model, guide, prompts)
     propose = kernel(model, guide, prompts, nesting)
     state = draw(model, guide, prompts, num_chains, nesting)
+    require_whole(not state.lacks_support, CLAIM)
     cost, kept, rates = state.cost, [], []
     for i in range(warmup + num_samples):
         if i == warmup:

@@ -11,8 +11,9 @@ from torch import Tensor
 from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
+from ppl_lm.infer.samplers.importance_sampling import require_support as require_whole
 from ppl_lm.infer.samplers.kernels import Kernel, suffix
-from ppl_lm.infer.samplers.markov_chains import require_support, step
+from ppl_lm.infer.samplers.markov_chains import CLAIM, require_support, step
 from ppl_lm.infer.traces.layout import Given
 from ppl_lm.infer.traces.structure import nesting_of
 
@@ -94,7 +95,9 @@ class SequenceKernel(MCMCKernel):
 
     @torch.no_grad()
     def _fresh(self) -> Draws:
-        return draw(self.model, self.guide, self._prompts, 2, self._nesting)
+        state = draw(self.model, self.guide, self._prompts, 2, self._nesting)
+        require_whole(not state.lacks_support, CLAIM)
+        return state
 
     def _at(self, params: dict[str, Tensor]) -> Draws:
         with Given({name: torch.stack([value, value]) for name, value in params.items()}, self._nesting):

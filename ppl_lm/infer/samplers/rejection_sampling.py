@@ -11,7 +11,7 @@ from torch import Tensor
 from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import TOLERANCE, Draws, NoSupportError, concatenate
-from ppl_lm.infer.samplers.importance_sampling import importance, require_prompts
+from ppl_lm.infer.samplers.importance_sampling import importance, require_prompts, require_support
 from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.observations import likelihood_bound
 from ppl_lm.infer.traces.structure import nesting_of
@@ -37,7 +37,7 @@ def rejection(
     :param log_bound: nats; no weight p(z, evidence) / q(z) may exceed it. By default that of the model's likelihood
         sites (for `tilted`, r_max/β), which is valid for the prior as guide.
     :param max_proposals: proposals for each prompt.
-    :raises ValueError: if there is no bound, or a draw exceeds it: an error, not a clamp.
+    :raises ValueError: if there is no bound, or a draw exceeds it: an error, not a clamp; or if the guide is truncated.
     :raises NoSupportError: if a prompt has too few draws after `max_proposals`.
     """
     require_count("num_samples", num_samples)
@@ -56,6 +56,7 @@ def rejection(
 
     def keep(part: Draws) -> tuple[Bool[Tensor, "S B"], float]:
         nonlocal nats
+        require_support(not part.lacks_support, "rejection gives exact posterior draws")
         if from_prior and not part.from_prior:
             raise ValueError(
                 "without log_bound= the proposals must come from the prior: this guide is another law, or a scale or mask "

@@ -16,6 +16,7 @@ from ppl_lm.infer.samplers.population import History, Population, grow, log_z_in
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.particles import run
+from ppl_lm.infer.traces.sites import lacks_support
 from ppl_lm.infer.traces.structure import nesting_of
 from ppl_lm.infer.traces.text_site import TextIs, text_law
 from ppl_lm.lm import meter
@@ -67,7 +68,8 @@ def smc(
             population, history = grow(prior, proposal, settings, num_samples, runs)
             parts.append(finish(model, prompts, population, history, batch, nesting))
             done += runs
-    draws = replace(concatenate(parts, dim=0), cost=cost)
+    lacks = proposal is not None and lacks_support(proposal, prior)
+    draws = replace(concatenate(parts, dim=0), cost=cost, lacks_support=lacks)
     require_support(draws)
     return draws
 

@@ -25,6 +25,7 @@ from ppl_lm.infer.traces.sites import (
     check_shape,
     is_record,
     is_sequence,
+    lacks_support,
     log_density,
     log_shift,
     same_law,
@@ -180,6 +181,11 @@ class Particles:
         """Whether the evidence rules texts out: a site says so, or one that was drawn is impossible."""
         declared = any(site["infer"].get("hard") for site in self.model_sites.values())
         return declared or any(bool((log_p == -torch.inf).any()) for log_p in self.log_p.values())
+
+    def lacks_support(self) -> bool:
+        """Whether the guide cannot draw all texts that the model's prior can, its law being truncated."""
+        model = {name: text.law for name, text in self.model_texts().items()}
+        return any(lacks_support(text.law, model.get(name)) for name, text in self.texts().items())
 
     def subsampled(self) -> str | None:
         """Name of a plate that subsamples, if one does."""

@@ -16,6 +16,7 @@ from pyro.util import check_site_shape
 from torch import Tensor
 
 from ppl_lm.likelihood.optimality import Optimality
+from ppl_lm.lm.experts import cuts_of
 from ppl_lm.lm.token_sequence import TokenSequence
 
 Site = dict[str, Any]
@@ -160,6 +161,12 @@ def same_law(site: Site, twin: Site) -> bool:
     if not same_prompts:
         a.prompts.vocabulary.require_same(b.prompts.vocabulary, "guide and target")
     return a.lm is b.lm and same_prompts and same_scale
+
+
+def lacks_support(law: TokenSequence, of: TokenSequence | None) -> bool:
+    """Whether a text's law has been truncated (`ppl_lm.lm.truncated`) where another has not: it cannot draw all that the other
+    can."""
+    return bool(cuts_of(law.lm.model) - (frozenset() if of is None else cuts_of(of.lm.model)))
 
 
 def is_record(site: Site) -> bool:

@@ -85,6 +85,6 @@ def _kl(old: Tensor, new: Tensor) -> float:
     """Σ_t KL(old ‖ new), mean over texts, to second order: half the variance of the log-ratio, which rounding in the
     normalisation does not reach."""
     mass = old.exp()
-    ratio = torch.where(mass > 0, new - old, 0.0)
+    ratio = torch.where((mass > 0) & (new > -torch.inf), new - old, 0.0)  # a truncated law may lose a token
     variance = (mass * ratio.square()).sum(-1) - (mass * ratio).sum(-1).square()
     return float(variance.sum(-1).mean()) / 2
