@@ -115,8 +115,8 @@ CLASSIFIER = LlamaForSequenceClassification(
     ("given", "way"),
     [
         ("vader", "'vader', a name, .* give the function, such as ppl_lm.rewards.vader"),
-        ([rewards.vader, rewards.length], r"a list: .*def both\(\*\*inputs\)"),
-        ({"a": rewards.vader}, r"a dict: .*def both\(\*\*inputs\)"),
+        ([rewards.vader, rewards.length], r"a list: .*WeightedRewards\(\[first, second\]"),
+        ({"a": rewards.vader}, r"a dict: .*WeightedRewards\(\[first, second\]"),
         (CLASSIFIER, r"LlamaForSequenceClassification .*ppl_lm.rewards.classifier\(model, label, tokenizer\)"),
         (Plain, "the class Plain: give an instance"),
         (table_lm(3, 2), "a language model"),

@@ -426,126 +426,6 @@ def test_contains_finds_whole_words_in_any_case():
         rewards.contains(" ")
 
 
-def word_tokenizer(start: str | None):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "good": 3, "bad": 4, "soup": 5}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    if start is not None:
-        words.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
-
-
-@pytest.fixture(scope="module")
-def tiny_classifier():
-    """A random two-layer BERT with dropout, and a word tokenizer made here."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    tokenizer = word_tokenizer("[CLS]")
-    config = BertConfig(
-        vocab_size=6,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=8,
-        hidden_dropout_prob=0.5,
-        id2label={0: "negative", 1: "neutral", 2: "positive"},
-        label2id={"negative": 0, "neutral": 1, "positive": 2},
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = BertForSequenceClassification(config)
-    return model, tokenizer
-
-
-TEXTS = ["good soup", "bad", "good " * 50, "", "soup bad bad good"]
-
-
-def test_a_classifier_gives_log_probabilities_whatever_the_batch(tiny_classifier):
-    model, tokenizer = tiny_classifier
-    by_label = [rewards.classifier(model, name, tokenizer)(completions=TEXTS) for name in model.config.label2id]
-    torch.testing.assert_close(torch.tensor(by_label).exp().sum(0), torch.ones(len(TEXTS)))
-    for batch_size in (1, 2):
-        again = rewards.classifier(model, 2, tokenizer, batch_size=batch_size)(completions=map(chat, TEXTS))
-        torch.testing.assert_close(again, by_label[2], atol=1e-5, rtol=0)
-    reward = Reward(rewards.classifier(model, "positive", tokenizer))
-    assert (reward.name, reward.r_max) == ("log p(positive)", 0.0)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_classifier_runs_without_dropout_and_is_left_in_its_mode(tiny_classifier, training):
-    model, tokenizer = tiny_classifier
-    reward = rewards.classifier(model, "positive", tokenizer)
-    model.train(training)
-    assert reward(completions=TEXTS) == reward(completions=TEXTS) and model.training is training
-
-
-def test_a_classifier_mode_is_restored_when_its_forward_fails(tiny_classifier, monkeypatch):
-    model, tokenizer = tiny_classifier
-    reward = rewards.classifier(model, "positive", tokenizer)
-
-    def fails(*args, **kwargs):
-        assert not model.training
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(model, "forward", fails)
-    model.train()
-    with pytest.raises(RuntimeError, match="out of memory"):
-        reward(completions=TEXTS)
-    assert model.training
-
-
-def test_a_multi_label_classifier_uses_each_label_by_itself(tiny_classifier, monkeypatch):
-    model, tokenizer = tiny_classifier
-    softmax = rewards.classifier(model, "positive", tokenizer)(completions=TEXTS)
-    monkeypatch.setattr(model.config, "problem_type", "multi_label_classification")
-    sigmoid = rewards.classifier(model, "positive", tokenizer)(completions=TEXTS)
-    assert all(s <= 0 for s in sigmoid) and sigmoid != softmax
-
-
-def test_a_classifier_is_loaded_from_a_folder_without_touching_the_random_state(tiny_classifier, tmp_path):
-    model, tokenizer = tiny_classifier
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    state = torch.get_rng_state()
-    loaded = rewards.classifier(str(tmp_path), "positive")
-    assert torch.get_rng_state().equal(state)
-    expected = rewards.classifier(model, "positive", tokenizer)(completions=TEXTS)
-    torch.testing.assert_close(loaded(completions=TEXTS), expected, atol=1e-6, rtol=0)
-
-
-def test_a_folder_without_a_trained_head_is_no_classifier(tiny_classifier, tmp_path):
-    """transformers makes the missing head up at random, and only reports it."""
-    model, tokenizer = tiny_classifier
-    model.bert.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no trained sequence classifier: it lacks .*classifier.weight"):
-        rewards.classifier(tmp_path, 1)
-
-
-def test_classifier_arguments_are_checked(tiny_classifier):
-    model, tokenizer = tiny_classifier
-    with pytest.raises(ValueError, match="label='rude'.*'positive'"):
-        rewards.classifier(model, "rude", tokenizer)
-    with pytest.raises(ValueError, match="label=3"):
-        rewards.classifier(model, 3, tokenizer)
-    with pytest.raises(ValueError, match="needs its tokenizer"):
-        rewards.classifier(model, 1)
-    with pytest.raises(ValueError, match="batch_size=0"):
-        rewards.classifier(model, 1, tokenizer, batch_size=0)
-
-
-def test_a_text_without_any_token_is_refused(tiny_classifier):
-    """Its attention mask would be all zero, and its score would depend on the other texts of the batch."""
-    reward = rewards.classifier(tiny_classifier[0], "positive", word_tokenizer(None))
-    for texts in (["good", ""], [""]):
-        with pytest.raises(ValueError, match="no token of an empty text"):
-            reward(completions=texts)
-
-
 # Names
 
 
@@ -571,9 +451,13 @@ def test_a_reward_of_the_users_own_file(tmp_path):
         resolve_reward(f"{path}:constant")
 
 
-@pytest.mark.parametrize("name", ["", "vadar", "vader:", "contains", "contains:", "contains: ", "text", "my_file"])
+@pytest.mark.parametrize(
+    "name", ["", "vadar", "vader:", "hf:", "contains", "contains:", "contains: ", "text", "my_file"]
+)
 def test_an_unknown_name_lists_what_there_is(name):
-    with pytest.raises(ValueError, match="vader, length, contains:WORD or path/to/file.py:function"):
+    with pytest.raises(
+        ValueError, match=r"vader, length, contains:WORD, hf:FOLDER\[:LABEL\] or path/to/file.py:function"
+    ):
         resolve_reward(name)
 
 

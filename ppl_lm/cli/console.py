@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ppl_lm.run.names import is_file, split, user_files
+from ppl_lm.run.names import is_file, split, split_folder, user_files
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -72,15 +72,20 @@ def as_typed(context: typer.Context) -> str:
         name, value = str(parameter.name), context.params.get(str(parameter.name))
         if not is_typed(context, name):
             continue
-        if parameter.param_type_name == "option":
-            words.append(parameter.opts[0])
-        if value is not True:
-            words.append(str(value))
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if parameter.param_type_name == "option":
+                words.append(parameter.opts[0])
+            if one is not True:
+                words.append(str(one))
     return shlex.join(words)
 
 
 def absolute(spec: str) -> str:
-    """`path/to/file.py:name` with its whole path, so that the run is read from anywhere; names as they are."""
+    """`path/to/file.py:name` and `hf:FOLDER[:LABEL]` with their whole paths, so that the run is read from anywhere; names as
+    they are."""
+    if spec.startswith("hf:"):
+        folder, label = split_folder(spec)
+        return f"hf:{Path(folder).resolve()}{'' if label is None else f':{label}'}" if Path(folder).is_dir() else spec
     path, name = split(spec)
     return f"{Path(path).resolve()}:{name}" if is_file(spec) and Path(path).is_file() else spec
 
@@ -90,9 +95,13 @@ def whole_path(lm: str | None) -> str | None:
 
 
 def with_prompts(settings: Any, path: Path | None) -> Any:
-    if path is None:
-        return settings
+    """Settings with the prompts of a file, as chats where that is asked for.
+
+    :param path: None: their own prompts."""
+    from ppl_lm.run.chat_prompts import as_chats
     from ppl_lm.run.prompts_file import read_prompts
 
-    texts, columns = read_prompts(path)
-    return replace(settings, prompts=texts, columns=columns)
+    if path is not None:
+        texts, columns = read_prompts(path)
+        settings = replace(settings, prompts=texts, columns=columns)
+    return as_chats(settings)

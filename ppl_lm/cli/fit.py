@@ -19,6 +19,7 @@ from ppl_lm.cli.console import (
     out,
     whole_path,
 )
+from ppl_lm.cli.posterior_options import Arguments, Chat, Rewards, System, Weights, asked
 from ppl_lm.run.names import OBJECTIVES, shipped
 
 MODELS, GUIDES = (", ".join(shipped(package)) for package in ("models", "guides"))
@@ -29,15 +30,19 @@ def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"The posterior: {MODELS}, or FILE.py:NAME.")],
     guide: Annotated[str, typer.Option(help=f"The approximation: {GUIDES}, or FILE.py:NAME.")] = "finetuned",
     init_from: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an earlier fit's guide, and with its lm, "
-                                                   "reward, beta, prompts and max-new-tokens where none are given.",
+                                                   "rewards, beta, --set, prompts and max-new-tokens where none are given.",
                                                    show_default="an untrained guide")] = None,
     rank: Annotated[int, typer.Option(help="Of the adapter that the guide lora fits.")] = 16,
     objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(OBJECTIVES)}.")] = "reverse_kl",
     lm: Annotated[str | None, typer.Option(help="A Hugging Face folder or hub name.", show_default="the LM that ships")] = None,
-    reward: Annotated[str, typer.Option(help="vader, length, contains:WORD, or FILE.py:NAME.")] = "vader",
+    reward: Rewards = None,
+    reward_weights: Weights = None,
     beta: Annotated[float, typer.Option(help="Temperature of the reward; lower asks for more of it.")] = 0.2,
+    arguments: Arguments = None,
     prompts: Annotated[Path | None, typer.Option(help="A .txt, one a line; or .csv, .json, .jsonl, .parquet with 'prompt'.",
                                                  show_default="the model's BOS")] = None,
+    chat: Chat = False,
+    system: System = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 40,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Stop fitting after so many seconds.",
@@ -64,6 +69,7 @@ def command(
     from ppl_lm.infer.objectives.catalogue import objective as objective_named
     from ppl_lm.report.progress import FitProgress
     from ppl_lm.report.terminal import measured
+    from ppl_lm.run.chat_prompts import as_chats
     from ppl_lm.run.fitting.loop import StepMetrics, fit
     from ppl_lm.run.measuring import measure
     from ppl_lm.run.outcome import in_words
@@ -81,12 +87,13 @@ def command(
             raise ValueError(f"particles={particles}; give at least 2")
         texts, columns = read_prompts(prompts)
         settings = Settings(
-            model=absolute(model), guide=absolute(guide), rank=rank, objective=objective, reward=absolute(reward), beta=beta,
+            model=absolute(model), guide=absolute(guide), rank=rank, objective=objective, beta=beta,
             lm=whole_path(lm), prompts=texts, columns=columns, max_new_tokens=max_new_tokens, device=device, dtype=dtype,
             seed=seed, batch_size=batch_size, particles=particles or 128, learning_rate=learning_rate, max_steps=max_steps,
             time_limit=time_limit, init_from=None if init_from is None else str(init_from.resolve()),
+            **asked(reward, reward_weights, arguments, chat, system),
         )  # fmt: skip
-        settings = going_on(settings, {name for name in context.params if is_typed(context, name)})
+        settings = as_chats(going_on(settings, {name for name in context.params if is_typed(context, name)}))
         if particles is None:
             particles = max(8, 128 // max(1, min(batch_size, len(settings.prompts))))
             settings = replace(settings, particles=particles)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ppl_lm.cli.console import OtherPrompts, Traceback, absolute, as_typed, errors, out, whole_path, with_prompts
+from ppl_lm.cli.posterior_options import Arguments, Chat, Rewards, System, Weights, asked
 
 
 def command(
@@ -21,12 +22,16 @@ def command(
                                              "(smc 1,024 or more), write all, and show so many.")] = 10,
     guide: Annotated[str | None, typer.Option(help="With MODEL: what proposes, as for fit or a RUN's fitted guide.",
                                               show_default="prior")] = None,
-    lm: Annotated[str | None, typer.Option(help="With MODEL, as for fit; likewise the next four.")] = None,
-    reward: Annotated[str | None, typer.Option()] = None,
+    lm: Annotated[str | None, typer.Option(help="With MODEL, as for fit; likewise the next six.")] = None,
+    reward: Rewards = None,
+    reward_weights: Weights = None,
     beta: Annotated[float | None, typer.Option()] = None,
     max_new_tokens: Annotated[int | None, typer.Option()] = None,
     dtype: Annotated[str | None, typer.Option()] = None,
+    arguments: Arguments = None,
     prompts: OtherPrompts = None,
+    chat: Chat = False,
+    system: System = None,
     output_dir: Annotated[Path | None, typer.Option(help="Where draws.nc and diagnosis.json are written.",
                                                     show_default="with RUN its folder, by SAMPLER; else runs/")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier draws in OUTPUT_DIR; a RUN's own "
@@ -46,10 +51,10 @@ def command(
     from ppl_lm.run.sampling import sample as draw
     from ppl_lm.run.write_run import write_config, write_sample
 
-    given = {"guide": guide, "lm": whole_path(lm), "reward": reward, "beta": beta, "dtype": dtype}
-    given["max_new_tokens"] = max_new_tokens
-    given = {k: absolute(v) if k in ("guide", "reward") else v for k, v in given.items() if v is not None}
+    given = {"guide": guide, "lm": whole_path(lm), "beta": beta, "max_new_tokens": max_new_tokens, "dtype": dtype}
+    given = {k: absolute(v) if k == "guide" else v for k, v in given.items() if v is not None}
     with errors(traceback):
+        given |= asked(reward, reward_weights, arguments, chat, system)
         require_sampler(sampler)
         settings, fitted = settings_of(absolute(source), sampler, given)
         settings = replace(with_prompts(settings, prompts), seed=seed)
@@ -74,6 +79,6 @@ def command(
             out.print(sample.diagnosis.how, markup=False)
             for line in draw_lines(sample.draws, num_samples):
                 out.print(line, soft_wrap=True)
-            out.print(worth(sample.diagnosis), markup=False)
+            out.print(worth(sample.diagnosis, [*sample.draws.records]), markup=False)
             out.print(verdict(sample.diagnosis.verdict))
             out.print(f"written: {written}", markup=False)

@@ -6,7 +6,6 @@ import typer
 from typer.core import TyperCommand
 
 INSTEAD = {
-    "--reward": "; several rewards are one function in a file that adds them: --reward FILE.py:NAME",
     "--prompts": "; write all prompts into one file",
 }
 

@@ -15,7 +15,7 @@ def over_prompts(
     without: Collection[str] = (),
 ) -> dict[str, Any]:
     """Means over prompts, and standard errors (`_se`) of means of independent figures. Of truth values whether all are true, of
-    words the first. None where a prompt lacks the figure.
+    words the first, of figures by name likewise each. None where a prompt lacks the figure.
 
     :param largest: of these the largest, with its own error; of prompts that have none there is none.
     :param smallest: likewise.
@@ -37,6 +37,8 @@ def over_prompts(
             row[key] = pick(known, key=lambda figures: figures[of])[key] if known else None  # noqa: B023  called at once
         elif None in column:
             row[key] = None
+        elif isinstance(column[0], dict):
+            row[key] = {name: over_prompts([by_name[name] for by_name in column]) for name in column[0]}
         elif isinstance(column[0], bool):
             row[key] = all(column)
         elif isinstance(column[0], str) or key in shared:

@@ -35,8 +35,8 @@ class RewardTimeout(RewardError):
 
 
 SUM_OF_REWARDS = (
-    "rewards are not added or scaled as objects. Give one function that does: def both(**inputs): return [a + 0.5 * b for a, b "
-    "in zip(first(**inputs), second(**inputs))]; or a program of your own that takes two rewards, each bound by its name"
+    "rewards are not added or scaled as objects: give ppl_lm.likelihood.WeightedRewards([first, second], weights=[1.0, 0.5]), "
+    "which records each; or a program of your own that takes two rewards, each bound by its name"
 )
 
 
@@ -260,7 +260,8 @@ def require_reward(function: Any) -> None:
     if is_pipeline or (is_pretrained and not takes_completions(function)):
         raise TypeError(
             f"{what}; got {type(function).__name__} of Hugging Face's: for a sequence classifier give "
-            "ppl_lm.rewards.classifier(model, label, tokenizer); around another write a function of texts"
+            "ppl_lm.rewards.classifier(model, label, tokenizer), for one of a single logit ppl_lm.rewards.reward_model(model, "
+            "tokenizer); around another write a function of texts"
         )
     if not callable(function):
         raise TypeError(f"{what}; got {function!r}")

@@ -8,13 +8,19 @@ def readable(prompt: Any) -> str:
     """A text as it is; of a chat `role: content` of each message."""
     if isinstance(prompt, str):
         return prompt
-    return " | ".join(f"{message.get('role')}: {_content(message.get('content'))}" for message in prompt)
+    return " | ".join(f"{message.get('role')}: {content(message.get('content'))}" for message in prompt)
 
 
-def _content(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list | tuple) else [content]
+def last_message(prompt: Any) -> str:
+    """What tells prompts apart in little room: a text as it is, of a chat the last message, with its role."""
+    return readable(prompt if isinstance(prompt, str) else prompt[-1:])
+
+
+def content(given: Any) -> str:
+    """A message's text, of parts those that are texts."""
+    if isinstance(given, str):
+        return given
+    parts = given if isinstance(given, list | tuple) else [given]
     texts = [part.get("text", "") if isinstance(part, Mapping) else part for part in parts]
     return " ".join(str(text) for text in texts if text is not None)
 

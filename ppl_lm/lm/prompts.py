@@ -196,7 +196,7 @@ class Prompts:
         ids = [[i for i in row if i not in ends] + tail for row in self.completion_ids(completions)]
         rows = [[*head, *row] for head, row in zip(base.unpadded(), ids, strict=True)]
         texts = [
-            text.removesuffix(lost) + part if isinstance(text, str) else _answered(text, lost, part)
+            text.removesuffix(lost) + part if isinstance(text, str) else answered(text, lost, part)
             for text, (lost, part) in zip(base.texts, added(self.vocabulary, base.contexts, ids), strict=True)
         ]
         longer = Prompts.from_ids(rows, self.vocabulary, texts=texts, columns=base.columns, device=self.ids.device)
@@ -204,7 +204,7 @@ class Prompts:
         return replace(longer, ids=track_provenance(longer.ids, get_provenance(x) | get_provenance(self.ids)))
 
 
-def _answered(chat: Sequence[Mapping[str, Any]], lost: str, part: str) -> list[Any]:
+def answered(chat: Sequence[Mapping[str, Any]], lost: str, part: str) -> list[Any]:
     """A chat that goes on with a part of the assistant's answer, which replaces what is `lost` at its end."""
     last = chat[-1]
     if last.get("role") == "assistant" and isinstance(last.get("content"), str):

@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from ppl_lm.lm.prompt_names import content, readable
 from ppl_lm.plot.untrusted import visible
 from ppl_lm.report.heat_map import heat_html
 
@@ -38,6 +39,7 @@ def render(template: str, **values: Any) -> str:
         "quoted": shlex.quote,
         "shown": shown,
         "lines": lines,
+        "messages": messages,
         "number": plain_number,
         "signed": lambda v: f"{v:+.2f}".replace("-", "−"),
     }
@@ -47,8 +49,13 @@ def render(template: str, **values: Any) -> str:
 
 
 def shown(text: Any) -> str:
-    """Untrusted text in one line: a prompt, a name, a path."""
-    return visible(text if isinstance(text, str) else repr(text)) if text != "" else "(empty)"
+    """Untrusted text in one line: a prompt, of a chat each message after its role, a name, a path."""
+    return visible(readable(text) if isinstance(text, (str, list, tuple)) else repr(text)) if text != "" else "(empty)"
+
+
+def messages(chat: list[Any]) -> list[tuple[str, str]]:
+    """Role and text of each message, untrusted text of several lines."""
+    return [(shown(str(message.get("role"))), lines(content(message.get("content")))) for message in chat]
 
 
 def lines(text: str) -> str:

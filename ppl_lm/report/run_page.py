@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ppl_lm.criticism.diagnoses.figures import GuideFigures, PromptFigures
-from ppl_lm.criticism.diagnoses.side_by_side import some
+from ppl_lm.criticism.diagnoses.side_by_side import recorded, some
 from ppl_lm.criticism.diagnoses.verdicts import COVER, doubt, good_limit
 from ppl_lm.criticism.weights import khat_threshold
 from ppl_lm.infer.draws import EQUAL, Draws
@@ -133,7 +133,7 @@ def _guide_tables(average: GuideFigures) -> list[tuple[str, list[dict[str, str]]
     tables = {
         "Distances": rows(figures, words.DISTANCES),
         "Evidence": rows(figures, words.BRACKET),
-        "Reward": rows(figures, words.REWARDS),
+        "Reward": [*rows(figures, words.REWARDS), *_recorded(average)],
         "Weights and draws": rows(figures, words.WEIGHTS),
     }
     if not average.iwae_upper_exact:
@@ -141,6 +141,19 @@ def _guide_tables(average: GuideFigures) -> list[tuple[str, list[dict[str, str]]
             if row["name"] == "reverse IWAE":
                 row["meaning"] += "; here only approximate, from the guide's own draws"
     return [(title, lines) for title, lines in tables.items() if lines]
+
+
+def _recorded(average: GuideFigures) -> list[dict[str, str]]:
+    """What else the model records, such as the parts of a sum of rewards."""
+    return [
+        {"name": f"E[{shown(name)}] of the {law}", "unit": "", "meaning": "", "value": pm(*of_law)}
+        for name, m in average.recorded.items()
+        for law, of_law in {
+            "prior": (m.prior, m.prior_se),
+            "guide": (m.guide, m.guide_se),
+            "posterior": (m.posterior, m.posterior_se),
+        }.items()
+    ]
 
 
 def _draws_tables(diagnosis: DrawsDiagnosis) -> list[tuple[str, list[dict[str, str]]]]:
@@ -172,9 +185,9 @@ def _texts(draws: Draws) -> list[dict[str, Any]]:
         values = [None] * len(texts) if reward is None else reward[0, :, b].tolist()
         log_w = few.log_weight[0, :, min(b, few.log_weight.shape[-1] - 1)].tolist()
         lines = [
-            {"tokens": [text], "gains": None, "reward": r}
+            {"tokens": [text], "gains": None, "reward": r, "recorded": recorded(few, s, b)}
             | ({} if draws.kind in EQUAL else {"log_weight": w if math.isfinite(w) else None})
-            for text, r, w in zip(texts, values, log_w, strict=True)
+            for s, (text, r, w) in enumerate(zip(texts, values, log_w, strict=True))
         ]
         shown_texts.append({"prompt": draws.prompts.texts[b], "exact": draws.kind == "exact", "draws": lines})
     return shown_texts

@@ -13,6 +13,7 @@ from ppl_lm.criticism.diagnoses.figures import GuideFigures, PromptFigures
 from ppl_lm.criticism.diagnoses.verdicts import Verdict, doubt
 from ppl_lm.criticism.weights import khat_threshold
 from ppl_lm.infer.draws import Draws
+from ppl_lm.lm.prompt_names import last_message, readable
 from ppl_lm.plot.untrusted import one_line
 from ppl_lm.run.measuring import Measurement
 
@@ -22,6 +23,7 @@ COLOURS |= {"exact": "green", "unreliable": "yellow", "not_converged": "red", "i
 
 PROMPTS = 8  # of which a line is printed
 TEXTS, WIDTH = 5, 60  # that are printed of each law, and characters of a column
+CHAT = 120  # characters of a message that are printed
 
 
 def clean(text: str, width: int = 0) -> Text:
@@ -59,6 +61,10 @@ def figures(average: GuideFigures, title: str) -> Table:
     if f.reward is not None:
         prior, posterior = _pm(f.reward_prior, f.reward_prior_se), _pm(f.reward_posterior, f.reward_posterior_se)
         table.add_row("E(reward)", f"prior {prior}, guide {_pm(f.reward, f.reward_se)}, posterior {posterior}")
+    for name, means in f.recorded.items():
+        prior, guide = _pm(means.prior, means.prior_se), _pm(means.guide, means.guide_se)
+        posterior = _pm(means.posterior, means.posterior_se)
+        table.add_row(clean(f"E({name})"), f"prior {prior}, guide {guide}, posterior {posterior}")
     table.add_row("posterior mass missed", f"{f.missing:.1%} ± {f.missing_se:.1%}")
     posterior = _pm(f.entropy_posterior, f.entropy_posterior_se)
     table.add_row("entropy", f"guide {_pm(f.entropy, f.entropy_se)}, posterior {posterior} nats")
@@ -93,8 +99,12 @@ def texts(prior: Draws, guide: Draws, title: str) -> Table:
 
 def texts_title(prompts: Sequence[Any]) -> str:
     """Whose texts are shown: those of the first prompt, which may be a chat."""
-    title = "samples" if prompts[0] == "" else f"samples after {clean(str(prompts[0]), 40).plain!r}"
-    return title if len(prompts) == 1 else f"{title}, the first of {len(prompts)} prompts"
+    several = len(prompts) > 1
+    if isinstance(prompts[0], str):
+        title = f"samples{f' after {clean(prompts[0], 40).plain!r}' if prompts[0] else ''}"
+        return f"{title}, the first of {len(prompts)} prompts" if several else title
+    chat = [f"  {clean(readable([message]), CHAT).plain}" for message in prompts[0]]
+    return "\n".join(["samples after the chat", *chat, *[f"the first of {len(prompts)} prompts"] * several])
 
 
 def verdict(judged: Verdict) -> Text:
@@ -104,7 +114,7 @@ def verdict(judged: Verdict) -> Text:
 
 def _prompt(one: PromptFigures) -> Text:
     """A line of one prompt; under a hard constraint of the KL that is finite there."""
-    name = clean(str(one.prompt), 40).plain
+    name = clean(last_message(one.prompt), 40).plain
     what, kl, se, prior = "KL(guide ‖ posterior)", one.kl_q_p, one.kl_q_p_se, one.kl_prior_p
     if math.isinf(prior):
         what, kl, se, prior = "KL(posterior ‖ guide)", one.kl_p_q, one.kl_p_q_se, one.kl_p_prior
@@ -115,7 +125,7 @@ def _prompt(one: PromptFigures) -> Text:
 
 
 def _pm(value: float | None, se: float | None) -> str:
-    if value is None or not math.isfinite(value):
+    if value is None or se is None or not math.isfinite(value):
         return str(value)
     return f"{round(value, 3) + 0.0:.3f} ± {se:.3f}"  # + 0.0: no minus before a zero
 

@@ -23,6 +23,7 @@ def board_title(board: Board) -> str:
     """The posterior that the runs of this table share."""
     posterior = board.posterior
     asked = {"model": posterior.model, "reward": posterior.reward, "beta": posterior.beta}
+    asked |= posterior.arguments
     title = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
     return f"{title}, {len(posterior.prompts)} prompt(s), {posterior.max_new_tokens} tokens"
 

@@ -1,11 +1,14 @@
 """What `ppl-lm sample` prints: draws with their figures, and what they are worth."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
 
 from ppl_lm.criticism.diagnoses.side_by_side import some
 from ppl_lm.infer.draws import EQUAL, Draws
+from ppl_lm.lm.prompt_names import readable
+from ppl_lm.plot.untrusted import one_line
 from ppl_lm.report.terminal import clean
 from ppl_lm.run.files import finite
 from ppl_lm.run.typed_diagnosis import DrawsDiagnosis
@@ -18,7 +21,7 @@ def draw_lines(draws: Draws, count: int) -> list[Text]:
     lines = [Text("  ".join([*names, "prompt │ completion"]), style="bold")]
     for row in rows:
         numbers = "  ".join(f"{row[name]:+{len(name)}.2f}" for name in names)
-        lines.append(Text(f"{numbers} ") + clean(f"{row['prompt']} │ {row['completion']}"))
+        lines.append(Text(f"{numbers} ") + clean(f"{readable(row['prompt'])} │ {row['completion']}"))
     return lines
 
 
@@ -44,13 +47,14 @@ def json_rows(draws: Draws, count: int) -> list[dict[str, Any]]:
     ]
 
 
-def worth(diagnosis: DrawsDiagnosis) -> str:
-    """The figures in a line."""
+def worth(diagnosis: DrawsDiagnosis, records: Sequence[str] = ("reward",)) -> str:
+    """The figures in a line, posterior means of these records first, the reward before its parts."""
     average, mean = diagnosis.average, "mean " if len(diagnosis.prompts) > 1 else ""
     parts = []
-    reward = average.means.get("reward")
-    if reward is not None and reward.value is not None:
-        parts.append(f"{mean}posterior E(reward) {_pm(reward.value, reward.se)}")
+    for name in sorted(records, key=lambda name: name != "reward"):
+        known = average.means.get(name)
+        if known is not None and known.value is not None:
+            parts.append(f"{mean}posterior E({one_line(name)}) {_pm(known.value, known.se)}")
     if average.log_z is not None:
         parts.append(f"{mean}log Z {_pm(average.log_z, average.log_z_se)} nats")
     if average.ess:

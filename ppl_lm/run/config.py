@@ -12,6 +12,7 @@ import networkx
 
 from ppl_lm.infer.traces.program_graph import model_graph
 from ppl_lm.likelihood.reward import Reward
+from ppl_lm.likelihood.weighted_rewards import WeightedRewards
 from ppl_lm.run.programs import Programs
 from ppl_lm.run.settings import Settings
 
@@ -61,7 +62,7 @@ class Config:
             sources=Sources(
                 _source(programs.model.program),
                 _source(programs.guide.program),
-                _source(reward.function) if isinstance(reward, Reward) else None,
+                _source_of_reward(reward) if isinstance(reward, Reward) else None,
             ),
             graph=_graph(programs),
         )
@@ -74,8 +75,18 @@ class Config:
         """The inverse of `as_json`, but that any machine may read it: the device that was asked for is no property of the
         posterior."""
         parts = {key: value for key, value in record.items() if key not in ("written_by", "format")}
-        settings = replace(Settings(**parts.pop("settings")), device=None)
+        asked = parts.pop("settings")
+        if isinstance(asked["reward"], str):  # as it was written when there could be but one
+            asked = asked | {"reward": [asked["reward"]]}
+        settings = replace(Settings(**asked), device=None)
         return cls(settings=settings, sources=Sources(**parts.pop("sources")), **parts)
+
+
+def _source_of_reward(reward: Reward) -> str | None:
+    """Of several, one after the other."""
+    parts = reward.rewards if isinstance(reward, WeightedRewards) else [reward]
+    sources = [source for part in parts if (source := _source(part.function)) is not None]
+    return "\n\n".join(sources) or None
 
 
 def _source(function: Callable[..., Any]) -> str | None:

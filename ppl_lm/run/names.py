@@ -39,6 +39,18 @@ def split(spec: str) -> tuple[str, str]:
     return path, name
 
 
+def split_folder(spec: str) -> tuple[str, str | None]:
+    """Folder, or name on the hub, and label of `hf:FOLDER[:LABEL]`, None without one; of several colons the last one before
+    which there is a folder parts them."""
+    rest = spec.removeprefix("hf:")
+    if Path(rest).is_dir():
+        return rest, None
+    parts = rest.split(":")
+    heads = [":".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
+    head = next((head for head in heads if Path(head).is_dir()), heads[0] if heads else rest)
+    return head, rest[len(head) + 1 :] if heads else None
+
+
 def from_file(spec: str, what: str) -> Callable[..., Any]:
     """The function `name` of `path/to/file.py:name`. The file may import its neighbours as it is run, not later.
 

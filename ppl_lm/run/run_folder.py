@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ppl_lm.run.config import FORMAT, Config
 from ppl_lm.run.files import read_json
+from ppl_lm.run.programs import guide_arguments
 from ppl_lm.run.settings import Settings
 
 MARK = "config.json"  # a folder with one that ppl-lm wrote is a run
@@ -93,7 +94,10 @@ def going_on(settings: Settings, given: Collection[str]) -> Settings:
         name for name in ("guide", "lm", "dtype", "reward", "beta", "prompts", "max_new_tokens") if name not in given
     }
     kept |= {"columns"} if "prompts" in kept else set()
-    return replace(settings, **{name: getattr(theirs, name) for name in kept})
+    kept |= {"reward_weights"} if not {"reward", "reward_weights"} & {*given} else set()
+    kept |= {"chat", "system"} if not {"chat", "system"} & {*given} else set()
+    own = theirs.arguments if theirs.model == settings.model else guide_arguments(theirs)
+    return replace(settings, **{name: getattr(theirs, name) for name in kept}, arguments=own | settings.arguments)
 
 
 def fitted_guide(folder: Path) -> Path:

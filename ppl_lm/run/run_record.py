@@ -21,7 +21,9 @@ class FailedFit:
 
 @dataclass(frozen=True)
 class Posterior:
-    """The settings that make a posterior: of the reward and its temperature those that the program takes, else None."""
+    """The settings that make a posterior: of the reward and its temperature those that the program takes, else None.
+
+    :param arguments: its own, as far as they were given."""
 
     model: str
     lm: str | None
@@ -30,6 +32,7 @@ class Posterior:
     max_new_tokens: int
     reward: str | None
     beta: float | None
+    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +64,9 @@ class Run:
             prompts=settings.prompts,
             columns=settings.columns,
             max_new_tokens=settings.max_new_tokens,
-            reward=settings.reward if arguments & {"reward", "constraint"} else None,
+            reward=settings.reward_in_words if arguments & {"reward", "constraint"} else None,
             beta=settings.beta if "beta" in arguments else None,
+            arguments={name: value for name, value in settings.arguments.items() if name in arguments},
         )
 
 

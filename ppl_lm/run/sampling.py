@@ -13,7 +13,7 @@ from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.lm import meter
 from ppl_lm.run.named_samplers import SAMPLERS
 from ppl_lm.run.names import is_file, shipped
-from ppl_lm.run.programs import Programs
+from ppl_lm.run.programs import Programs, guide_arguments
 from ppl_lm.run.run_folder import MARK, fitted_guide, read_config
 from ppl_lm.run.settings import Settings
 from ppl_lm.run.typed_diagnosis import DrawsDiagnosis
@@ -71,7 +71,9 @@ def settings_of(source: str, sampler: str, given: dict[str, Any]) -> tuple[Setti
     if not _is_program(source, "models"):
         settings = read_config(Path(source)).settings
         if given:
-            raise ValueError(f"{next(iter(given))}: the run has its own; give it together with a MODEL")
+            name = next(iter(given))
+            name = "set" if name == "arguments" else name
+            raise ValueError(f"{name}: the run has its own; give it together with a MODEL")
         if sampler == "rejection":
             return replace(settings, guide="prior"), None
         return settings, fitted_guide(Path(source))
@@ -83,8 +85,10 @@ def settings_of(source: str, sampler: str, given: dict[str, Any]) -> tuple[Setti
         raise ValueError(
             f"max_new_tokens={length}, but guide={guide!r} was fitted to {fitted.max_new_tokens}: leave it out"
         )
-    own = {name: getattr(fitted, name) for name in ("lm", "prompts", "columns", "max_new_tokens")}
-    return Settings(**{"model": source, **own, **given, "guide": fitted.guide}), fitted_guide(Path(guide))
+    own = {name: getattr(fitted, name) for name in ("lm", "prompts", "columns", "chat", "system", "max_new_tokens")}
+    arguments = guide_arguments(fitted) | given.get("arguments", {})
+    made = Settings(**{"model": source, **own, **given, "guide": fitted.guide, "arguments": arguments})
+    return made, fitted_guide(Path(guide))
 
 
 def _is_program(spec: str, package: str) -> bool:

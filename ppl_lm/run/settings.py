@@ -13,6 +13,9 @@ class Settings:
         of the prior.
     :param dtype: of the LM's weights: float32, bfloat16 or float16; None: as the LM was saved by ppl_lm, else float32.
     :param rank: of the adapter that `lora` fits.
+    :param reward: as the command line names them; what is asked for is their sum with `reward_weights`, None being 1 each.
+    :param arguments: the programs' own, by name.
+    :param chat: whether prompts that are texts were made chats, each the user's message; `system`: the message before it.
     :param time_limit: seconds."""
 
     model: str
@@ -21,8 +24,12 @@ class Settings:
     init_from: str | None = None
     objective: str = "reverse_kl"
     lm: str | None = None
-    reward: str = "vader"
+    reward: list[str] = field(default_factory=lambda: ["vader"])
+    reward_weights: list[float] | None = None
     beta: float = 0.2
+    arguments: dict[str, Any] = field(default_factory=dict)
+    chat: bool = False
+    system: str | None = None
     prompts: list[Any] = field(default_factory=lambda: [""])
     columns: dict[str, list[Any]] = field(default_factory=dict)
     max_new_tokens: int = 40
@@ -34,3 +41,14 @@ class Settings:
     learning_rate: float | None = None
     max_steps: int | None = None
     time_limit: float | None = None
+
+    @property
+    def reward_in_words(self) -> str:
+        """The reward as one line.
+
+        >>> Settings("tilted", reward=["vader", "length"], reward_weights=[1.0, -0.1]).reward_in_words
+        '1 × vader + -0.1 × length'
+        """
+        if self.reward_weights is None:
+            return " + ".join(self.reward)
+        return " + ".join(f"{w:g} × {name}" for w, name in zip(self.reward_weights, self.reward, strict=True))

@@ -90,7 +90,7 @@ def _constants(programs: Programs) -> dict[str, Any]:
     settings = programs.settings
     return {
         "model": settings.model,
-        "reward": settings.reward,
+        "reward": settings.reward_in_words,
         "beta": settings.beta,
         "prior_sha256": fingerprint(programs.prior),
         "vocabulary_sha256": programs.prior.vocabulary.fingerprint,

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ppl_lm.criticism.averages import over_prompts
@@ -23,6 +23,7 @@ from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import accept, select
 from ppl_lm.infer.tables import as_html
 from ppl_lm.infer.traces.observations import likelihood_bound
+from ppl_lm.lm.prompt_names import readable
 
 SHOWN = ["verdict", "log_z", "log_z_se", "kl_q_p", "kl_q_p_se", "kl_p_q", "kl_p_q_se", "ess", "khat"]  # in a notebook
 MIN_EXACT = 20  # exact draws for a prompt, below which the reverse IWAE is the approximate one
@@ -56,8 +57,10 @@ class Diagnosis:
 
         local = len(self.prompts) == len(self.guide.prompts)
         names = self.guide.prompts.names if local else ["all prompts"]
-        table = pd.DataFrame([one.as_json() for one in self.prompts], index=pd.Index(names, name="prompt"))
-        return table.drop(columns="prompt")
+        rows = [one.as_json() for one in self.prompts]
+        for row in rows:
+            row |= {f"{k}_{of}": v for k, means in row.pop("recorded").items() for of, v in means.items()}
+        return pd.DataFrame(rows, index=pd.Index(names, name="prompt")).drop(columns="prompt")
 
     def _repr_html_(self) -> str:
         return as_html(self.to_dataframe()[SHOWN], str(self.verdict))
@@ -134,7 +137,7 @@ def diagnose(
     )
     cost = from_prior.cost + from_guide.cost
     average |= {"lm_tokens": cost.lm_tokens, "reward_calls": cost.reward_calls}
-    names = [str(f["prompt"]) for f in figures]
+    names = [readable(f["prompt"]) for f in figures]
     verdict = verdicts[0] if len(verdicts) == 1 else of_prompts(judge(**average), verdicts, names)
     by_prompt = [PromptFigures.from_json(one) for one in figures]
     return Diagnosis(by_prompt, GuideFigures.from_json(average), verdict, from_prior, from_guide)
@@ -180,11 +183,11 @@ def _figures(
     figures["log_likelihood_posterior"] = pool.posterior(pool.log_likelihood)[0]
     figures["seen"], figures["bounded"] = pool.seen(bound), bound is not None
     figures["possible"] = float((guide.log_weight > -torch.inf).double().mean())
-    if "reward" in guide.records:
-        rewards = torch.stack([_reward(draws) for draws in (prior, guide)])
-        put("reward", mean(rewards[1].unsqueeze(-1)))
-        put("reward_prior", mean(rewards[0].unsqueeze(-1)))
-        put("reward_posterior", pool.posterior(rewards))
+    by_record = {name: _means([prior.records[name], guide.records[name]], pool) for name in guide.records}
+    if (rewards := by_record.pop("reward", None)) is not None:
+        laws = {"": "guide", "_prior": "prior", "_posterior": "posterior"}
+        figures |= {f"reward{name}{se}": rewards[f"{law}{se}"] for name, law in laws.items() for se in ("", "_se")}
+    figures["recorded"] = by_record
     log_w = guide.log_weight.flatten()
     put("ess", (kong_ess(log_w), ess_se(log_w)))
     figures["khat"], figures["khat_se"] = psis_khat(log_w), khat_se(log_w)
@@ -196,6 +199,16 @@ def _figures(
     return figures, judge(**figures)
 
 
-def _reward(draws: Draws) -> Float64[Tensor, "S"]:
-    """Of each draw; the mean over prompts where they have but a joint weight, and over inner plates."""
-    return draws["reward"].double().flatten(0, 1).flatten(1).mean(1)
+def _means(of_laws: list[Tensor], pool: Pool) -> dict[str, float]:
+    """Of a record by each law, with standard errors.
+
+    :param of_laws: of the prior's draws and of the guide's, each (C, S, B, ...)."""
+    values = torch.stack([_numbers(value) for value in of_laws])  # (2, N)
+    prior, guide = (mean(row.unsqueeze(-1)) for row in values)
+    means = {"prior": prior, "guide": guide, "posterior": pool.posterior(values)}
+    return {f"{law}{se}": float(of[i]) for law, of in means.items() for i, se in enumerate(("", "_se"))}
+
+
+def _numbers(record: Float[Tensor, "C S *B"]) -> Float64[Tensor, "N"]:
+    """One of each draw; the mean over prompts where they have but a joint weight, and over inner plates."""
+    return record.double().flatten(0, 1).flatten(1).mean(1)

@@ -17,6 +17,7 @@ from ppl_lm.criticism.statistics import Statistic, numbers, recorded
 from ppl_lm.criticism.weights import ess_se, khat_se, max_weight, pareto_smooth, psis_khat
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.log_weights import log_mean
+from ppl_lm.lm.prompt_names import readable
 
 FIGURES = (  # keys that no statistic may have
     *("prompt", "prompts", "kind", "num_samples", "chains", "possible", "unique", "acceptance_rate"),
@@ -75,7 +76,7 @@ def diagnose_draws(draws: Draws, statistics: Mapping[str, Statistic] | None = No
     average |= {"verdict": worst["verdict"], "sentence": worst["sentence"]}
     if batch > 1:
         count = sum(figures["verdict"] == worst["verdict"] for figures in by_prompt)
-        average["sentence"] = f"{count} of {batch} prompts, first {worst['prompt']!r}: {worst['sentence']}"
+        average["sentence"] = f"{count} of {batch} prompts, first {readable(worst['prompt'])!r}: {worst['sentence']}"
     return {**average, "prompts": by_prompt}
 
 

@@ -14,10 +14,24 @@ D = TypeVar("D", bound="DrawsFigures")
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecordedMeans:
+    """Means of a number that the model records, by the prior, the guide and the posterior, with standard errors; None where
+    one is infinite or not known."""
+
+    prior: float | None
+    prior_se: float | None
+    guide: float | None
+    guide_se: float | None
+    posterior: float | None
+    posterior_se: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuideFigures:
     """Figures of a guide, of one prompt or averaged over them, nats where nothing else is said; see `ppl_lm.diagnose`.
 
     :param reward: in the reward's own unit; likewise `reward_prior` and `reward_posterior`; None of models without one.
+    :param recorded: of whatever else the model records, each in its own unit, by name: the parts of a sum of rewards.
     :param ess: draws; `missing`, `possible` and `max_weight`: shares."""
 
     elbo: float
@@ -62,6 +76,7 @@ class GuideFigures:
     reward_prior_se: float | None = None
     reward_posterior: float | None = None
     reward_posterior_se: float | None = None
+    recorded: dict[str, RecordedMeans] = field(default_factory=dict)
     ess: float
     ess_se: float
     khat: float | None
@@ -76,6 +91,7 @@ class GuideFigures:
     def from_json(cls: type[G], record: Mapping[str, Any]) -> G:
         """Of a record that may hold more than these."""
         known: dict[str, Any] = {f.name: record[f.name] for f in fields(cls) if f.name in record}
+        known["recorded"] = {name: RecordedMeans(**means) for name, means in known.get("recorded", {}).items()}
         known = {name: _restored(name) if value is None else value for name, value in known.items()}
         return cls(**known)
 

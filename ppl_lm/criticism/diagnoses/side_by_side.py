@@ -18,11 +18,14 @@ TEXTS, VARIED = 500, 4  # texts of each law whose variety is measured, and promp
 
 
 class ShownText(TypedDict):
-    """A text: what each token adds to it, and log q - log p0 of each token, nats; see `samples`."""
+    """A text: what each token adds to it, and log q - log p0 of each token, nats; see `samples`.
+
+    `recorded`: what the model recorded of it besides the reward, by name; None of what is infinite."""
 
     tokens: list[str]
     gains: list[float] | None
     reward: float | None
+    recorded: NotRequired[dict[str, float | None]]
     log_weight: NotRequired[float | None]
 
 
@@ -42,7 +45,8 @@ def samples(
     """Of each of the first 8 prompts the first 8 texts under `prior`, `guide` and `posterior`.
 
     A text has `tokens`, what each adds to it; `gains`, log q - log p0 of each token in nats, None where a draw holds several
-    texts; `reward`, None where the model records none; and if it is the guide's its `log_weight`, nats, None where it is -inf.
+    texts; `reward`, None where the model records none; `recorded`, what else it records, if anything; and if it is the guide's
+    its `log_weight`, nats, None where it is -inf.
     The posterior's are exact draws (`exact` is True), or else resampled by their weights; there are none where no draw is
     possible."""
     by_prompt: list[ShownTexts] = []
@@ -80,6 +84,15 @@ def some(draws: Draws, count: int) -> Draws:
     return last.map(lambda v: v[:, -count:] if draws.kind == "chains" else v[:, :count])
 
 
+def recorded(draws: Draws, s: int, b: int) -> dict[str, float | None]:
+    """What the model recorded of draw s of prompt b besides its reward, by name, means over inner plates."""
+    values = {
+        name: value[0, s, min(b, value.shape[2] - 1)] for name, value in draws.records.items() if name != "reward"
+    }
+    numbers = {name: float(value.double().mean()) for name, value in values.items()}
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+
+
 def _together(parts: list[Draws | None], seed: int) -> dict[str, Any] | None:
     by_prompt = [diversity(draws, seed=seed) for draws in parts if draws is not None]
     if not by_prompt:
@@ -109,6 +122,8 @@ def _texts(draws: Draws, model: Any, guide: Any, weighted: bool, nesting: int | 
         text: ShownText = {"tokens": tokens, "gains": None, "reward": None}
         if gains is not None:
             text["gains"] = gains[s, : len(tokens)].tolist()
+        if others := recorded(draws, s, 0):
+            text["recorded"] = others
         if reward is not None:
             text["reward"] = float(reward[0, s, 0].double().mean())
         if weighted:

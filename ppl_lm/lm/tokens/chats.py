@@ -29,6 +29,7 @@ def encode_chat(
     tools: Sequence[Any] | str | None = None,
     documents: Sequence[Mapping[str, str]] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    whole: bool = False,
 ) -> list[int]:
     """Ids of what `apply_chat_template` makes of a chat, up to the assistant's turn (`add_generation_prompt`), or up to where
     the last message stops if that is the assistant's and no call of a tool (`continue_final_message`).
@@ -39,6 +40,7 @@ def encode_chat(
 
     :param tools: JSON schemas or functions, or these schemas as one JSON string.
     :param chat_template_kwargs: what else the template reads, by name, such as `enable_thinking`.
+    :param whole: the chat is over: its last message ends as the others do, and no turn follows.
     :raises ValueError: if there is no template, it fails, or it changes texts so that their control tokens cannot be told
         from its own; of an argument that is not for templates."""
     if getattr(tokenizer, "chat_template", None) is None:
@@ -59,7 +61,7 @@ def encode_chat(
     texts = {"conversation": list(messages), "tools": tools, "documents": options.pop("documents", documents)}
     last = messages[-1]
     goes_on = last.get("role") == "assistant" and last.get("content") is not None and not last.get("tool_calls")
-    ending = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+    ending = {"add_generation_prompt": not (goes_on or whole), "continue_final_message": goes_on and not whole}
 
     def render(texts: dict[str, Any]) -> str:
         return tokenizer.apply_chat_template(**texts, tokenize=False, **ending, **options)
