@@ -13,6 +13,7 @@ from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
 from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
 from ppl_lm.infer.samplers.kernels import Kernel, Propose, suffix
+from ppl_lm.infer.samplers.pieces import Progress
 from ppl_lm.infer.traces.structure import nesting_of
 
 
@@ -55,6 +56,7 @@ def mcmc(
     num_chains: int = 32,
     kernel: Kernel = suffix,
     max_plate_nesting: int | None = None,
+    on_progress: Progress | None = None,
 ) -> Draws:
     """Markov chains whose law tends to the posterior, all run side by side, each from a draw of the guide.
 
@@ -64,6 +66,7 @@ def mcmc(
     :param guide: proposes; None proposes from the model's own prior.
     :param num_samples: of each chain, after `warmup` further steps.
     :param kernel: `suffix`, `independence` or `particle_gibbs()`, or any function of that signature.
+    :param on_progress: called after each step with the share that is done, 0 to 1, and words.
     :raises NoSupportError: if a chain has met no possible text by the end of its warm-up.
     """
     require_count("num_samples", num_samples)
@@ -83,6 +86,9 @@ def mcmc(
         if i >= warmup:
             kept.append(state)
             rates.append(info.log_accept.exp())
+        if on_progress is not None:
+            words = f"step {i + 1} of {warmup + num_samples}, {float(info.log_accept.exp().mean()):.0%} accepted"
+            on_progress((i + 1) / (warmup + num_samples), words)
     chains = concatenate([s.map(lambda v: v.transpose(0, 1)) for s in kept])  # (N, S, B)
     return replace(chains, cost=cost, kind="chains", stats={"acceptance_rate": torch.stack(rates, 1)})
 
