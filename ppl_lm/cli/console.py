@@ -95,4 +95,4 @@ def with_prompts(settings: Any, path: Path | None) -> Any:
     from ppl_lm.run.prompts_file import read_prompts
 
     texts, columns = read_prompts(path)
-    return replace(settings, prompts=texts, columns=columns)
+    return replace(settings, prompts=texts, columns=columns, eval_prompts=None, eval_columns={})

@@ -21,7 +21,8 @@ class FailedFit:
 
 @dataclass(frozen=True)
 class Posterior:
-    """The settings that make a posterior: of the reward and its temperature those that the program takes, else None."""
+    """The settings that make a posterior, of the prompts that it was measured on: of the reward and its temperature those that
+    the program takes, else None."""
 
     model: str
     lm: str | None
@@ -55,11 +56,12 @@ class Run:
     @property
     def posterior(self) -> Posterior:
         settings, arguments = self.settings, set(self.config.arguments)
+        prompts, columns = settings.measured
         return Posterior(
             model=settings.model,
             lm=settings.lm,
-            prompts=settings.prompts,
-            columns=settings.columns,
+            prompts=prompts,
+            columns=columns,
             max_new_tokens=settings.max_new_tokens,
             reward=settings.reward if arguments & {"reward", "constraint"} else None,
             beta=settings.beta if "beta" in arguments else None,

@@ -73,7 +73,7 @@ def settings_of(source: str, sampler: str, given: dict[str, Any]) -> tuple[Setti
     if sampler == "rejection" and guide is not None:
         raise ValueError(f"guide={guide!r}: rejection proposes from the prior; give --sampler importance")
     if not _is_program(source, "models"):
-        settings = read_config(Path(source)).settings
+        settings = replace(read_config(Path(source)).settings, eval_prompts=None, eval_columns={})
         if given:
             raise ValueError(f"{next(iter(given))}: the run has its own; give it together with a MODEL")
         if sampler == "rejection":
