@@ -103,5 +103,5 @@ def with_prompts(settings: Any, path: Path | None) -> Any:
 
     if path is not None:
         texts, columns = read_prompts(path)
-        settings = replace(settings, prompts=texts, columns=columns)
+        settings = replace(settings, prompts=texts, columns=columns, eval_prompts=None, eval_columns={})
     return as_chats(settings)

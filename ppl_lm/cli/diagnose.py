@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ppl_lm.cli.console import OtherPrompts, RunFolder, Traceback, as_typed, errors, out, with_prompts
+from ppl_lm.cli.console import OtherPrompts, RunFolder, Traceback, as_typed, err, errors, out, with_prompts
 
 
 def command(
@@ -23,6 +23,7 @@ def command(
     """Measure how close a run's guide is to its posterior, on fresh draws; write diagnosis.json and draws.nc.
 
     With --prompts FILE the files are diagnosis_FILE.json and draws_FILE.nc."""
+    from ppl_lm.report.progress import ProgressBar
     from ppl_lm.report.terminal import measured
     from ppl_lm.run.files import finite
     from ppl_lm.run.measuring import measure
@@ -33,8 +34,9 @@ def command(
 
     with errors(traceback):
         settings = with_prompts(read_config(run).settings, prompts)
-        programs = build(settings, fitted_guide(run))
-        measurement = measure(programs, num_samples, seed)
+        with ProgressBar(f"diagnosing {run}", err) as progress:
+            programs = build(settings, fitted_guide(run))
+            measurement = measure(programs, num_samples, seed, on_progress=progress)
         if (fit := read_fit(run)) is not None:
             measurement = measurement.after(fit)
         measurement = replace(measurement, diagnosis=replace(measurement.diagnosis, command=as_typed(context)))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ppl_lm.cli.console import OtherPrompts, Traceback, absolute, as_typed, errors, out, whole_path, with_prompts
+from ppl_lm.cli.console import OtherPrompts, Traceback, absolute, as_typed, err, errors, out, whole_path, with_prompts
 from ppl_lm.cli.posterior_options import Arguments, Chat, Rewards, System, Weights, asked
 
 
@@ -43,6 +43,7 @@ def command(
     """Draw texts by any sampler, from a run's fitted guide or a posterior as it is, and write what they are worth.
 
     The files are draws.nc and diagnosis.json; in a RUN's own folder draws_SAMPLER.nc and diagnosis_SAMPLER.json."""
+    from ppl_lm.report.progress import ProgressBar
     from ppl_lm.report.terminal import verdict
     from ppl_lm.report.terminal_draws import draw_lines, json_rows, worth
     from ppl_lm.run.programs import build, uncertainty
@@ -61,11 +62,12 @@ def command(
         own = output_dir is None and is_run(Path(source))  # a run's own folder takes its draws
         if output_dir is not None:
             require_free(output_dir, overwrite, keep_fit=True)
-        programs = build(settings, fitted)
-        if not as_json:
+        title = f"drawing by {sampler}: {num_samples} texts for each of {len(settings.prompts)} prompt(s)"
+        with ProgressBar(title, err) as progress:
+            programs = build(settings, fitted)
             for line in uncertainty(programs):
-                out.print(line, markup=False)
-        sample = draw(programs, sampler, num_samples)
+                progress.say(line)
+            sample = draw(programs, sampler, num_samples, on_progress=progress)
         if own:
             path, suffix = Path(source), f"_{sampler}" + ("" if prompts is None else f"_{prompts.stem}")
         else:

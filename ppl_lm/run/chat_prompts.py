@@ -7,13 +7,18 @@ from ppl_lm.run.settings import Settings
 
 
 def as_chats(settings: Settings) -> Settings:
-    """The same settings with every prompt a chat where that was asked for: a text becomes the user's message, and each chat
-    begins with the system's message, if there is one. What is so already stays.
+    """The same settings with every prompt, held-out ones too, a chat where that was asked for: a text becomes the user's
+    message, and each chat begins with the system's message, if there is one. What is so already stays.
 
     :raises ValueError: if a prompt is blank, or is a chat with another system message."""
     if not settings.chat:
         return settings
-    return replace(settings, prompts=[_chat(i, prompt, settings.system) for i, prompt in enumerate(settings.prompts)])
+
+    def chats(prompts: list[Any]) -> list[Any]:
+        return [_chat(i, prompt, settings.system) for i, prompt in enumerate(prompts)]
+
+    held_out = None if settings.eval_prompts is None else chats(settings.eval_prompts)
+    return replace(settings, prompts=chats(settings.prompts), eval_prompts=held_out)
 
 
 def _chat(i: int, prompt: Any, system: str | None) -> list[Any]:

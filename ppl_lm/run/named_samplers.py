@@ -12,6 +12,7 @@ from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.kernels import Kernel, independence, particle_gibbs, suffix
 from ppl_lm.infer.samplers.markov_chains import mcmc
+from ppl_lm.infer.samplers.pieces import Progress
 from ppl_lm.infer.samplers.quasi_rejection_sampling import quality, quasi_rejection
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
@@ -30,23 +31,25 @@ GIBBS = 16  # particles of particle Gibbs
 LEAST = 128  # bests of n, from whose draws their own law is estimated
 
 
-def _importance(*what: Any, num_samples: int) -> tuple[Draws, str]:
+def _importance(*what: Any, num_samples: int, on_progress: Progress | None = None) -> tuple[Draws, str]:
     """the guide's draws, each with its log weight"""
-    draws = importance(*what, num_samples=num_samples)
+    draws = importance(*what, num_samples=num_samples, on_progress=on_progress)
     return draws, "the guide's draws, as they come; the log weight (nats) is what makes them the posterior's"
 
 
-def _rejection(model: Any, _: Any, prompts: Prompts, num_samples: int) -> tuple[Draws, str]:
+def _rejection(
+    model: Any, _: Any, prompts: Prompts, num_samples: int, on_progress: Progress | None = None
+) -> tuple[Draws, str]:
     """exact posterior draws, from prior draws and the reward's bound"""
-    draws = rejection(model, None, prompts, num_samples=num_samples)
+    draws = rejection(model, None, prompts, num_samples=num_samples, on_progress=on_progress)
     assert draws.proposals is not None
     return draws, f"exact posterior draws, from {draws.proposals.num_samples} proposals of the prior for each prompt"
 
 
-def _quasi_rejection(*what: Any, num_samples: int) -> tuple[Draws, str]:
+def _quasi_rejection(*what: Any, num_samples: int, on_progress: Progress | None = None) -> tuple[Draws, str]:
     """the guide's draws, kept up to a bound that some weights may exceed"""
     bound = importance(*what, num_samples=PILOT).log_weight.flatten(0, 1).amax(0)
-    draws = quasi_rejection(*what, num_samples=num_samples, log_bound=bound)
+    draws = quasi_rejection(*what, num_samples=num_samples, log_bound=bound, on_progress=on_progress)
     assert draws.proposals is not None
     bounded = quality(draws.proposals, bound)
     distance, rate = float(bounded.total_variation_bound.max()), float(bounded.acceptance_rate.min())
@@ -56,16 +59,17 @@ def _quasi_rejection(*what: Any, num_samples: int) -> tuple[Draws, str]:
     )
 
 
-def _best_of_n(*what: Any, num_samples: int) -> tuple[Draws, str]:
+def _best_of_n(*what: Any, num_samples: int, on_progress: Progress | None = None) -> tuple[Draws, str]:
     """of 8 draws of the guide the one with the best evidence"""
-    draws = best_of_n(*what, num_samples=max(num_samples, LEAST)).map(lambda v: v[:, :num_samples])
+    draws = best_of_n(*what, num_samples=max(num_samples, LEAST), on_progress=on_progress)
+    draws = draws.map(lambda v: v[:, :num_samples])
     return draws, "each the best of 8 draws of the guide: not the posterior; the log weight (nats) corrects them"
 
 
 def _markov(kernel: Kernel, least: int = STEPS, warmup: int = WARMUP) -> Callable[..., tuple[Draws, str]]:
-    def chains(*what: Any, num_samples: int) -> tuple[Draws, str]:
+    def chains(*what: Any, num_samples: int, on_progress: Progress | None = None) -> tuple[Draws, str]:
         steps = max(least, math.ceil(num_samples / CHAINS))
-        draws = mcmc(*what, num_samples=steps, warmup=warmup, num_chains=CHAINS, kernel=kernel)
+        draws = mcmc(*what, num_samples=steps, warmup=warmup, num_chains=CHAINS, kernel=kernel, on_progress=on_progress)
         worst, rate = r_hat(draws), float(draws.stats["acceptance_rate"].mean())
         how = (
             f"{CHAINS} Markov chains, the last {steps} of {warmup + steps} steps each; {rate:.0%} accepted; largest R-hat "
@@ -76,14 +80,16 @@ def _markov(kernel: Kernel, least: int = STEPS, warmup: int = WARMUP) -> Callabl
     return chains
 
 
-def _smc(model: Any, guide: Any, prompts: Prompts, num_samples: int) -> tuple[Draws, str]:
+def _smc(
+    model: Any, guide: Any, prompts: Prompts, num_samples: int, on_progress: Progress | None = None
+) -> tuple[Draws, str]:
     """texts that grow together: sequential Monte Carlo"""
     runs = max(RUNS, math.ceil(num_samples / PARTICLES))
     twist = None
     if guide is None and not rules_out_texts(model, prompts[:1]) and not evidence_asks_a_network(model, prompts):
         twist = tempered(prefix_likelihood(model), text_law(model, prompts).event_shape[0])
     settings = SMCSettings(twist=twist, threshold=THRESHOLD)
-    draws = smc(model, guide, prompts, num_samples=PARTICLES, num_runs=runs, settings=settings)
+    draws = smc(model, guide, prompts, num_samples=PARTICLES, num_runs=runs, settings=settings, on_progress=on_progress)
     how = f"{runs} runs of {PARTICLES} texts"
     if twist is not None:
         how += " that grew together, resampled by the evidence of what is written, tempered"

@@ -42,7 +42,8 @@ def read(folder: Path) -> FittedRun | SampledRun:
         raise ValueError(
             f"the tokenizer in {str(network)!r} is not that of the draws any more: their texts cannot be read"
         )
-    prompts = Prompts.make({"prompt": config.settings.prompts, **config.settings.columns}, vocabulary)
+    texts, columns = config.settings.measured
+    prompts = Prompts.make({"prompt": texts, **columns}, vocabulary)
     shared: dict[str, Any] = {
         "name": folder.resolve().name,
         "path": str(folder),

@@ -21,7 +21,8 @@ class FailedFit:
 
 @dataclass(frozen=True)
 class Posterior:
-    """The settings that make a posterior: of the reward and its temperature those that the program takes, else None.
+    """The settings that make a posterior, of the prompts that it was measured on: of the reward and its temperature those that
+    the program takes, else None.
 
     :param arguments: its own, as far as they were given."""
 
@@ -58,11 +59,12 @@ class Run:
     @property
     def posterior(self) -> Posterior:
         settings, arguments = self.settings, set(self.config.arguments)
+        prompts, columns = settings.measured
         return Posterior(
             model=settings.model,
             lm=settings.lm,
-            prompts=settings.prompts,
-            columns=settings.columns,
+            prompts=prompts,
+            columns=columns,
             max_new_tokens=settings.max_new_tokens,
             reward=settings.reward_in_words if arguments & {"reward", "constraint"} else None,
             beta=settings.beta if "beta" in arguments else None,

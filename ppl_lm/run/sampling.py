@@ -10,6 +10,7 @@ from ppl_lm.criticism.diagnoses.draws_diagnosis import diagnose_draws
 from ppl_lm.criticism.diagnoses.figures import DrawsFigures, PromptDrawsFigures
 from ppl_lm.criticism.diagnoses.verdicts import Verdict
 from ppl_lm.infer.draws import Draws, NoSupportError
+from ppl_lm.infer.samplers.pieces import Progress
 from ppl_lm.lm import meter
 from ppl_lm.run.named_samplers import SAMPLERS
 from ppl_lm.run.names import is_file, shipped
@@ -27,17 +28,20 @@ class Sample:
     diagnosis: DrawsDiagnosis
 
 
-def sample(programs: Programs, sampler: str, num_samples: int) -> Sample:
+def sample(programs: Programs, sampler: str, num_samples: int, on_progress: Progress | None = None) -> Sample:
     """Seeds torch with the settings' seed and draws.
 
     :param sampler: a name of `SAMPLERS`.
     :param num_samples: draws for each prompt; Markov chains and SMC make what their errors need.
+    :param on_progress: called now and then with the share that is done, 0 to 1, and words.
     :raises NoSupportError: if no draw is possible under the posterior."""
     settings = programs.settings
     guide = None if settings.guide == "prior" else programs.guide
     torch.manual_seed(settings.seed)
     with meter.measure() as cost:  # pilots and questions among it
-        draws, how = SAMPLERS[sampler](programs.model, guide, programs.prompts, num_samples=num_samples)
+        draws, how = SAMPLERS[sampler](
+            programs.model, guide, programs.prompts, num_samples=num_samples, on_progress=on_progress
+        )
     draws = replace(draws, cost=cost)
     record = diagnose_draws(draws)
     if record["verdict"] == "impossible":
@@ -69,7 +73,7 @@ def settings_of(source: str, sampler: str, given: dict[str, Any]) -> tuple[Setti
     if sampler == "rejection" and guide is not None:
         raise ValueError(f"guide={guide!r}: rejection proposes from the prior; give --sampler importance")
     if not _is_program(source, "models"):
-        settings = read_config(Path(source)).settings
+        settings = replace(read_config(Path(source)).settings, eval_prompts=None, eval_columns={})
         if given:
             name = next(iter(given))
             name = "set" if name == "arguments" else name

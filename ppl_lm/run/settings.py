@@ -1,6 +1,6 @@
 """`Settings`: what a run was asked to do."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -16,7 +16,8 @@ class Settings:
     :param reward: as the command line names them; what is asked for is their sum with `reward_weights`, None being 1 each.
     :param arguments: the programs' own, by name.
     :param chat: whether prompts that are texts were made chats, each the user's message; `system`: the message before it.
-    :param time_limit: seconds."""
+    :param time_limit: seconds.
+    :param eval_prompts: those that the guide is measured on, with their columns; None: `prompts`."""
 
     model: str
     guide: str = "finetuned"
@@ -41,6 +42,8 @@ class Settings:
     learning_rate: float | None = None
     max_steps: int | None = None
     time_limit: float | None = None
+    eval_prompts: list[Any] | None = None
+    eval_columns: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def reward_in_words(self) -> str:
@@ -52,3 +55,26 @@ class Settings:
         if self.reward_weights is None:
             return " + ".join(self.reward)
         return " + ".join(f"{w:g} × {name}" for w, name in zip(self.reward_weights, self.reward, strict=True))
+
+    @property
+    def measured(self) -> tuple[list[Any], dict[str, list[Any]]]:
+        """The prompts that the guide is measured on, and their columns."""
+        return (self.prompts, self.columns) if self.eval_prompts is None else (self.eval_prompts, self.eval_columns)
+
+    def measured_on(self, rows: list[int]) -> "Settings":
+        """The same, measured on some of these prompts."""
+        prompts, columns = self.measured
+        some = {name: [column[i] for i in rows] for name, column in columns.items()}
+        return replace(self, eval_prompts=[prompts[i] for i in rows], eval_columns=some)
+
+    @property
+    def measured_words(self) -> str:
+        """What the figures are of, where that is not all prompts of the fit; else ""."""
+        if self.eval_prompts is None:
+            return ""
+        count, held_out = len(self.eval_prompts), [p for p in self.eval_prompts if p not in self.prompts]
+        if len(held_out) == count:
+            return f"{count} held-out prompts, none of which it was fitted on"
+        if not held_out:
+            return f"{count} of the {len(self.prompts)} prompts that it was fitted on"
+        return f"{count} prompts, {count - len(held_out)} of which it was fitted on"

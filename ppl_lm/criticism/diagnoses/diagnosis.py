@@ -1,7 +1,7 @@
 """`diagnose`: how close a guide is to its posterior, prompt by prompt, as figures with errors and a verdict."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,13 +13,15 @@ from torch import Tensor
 from ppl_lm.criticism.averages import over_prompts
 from ppl_lm.criticism.diagnoses.figures import GuideFigures, PromptFigures
 from ppl_lm.criticism.diagnoses.pool import Pool
+from ppl_lm.criticism.diagnoses.pooled_verdict import ALONE, POOLED, pooled_verdict
 from ppl_lm.criticism.diagnoses.verdicts import Verdict, judge, of_prompts
 from ppl_lm.criticism.evidence import Evidence, log_evidence
 from ppl_lm.criticism.weights import ess_se, khat_se, max_weight, psis_khat
 from ppl_lm.infer.binding import read_once
-from ppl_lm.infer.draws import Draws, NoSupportError
+from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
 from ppl_lm.infer.log_weights import kong_ess, mean
 from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.pieces import pieces, texts_a_piece
 from ppl_lm.infer.samplers.rejection_sampling import accept, select
 from ppl_lm.infer.tables import as_html
 from ppl_lm.infer.traces.observations import likelihood_bound
@@ -94,16 +96,26 @@ def diagnose(
     prompts: Any,
     num_samples: int = 4096,
     max_plate_nesting: int | None = None,
+    *,
+    sizes: Iterable[int] | None = None,
 ) -> Diagnosis:
     """Draws from the guide and from the prior, weights both to the posterior's (`Pool`), finds exact posterior draws among the
     prior's where the likelihood has a bound, and says how far the guide is from the posterior.
 
-    :param num_samples: draws of each for every prompt.
+    Of fewer than 100 draws of each of 8 prompts or more the verdict is on all prompts together (`pooled`), and none is given on
+    single ones.
+
+    :param num_samples: draws of each for every prompt, at least `least_draws` of their number.
+    :param sizes: how many of them to make at a time; it may end early, as `pieces` does where the time is up.
     """
-    require_enough(num_samples)
     prompts = read_once(prompts, model, guide)
-    from_prior = importance(model, None, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
-    from_guide = importance(model, guide, prompts, num_samples=num_samples, max_plate_nesting=max_plate_nesting)
+    require_enough(num_samples, len(prompts))
+    if sizes is None:
+        sizes = pieces(num_samples, max(2, texts_a_piece(prompts, model, guide) // max(1, len(prompts))))
+    both = [_draw(model, guide, prompts, n, max_plate_nesting) for n in sizes]
+    from_prior, from_guide = (concatenate(parts) for parts in zip(*both, strict=True))
+    num_samples, columns = from_guide.num_samples, from_guide.log_guide.shape[-1]
+    require_enough(num_samples, columns)
     bound = likelihood_bound(model, prompts, joint=not from_guide.is_local)
     keep = None if bound is None or not from_prior.from_prior else accept(from_prior, bound)  # (S, B)
     seen = [d.log_weight.flatten(0, 1) > -torch.inf for d in (from_prior, from_guide)]
@@ -113,19 +125,17 @@ def diagnose(
             f"prompt {worst}: none of {num_samples} draws of the prior and of the guide is possible under the posterior, so "
             "nothing is known of it; draw more (--num-samples), or loosen the constraint"
         )
-    under_guide = from_prior.under(guide, max_plate_nesting)
-    stats = {"log_q": under_guide.log_guide}
     if keep is not None:
-        stats["accepted"] = keep.reshape(from_prior.log_weight.shape).double()
-    from_prior = replace(from_prior, stats=from_prior.stats | stats, cost=under_guide.cost)
+        accepted = keep.reshape(from_prior.log_weight.shape).double()
+        from_prior = replace(from_prior, stats=from_prior.stats | {"accepted": accepted})
+    together = num_samples < ALONE and columns >= POOLED
     figures, verdicts = [], []
-    for b in range(from_guide.log_guide.shape[-1]):
+    for b in range(columns):
         p, q = from_prior.of_prompt(b), from_guide.of_prompt(b)
         exact = exact_among(p)
-        figures_of_prompt, verdict = _figures(
-            _scored(p), q, exact, log_evidence(q, exact), bound, 1 / from_guide.log_guide.shape[-1]
-        )
-        figures.append({"prompt": q.prompts.texts[0], **figures_of_prompt, "verdict": verdict.code})
+        figures_of_prompt, verdict = _figures(_scored(p), q, exact, log_evidence(q, exact), bound, 1 / columns)
+        code = "pooled" if together else verdict.code
+        figures.append({"prompt": q.prompts.texts[0], **figures_of_prompt, "verdict": code})
         verdicts.append(verdict)
     average = over_prompts(
         figures,
@@ -138,15 +148,33 @@ def diagnose(
     cost = from_prior.cost + from_guide.cost
     average |= {"lm_tokens": cost.lm_tokens, "reward_calls": cost.reward_calls}
     names = [readable(f["prompt"]) for f in figures]
-    verdict = verdicts[0] if len(verdicts) == 1 else of_prompts(judge(**average), verdicts, names)
+    if together:
+        average, verdict = pooled_verdict(figures, average)
+    else:
+        verdict = verdicts[0] if len(verdicts) == 1 else of_prompts(judge(**average), verdicts, names)
     by_prompt = [PromptFigures.from_json(one) for one in figures]
     return Diagnosis(by_prompt, GuideFigures.from_json(average), verdict, from_prior, from_guide)
 
 
-def require_enough(num_samples: int) -> None:
+def _draw(model: Any, guide: Any, prompts: Any, n: int, nesting: int | None) -> tuple[Draws, Draws]:
+    """n draws of the prior, with their log density under the guide among their stats, and n of the guide."""
+    settings: Any = {"num_samples": n, "max_plate_nesting": nesting}
+    from_prior, from_guide = (importance(model, law, prompts, **settings) for law in (None, guide))
+    under_guide = from_prior.under(guide, nesting)
+    stats = from_prior.stats | {"log_q": under_guide.log_guide}
+    return replace(from_prior, stats=stats, cost=under_guide.cost), from_guide
+
+
+def least_draws(prompts: int) -> int:
+    """Draws of each prompt, below which no verdict would be honest: 100 for one of its own; with 8 prompts or more 64 in all,
+    at least 4 of each, for one that is pooled."""
+    return ALONE if prompts < POOLED else max(4, math.ceil(64 / prompts))
+
+
+def require_enough(num_samples: int, prompts: int = 1) -> None:
     """:raises ValueError: if there are too few draws for standard errors to mean anything."""
-    if num_samples < 100:
-        raise ValueError(f"num_samples={num_samples}; give at least 100 draws for each prompt")
+    if num_samples < (least := least_draws(prompts)):
+        raise ValueError(f"num_samples={num_samples}; give at least {least} draws for each prompt")
 
 
 def _figures(

@@ -40,9 +40,14 @@ class ShownTexts(TypedDict):
 
 
 def samples(
-    diagnosis: Diagnosis, model: Callable[..., Any], guide: Callable[..., Any], max_plate_nesting: int | None = None
+    diagnosis: Diagnosis,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    max_plate_nesting: int | None = None,
+    count: int = COUNT,
+    most: int = MOST,
 ) -> list[ShownTexts]:
-    """Of each of the first 8 prompts the first 8 texts under `prior`, `guide` and `posterior`.
+    """Of each of the first `most` prompts the first `count` texts under `prior`, `guide` and `posterior`.
 
     A text has `tokens`, what each adds to it; `gains`, log q - log p0 of each token in nats, None where a draw holds several
     texts; `reward`, None where the model records none; `recorded`, what else it records, if anything; and if it is the guide's
@@ -50,10 +55,10 @@ def samples(
     The posterior's are exact draws (`exact` is True), or else resampled by their weights; there are none where no draw is
     possible."""
     by_prompt: list[ShownTexts] = []
-    for b, figures in list(enumerate(diagnosis.prompts))[:MOST]:
+    for b, figures in list(enumerate(diagnosis.prompts))[:most]:
         texts = {
             name: [] if draws is None else _texts(draws, model, guide, name == "guide", max_plate_nesting)
-            for name, draws in laws(diagnosis, b, COUNT).items()
+            for name, draws in laws(diagnosis, b, count).items()
         }
         exact = diagnosis.exact[b] is not None
         by_prompt.append(ShownTexts(prompt=figures.prompt, exact=exact, **texts))

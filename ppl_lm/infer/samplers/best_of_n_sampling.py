@@ -12,6 +12,7 @@ from torch import Tensor
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.pieces import Progress
 from ppl_lm.likelihood.best_of import log_ratio
 from ppl_lm.lm.decoder import invert
 
@@ -28,6 +29,7 @@ def best_of_n(
     n: int = 8,
     soft: bool = False,
     max_plate_nesting: int | None = None,
+    on_progress: Progress | None = None,
 ) -> Draws:
     """For each sample, n draws of the guide of which the likeliest evidence's is kept: that of the highest reward.
 
@@ -42,7 +44,8 @@ def best_of_n(
     """
     require_count("num_samples", num_samples, 2 if soft else 1)
     require_count("n", n)
-    pool = importance(model, guide, prompts, num_samples=num_samples * n, max_plate_nesting=max_plate_nesting)
+    settings: Any = {"max_plate_nesting": max_plate_nesting, "on_progress": on_progress}
+    pool = importance(model, guide, prompts, num_samples=num_samples * n, **settings)
     by_group = (pool.log_weight if soft else pool.log_likelihood).reshape(num_samples, n, -1)  # (S, n, B)
     # (S, B); equals are alike, so that any order will do
     pick = _pick_by_weight(by_group) if soft else by_group.argmax(1)

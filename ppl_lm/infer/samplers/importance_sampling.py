@@ -9,7 +9,7 @@ import torch
 from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, as_draws, concatenate
-from ppl_lm.infer.traces.layout import ROWS
+from ppl_lm.infer.samplers.pieces import Progress, pieces, texts_a_piece
 from ppl_lm.infer.traces.particles import run
 from ppl_lm.infer.traces.structure import nesting_of
 from ppl_lm.lm import meter
@@ -23,6 +23,7 @@ def importance(
     *,
     num_samples: int = 1000,
     max_plate_nesting: int | None = None,
+    on_progress: Progress | None = None,
 ) -> Draws:
     """`num_samples` draws of the guide for each prompt, with what is needed to weight them: importance sampling.
 
@@ -32,16 +33,16 @@ def importance(
     :param guide: None draws from the model's own prior.
     :param max_plate_nesting: how many plates lie within each other, the prompts' among them; None: found by a run that draws
         no text and asks no reward. Likewise in all that follows.
+    :param on_progress: called after each piece of a few seconds with the share that is done, 0 to 1, and words. Likewise.
     :raises ValueError: if `num_samples` is not positive, or a plate subsamples the prompts.
     """
     require_count("num_samples", num_samples)
     prompts = read_once(prompts, model, guide)
     require_prompts(prompts)
     nesting = nesting_of(max_plate_nesting, model, guide, prompts)
-    size = max(2, ROWS // max(1, len(prompts)))
-    counts = [min(size, num_samples - done) for done in range(0, num_samples, size)]
+    size = max(2, texts_a_piece(prompts, model, guide) // max(1, len(prompts)))
     parts = []
-    for n in counts:
+    for n in pieces(num_samples, size, on_progress=on_progress):
         part = draw(model, guide, prompts, max(2, n), nesting)  # a single particle would have no plate
         parts.append(part if n > 1 else part.map(lambda v: v[:, :1]))
     return concatenate(parts)

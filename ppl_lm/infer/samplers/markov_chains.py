@@ -14,6 +14,7 @@ from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
 from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
 from ppl_lm.infer.samplers.importance_sampling import require_support as require_whole
 from ppl_lm.infer.samplers.kernels import Kernel, Propose, suffix
+from ppl_lm.infer.samplers.pieces import Progress
 from ppl_lm.infer.traces.structure import nesting_of
 
 CLAIM = "a Markov chain tends to the whole posterior"
@@ -58,6 +59,7 @@ def mcmc(
     num_chains: int = 32,
     kernel: Kernel = suffix,
     max_plate_nesting: int | None = None,
+    on_progress: Progress | None = None,
 ) -> Draws:
     """Markov chains whose law tends to the posterior, all run side by side, each from a draw of the guide.
 
@@ -67,6 +69,7 @@ def mcmc(
     :param guide: proposes; None proposes from the model's own prior.
     :param num_samples: of each chain, after `warmup` further steps.
     :param kernel: `suffix`, `independence` or `particle_gibbs()`, or any function of that signature.
+    :param on_progress: called after each step with the share that is done, 0 to 1, and words.
     :raises NoSupportError: if a chain has met no possible text by the end of its warm-up.
     :raises ValueError: if the guide is truncated: chains would never leave its support.
     """
@@ -88,6 +91,9 @@ def mcmc(
         if i >= warmup:
             kept.append(state)
             rates.append(info.log_accept.exp())
+        if on_progress is not None:
+            words = f"step {i + 1} of {warmup + num_samples}, {float(info.log_accept.exp().mean()):.0%} accepted"
+            on_progress((i + 1) / (warmup + num_samples), words)
     chains = concatenate([s.map(lambda v: v.transpose(0, 1)) for s in kept])  # (N, S, B)
     return replace(chains, cost=cost, kind="chains", stats={"acceptance_rate": torch.stack(rates, 1)})
 

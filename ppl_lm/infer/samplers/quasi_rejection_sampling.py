@@ -12,8 +12,8 @@ from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.samplers.importance_sampling import importance, require_prompts
+from ppl_lm.infer.samplers.pieces import Progress, texts_a_piece
 from ppl_lm.infer.samplers.rejection_sampling import propose_until, select
-from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.structure import nesting_of
 
 
@@ -69,6 +69,7 @@ def quasi_rejection(
     log_bound: float | Float[Tensor, ""] | Float[Tensor, "B"] | None = None,
     max_proposals: int = 1_000_000,
     max_plate_nesting: int | None = None,
+    on_progress: Progress | None = None,
 ) -> Draws:
     """Independent draws of p_b ∝ min(p(z, evidence), b q(z)): a draw of the guide with log weight w is kept with
     probability min(1, exp(w - log_bound)). Not the posterior: `log_guide` is log p_b, with Z_b estimated from the
@@ -99,9 +100,8 @@ def quasi_rejection(
     def propose(n: int) -> Draws:
         return importance(model, guide, prompts, num_samples=n, max_plate_nesting=nesting)
 
-    kept, mask, proposals = propose_until(
-        propose, keep, num_samples, max_proposals, max(1, ROWS // max(1, len(prompts)))
-    )
+    size = max(1, texts_a_piece(prompts, model, guide) // max(1, len(prompts)))
+    kept, mask, proposals = propose_until(propose, keep, num_samples, max_proposals, size, on_progress)
     accepted = select(kept, mask, num_samples)
     log_p_b = accepted.log_guide + torch.minimum(accepted.log_weight, bound.to(accepted.log_guide.device))
     log_p_b = log_p_b - quality(proposals, bound).log_z_b

@@ -12,7 +12,7 @@ from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import TOLERANCE, Draws, NoSupportError, concatenate
 from ppl_lm.infer.samplers.importance_sampling import importance, require_prompts, require_support
-from ppl_lm.infer.traces.layout import ROWS
+from ppl_lm.infer.samplers.pieces import Progress, texts_a_piece
 from ppl_lm.infer.traces.observations import likelihood_bound
 from ppl_lm.infer.traces.structure import nesting_of
 
@@ -29,6 +29,7 @@ def rejection(
     log_bound: float | None = None,
     max_proposals: int = 1_000_000,
     max_plate_nesting: int | None = None,
+    on_progress: Progress | None = None,
 ) -> Draws:
     """`num_samples` exact, independent posterior draws for each prompt: a draw of the guide with log weight w is kept
     with probability exp(w - log_bound).
@@ -37,6 +38,7 @@ def rejection(
     :param log_bound: nats; no weight p(z, evidence) / q(z) may exceed it. By default that of the model's likelihood
         sites (for `tilted`, r_max/β), which is valid for the prior as guide.
     :param max_proposals: proposals for each prompt.
+    :param on_progress: as of `importance`; the words tell the acceptance rate.
     :raises ValueError: if there is no bound, or a draw exceeds it: an error, not a clamp; or if the guide is truncated.
     :raises NoSupportError: if a prompt has too few draws after `max_proposals`.
     """
@@ -70,9 +72,8 @@ def rejection(
     def propose(n: int) -> Draws:
         return importance(model, guide, prompts, num_samples=n, max_plate_nesting=nesting)
 
-    kept, mask, proposals = propose_until(
-        propose, keep, num_samples, max_proposals, max(1, ROWS // max(1, len(prompts)))
-    )
+    size = max(1, texts_a_piece(prompts, model, guide) // max(1, len(prompts)))
+    kept, mask, proposals = propose_until(propose, keep, num_samples, max_proposals, size, on_progress)
     return replace(select(kept, mask, num_samples), cost=proposals.cost, proposals=proposals)
 
 
@@ -82,6 +83,7 @@ def propose_until(
     num_samples: int,
     max_proposals: int,
     size: int,
+    on_progress: Progress | None = None,
 ) -> tuple[Draws, Bool[Tensor, "S B"], Draws]:
     """Proposes `size` draws at a time until each prompt has kept `num_samples`.
 
@@ -102,6 +104,10 @@ def propose_until(
         kept.append(part.map(lambda v, rows=rows: v[:, rows]))
         masks.append(mask[rows])
         done, accepted = done + n, accepted + mask.cpu().sum(0)
+        if on_progress is not None:
+            least = int(accepted.min())
+            words = f"{float(accepted.sum()) / (done * len(accepted)):.2%} of {done} proposals of each prompt accepted"
+            on_progress(max(min(1.0, least / num_samples), done / max_proposals), words)
         if int(accepted.min()) >= num_samples:
             return concatenate(kept), torch.cat(masks), concatenate(proposals)
         if done >= max_proposals:

@@ -12,9 +12,9 @@ from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError, as_draws, concatenate
 from ppl_lm.infer.log_weights import kong_ess
 from ppl_lm.infer.samplers.importance_sampling import require_prompts
+from ppl_lm.infer.samplers.pieces import Progress, texts_a_piece
 from ppl_lm.infer.samplers.population import History, Population, grow, log_z_increment
 from ppl_lm.infer.samplers.settings import SMCSettings
-from ppl_lm.infer.traces.layout import ROWS
 from ppl_lm.infer.traces.particles import run
 from ppl_lm.infer.traces.sites import lacks_support
 from ppl_lm.infer.traces.structure import nesting_of
@@ -35,6 +35,7 @@ def smc(
     num_runs: int = 1,
     settings: SMCSettings = PLAIN,
     max_plate_nesting: int | None = None,
+    on_progress: Progress | None = None,
 ) -> Draws:
     """`num_samples` weighted texts for each prompt that grew together: sequential Monte Carlo (Doucet et al. 2001; twisted:
     Zhao et al. 2024).
@@ -52,6 +53,7 @@ def smc(
         None: the twist-induced proposal, q ∝ p0 ψ_t; the prior where there is no twist to ask.
     :param num_runs: independent runs, the chains of the draws; `log_evidence` takes its bounds from them.
     :param settings: the twist, and when and how to resample.
+    :param on_progress: called after each few runs with the share that is done, 0 to 1, and words.
     :raises NoSupportError: if every text of a prompt is impossible under the posterior in all runs.
     :raises ValueError: if the model has another latent site than one text a prompt, or a weight is NaN.
     """
@@ -62,12 +64,15 @@ def smc(
         prior, proposal = laws(model, guide, prompts)
         nesting = nesting_of(max_plate_nesting, model, guide, prompts)
         batch, parts, done = len(prior.prompts), [], 0
-        size = max(1, ROWS // (num_samples * settings.expand * batch))  # runs at a time
+        texts = texts_a_piece(prompts, model, guide)
+        size = max(1, texts // (num_samples * settings.expand * batch))  # runs at a time
         while done < num_runs:
             runs = min(size, num_runs - done)
             population, history = grow(prior, proposal, settings, num_samples, runs)
             parts.append(finish(model, prompts, population, history, batch, nesting))
             done += runs
+            if on_progress is not None:
+                on_progress(done / num_runs, f"{done} of {num_runs} runs")
     lacks = proposal is not None and lacks_support(proposal, prior)
     draws = replace(concatenate(parts, dim=0), cost=cost, lacks_support=lacks)
     require_support(draws)

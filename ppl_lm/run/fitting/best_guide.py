@@ -63,21 +63,25 @@ class Candidate:
     weights: list[Tensor]
 
 
-def keep_best(gain: Gain, guides: BestGuide, metrics: Sequence[StepMetrics]) -> tuple[Candidate, Candidate, bool]:
+def keep_best(
+    gain: Gain, guides: BestGuide, metrics: Sequence[StepMetrics], seconds: float = math.inf
+) -> tuple[Candidate, Candidate, bool]:
     """Measures the last guide and the best earlier one on fresh draws, and loads the best of both and the start.
 
     Interrupted in this, it loads the last guide, or the best earlier one if that was the better in training.
 
+    :param seconds: what this may take.
     :returns: the guide that was kept, the last one, and whether this was interrupted."""
 
     def measured(name: str, step: int, weights: list[Tensor]) -> Candidate:
         guides.load(weights)
         try:
-            return Candidate(name, step, *gain.measure(), weights)
+            return Candidate(name, step, *gain.measure(seconds / times), weights)
         except DivergedError:
             return Candidate(name, step, -math.inf, 0.0, weights)
 
     steps = len(metrics)
+    times = 4 if 0 <= guides.step < steps - 1 else 2  # that a guide is measured
     recent = [row["gain"] for row in metrics[-WINDOW:]] or [0.0]
     last = Candidate("last", steps, sum(recent) / len(recent), math.nan, guides.copy())
     interrupted = False

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ppl_lm.infer.binding import Bound
 from ppl_lm.infer.counts import require_count
+from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.traces.parameters import trainable_parameters
 from ppl_lm.lm.checking.precision import require_true_gradient
@@ -24,6 +25,8 @@ from ppl_lm.run.fitting.best_guide import WINDOW, BestGuide, keep_best
 from ppl_lm.run.fitting.gain import Gain
 from ppl_lm.run.fitting.learning_rate import Rate
 from ppl_lm.run.fitting.step_metrics import StepMetrics, guide_metrics
+
+BEFORE, AFTER = 0.1, 0.1  # shares of a fit's time: for the prior's draws, and for those by which the guide is chosen
 
 
 @dataclass
@@ -67,6 +70,7 @@ def fit(
     seed: int | None = None,
     on_step: Callable[[StepMetrics], None] | None = None,
     on_fault: Callable[[str], None] | None = None,
+    on_prior: Callable[[Draws], None] | None = None,
 ) -> Fit:
     """Fits a guide by SVI with one Adam over all its weights; keeps the best guide seen.
 
@@ -84,13 +88,15 @@ def fit(
         the warm-up by how far a step moves the guide; see `ppl_lm.run.fitting.learning_rate`.
     :param clip: largest norm of the gradient, in multiples of its median over the last `WINDOW` steps. A limit near the
         usual norm would clip just the steps that unlearn a rare bad text, and bias where the fit ends.
-    :param max_steps: steps; `time_limit`: seconds. At least one of them; whichever comes first.
+    :param max_steps: steps; `time_limit`: seconds of all of this, a tenth of them for the prior's draws before the first step
+        and a tenth for those by which the guide is chosen. At least one of them; whichever comes first. There is always a step.
     :param on_step: called with each step's metrics.
     :param on_fault: called when a step after the first fails (a reward, say), before the error is raised again, with
         which guide's weights were restored: `best` or `start`.
+    :param on_prior: called before the first step with draws of the prior, of some of the prompts where time is short.
     :raises ValueError: on bad arguments, before anything is drawn; in half precision also if that turns the gradient too far.
     """
-    _check(loss, batch_size, learning_rate, max_steps, time_limit, clip)
+    check_arguments(loss, batch_size, learning_rate, max_steps, time_limit, clip)
     require_count("warmup", warmup)
     elbo = SequenceELBO(num_particles=128) if loss is None else loss
     reader = model.lm or guide.lm
@@ -102,16 +108,15 @@ def fit(
     if seed is not None:
         torch.manual_seed(seed)
     nesting = elbo.nesting(model, guide, batch)
-    weights = trainable_parameters(model, guide, batch[:size], nesting)
-    if not weights:
-        raise ValueError(
-            "the guide has nothing to train; choose another, or draw from it as it is with importance(), on the command "
-            "line with ppl-lm sample MODEL --guide GUIDE"
-        )
+    weights = weights_to_fit(model, guide, batch[:size], nesting)
     for network in guide.networks.values():
         if isinstance(network, LanguageModel):
             require_true_gradient(network)
-    gain = Gain(model, guide, batch, elbo.objective, nesting)
+    limit = math.inf if time_limit is None else time_limit
+    gain = Gain(model, guide, batch, elbo.objective, nesting, BEFORE * limit, seed or 0)
+    if on_prior is not None:
+        on_prior(gain.prior)
+    choosing = max(AFTER * limit, gain.least_seconds)
     if gain.is_joint and size < len(batch):
         if batch_size is not None:
             raise ValueError(
@@ -126,11 +131,18 @@ def fit(
     tokens = 0
     outcome = "finished"
     updates = 1 if elbo.source is None else elbo.source.updates
+    started = began_step = time.monotonic()
+    aside = 0.0  # seconds that the caller took for a step's metrics
+    until = math.inf if time_limit is None else limit - choosing - (started - began)
     try:
         for step, rows in enumerate(_repeated(_batches(len(batch), size, seed or 0), updates)):
-            done = _progress(step, time.monotonic() - began, max_steps, time_limit)
-            if step > 0 and done >= 1:
+            at = time.monotonic()
+            done = _progress(step, at - started, max_steps, until)
+            if step > 0 and (
+                done >= 1 or at - started + (at - began_step - aside) > until
+            ):  # the next would end too late
                 break
+            began_step = at
             rate = schedule(step, done)
             for group in optimiser.param_groups:
                 group["lr"] = rate
@@ -156,8 +168,10 @@ def fit(
             }
             metrics.append(row)
             guides.consider(metrics)  # before the step: these particles are of the weights as they are
+            at = time.monotonic()
             if on_step is not None:
                 on_step(row)
+            aside = time.monotonic() - at
             if not math.isfinite(norm):
                 outcome = "diverged"
                 break
@@ -177,7 +191,7 @@ def fit(
             except Exception as fault:  # must not hide what went wrong first
                 error.add_note(f"the best guide could not be saved: {fault}")
         raise
-    kept, last, interrupted = keep_best(gain, guides, metrics)
+    kept, last, interrupted = keep_best(gain, guides, metrics, choosing)
     if interrupted:
         outcome = "interrupted"
     if last.gain < -3 * last.se:
@@ -207,21 +221,33 @@ def _repeated(batches: Iterator[Tensor], times: int) -> Iterator[Tensor]:
     return (rows for rows in batches for _ in range(times))
 
 
-def _progress(step: int, seconds: float, max_steps: int | None, time_limit: float | None) -> float:
-    """Share of the run that is done: the further of steps and time. There is always a first step."""
+def _progress(step: int, seconds: float, max_steps: int | None, until: float) -> float:
+    """Share of the steps that is done: the further of their number and time. There is always a first step."""
     if step == 0:
         return 0.0
-    return max(step / max_steps if max_steps else 0.0, seconds / time_limit if time_limit else 0.0)
+    return max(step / max_steps if max_steps else 0.0, seconds / until if until > 0 else 1.0)
 
 
-def _check(
+def weights_to_fit(model: Bound, guide: Bound, prompts: Any, nesting: int) -> list[Tensor]:
+    """:raises ValueError: if there are none."""
+    weights = trainable_parameters(model, guide, prompts, nesting)
+    if not weights:
+        raise ValueError(
+            "the guide has nothing to train; choose another, or draw from it as it is with importance(), on the command "
+            "line with ppl-lm sample MODEL --guide GUIDE"
+        )
+    return weights
+
+
+def check_arguments(
     loss: SequenceELBO | None,
     batch_size: int | None,
     learning_rate: float | None,
     max_steps: int | None,
     time_limit: float | None,
-    clip: float,
+    clip: float = 3.0,
 ) -> None:
+    """:raises ValueError: if one of them makes no sense."""
     if loss is not None and not isinstance(loss, SequenceELBO):
         raise ValueError(f"loss={loss!r}; give a SequenceELBO, such as ppl_lm.SequenceELBO(num_particles=128)")
     if batch_size is not None:

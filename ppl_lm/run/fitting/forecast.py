@@ -1,0 +1,158 @@
+"""What a fit will cost, by a few texts that are timed before it begins, and how its time is shared out."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ppl_lm.criticism.diagnoses.diagnosis import least_draws
+from ppl_lm.infer.binding import Bound
+from ppl_lm.infer.elbo import SequenceELBO
+from ppl_lm.likelihood.reward import preserved_rng
+from ppl_lm.lm.prompts import Prompts
+from ppl_lm.run.fitting.loop import AFTER, BEFORE
+
+PILOT = 4.0  # seconds, after which no more texts are timed
+MEASURING, MOST_MEASURING = (
+    0.2,
+    0.5,
+)  # share of the limit that measuring the guide gets; and where the least of it takes more
+WISHED = 100  # steps, for which a step gets fewer texts
+FASTER = 0.7  # what half of the texts must make of a step's time
+FEWEST = 16  # prompts that a verdict is of, where all are too many
+LEAST_TEXTS = 16  # a step
+EACH = 4  # texts of a prompt, in steps of few texts
+SHOWN = 24  # texts that are shown, at the least: each is scored twice
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds that a number of texts takes, of which `rows` go through the network at a time.
+
+    :param drawing: a pass of drawing by the guide and scoring by the prior and the reward, and each text of it.
+    :param training: likewise what a step takes beyond that.
+    :param is_local: whether each prompt has a posterior of its own; else all of them are needed at once."""
+
+    drawing: tuple[float, float]
+    training: tuple[float, float]
+    rows: int
+    is_local: bool = True
+
+    def draw(self, texts: float) -> float:
+        return self.drawing[0] * math.ceil(texts / self.rows) + self.drawing[1] * texts
+
+    def step(self, texts: float) -> float:
+        return self.draw(texts) + self.training[0] + self.training[1] * texts
+
+
+def pilot(
+    model: Bound, guide: Bound, prompts: Prompts, loss: Callable[[int], SequenceELBO], particles: int, batch_size: int
+) -> Speed:
+    """Times steps that move nothing, of two texts, then of eight and so on, up to a whole one, for a few seconds: of a large
+    network only the first with its gradient, whose cost a text is the same for any number of them. Random states stay as they
+    are.
+
+    :param loss: of a number of particles, new at each call."""
+    began, texts, whole = time.monotonic(), 0, particles * min(batch_size, len(prompts))
+    drawing: list[tuple[int, float]] = []
+    training: list[tuple[int, float]] = []
+    is_local = True
+    with preserved_rng():
+        while texts < whole and (len(drawing) < 2 or time.monotonic() - began < PILOT):
+            texts = min(whole, max(2, 4 * texts))
+            k = max(2, min(particles, texts))
+            rows = torch.linspace(0, len(prompts) - 1, max(1, texts // k)).long()
+            started, elbo = time.monotonic(), loss(k)
+            drawn = elbo.particles(model, guide, prompts.take(rows))
+            is_local = drawn.is_local
+            drawing.append((k * len(rows), time.monotonic() - started))
+            started = time.monotonic()
+            if not training or training[-1][1] / training[-1][0] * k * len(rows) < PILOT - (started - began):
+                elbo.differentiate(drawn).backward()
+                training.append((k * len(rows), time.monotonic() - started))
+    for weight in (*model.parameters(), *guide.parameters()):
+        weight.grad = None
+    lm = guide.lm or model.lm
+    rows_per_pass = drawing[-1][0] if lm is None else lm.rows_per_pass(prompts.ids.shape[-1] + lm.max_new_tokens, 1)
+    return Speed(_line(drawing), _line(training), max(1, rows_per_pass), is_local)
+
+
+def _line(timed: list[tuple[int, float]]) -> tuple[float, float]:
+    """What any number of texts takes, and each of them, by the last two numbers that were timed: the first pays for what is
+    done once."""
+    count, seconds = timed[-1]
+    if len(timed) == 1:
+        return 0.0, seconds / count
+    fewer, less = timed[-2]
+    each = min(max((seconds - less) / max(1, count - fewer), 0.1 * seconds / count), seconds / count)
+    return seconds - each * count, each
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a limit in seconds is shared out.
+
+    :param particles: and `batch_size`, of a step; `steps`: how many of them fit.
+    :param measured: prompts on which the guide is measured, and `num_samples` the draws of each, `least` to at most so many;
+        None where too few fit for a verdict.
+    :param fitting: seconds; likewise `step` and `measuring`; `wanted`: the limit that would allow `WISHED` steps."""
+
+    particles: int
+    batch_size: int
+    steps: float
+    step: float
+    measured: int
+    num_samples: int | None
+    least: int
+    fitting: float
+    measuring: float
+    wanted: float
+
+
+def plan(
+    speed: Speed,
+    limit: float,
+    particles: int,
+    batch_size: int,
+    held: int,
+    num_samples: int,
+    may_shrink: tuple[bool, bool] = (False, False),
+) -> Plan:
+    """The fit gets what measuring leaves, which is a fifth of the limit, less where that is not needed, and up to a half where
+    the least number of draws for a verdict needs it. A step of which `WISHED` would not fit gets fewer texts.
+
+    :param held: prompts that the guide is measured on; where draws of all are too many it is on some.
+    :param num_samples: draws of each that are wanted.
+    :param may_shrink: whether particles, and the batch size, are for this to choose."""
+    count, wished, shown = held, num_samples, 2 * speed.draw(SHOWN)
+
+    def cost(draws: int) -> float:
+        return 2 * speed.draw(draws * count) + shown
+
+    while speed.is_local and count > FEWEST and cost(least_draws(count)) > MOST_MEASURING * limit:
+        count = max(FEWEST, count * 3 // 4)
+    least = min(num_samples, least_draws(count if speed.is_local else 1))
+    measuring = min(cost(num_samples), max(MEASURING * limit, cost(least)))
+    if cost(least) > MOST_MEASURING * limit:
+        wished, measuring = None, shown
+    fitting = limit - measuring
+    few = speed.draw(LEAST_TEXTS)  # of the least measurements in a fit
+    loop = max(0.0, fitting - max(BEFORE * fitting, few) - max(AFTER * fitting, 2 * few))
+    shrunk = [(particles, batch_size)]
+    if may_shrink[0]:
+        least_particles = min(particles, EACH if batch_size > 1 else LEAST_TEXTS)
+        shrunk += [(max(least_particles, particles // 2**i), batch_size) for i in range(1, 8)]
+    if may_shrink[1] and speed.is_local:
+        particles_left = shrunk[-1][0]
+        least_prompts = min(batch_size, max(1, LEAST_TEXTS // particles_left))
+        shrunk += [(particles_left, max(least_prompts, batch_size // 2**i)) for i in range(1, 8)]
+    for fewer in shrunk:  # fewer texts a step, as long as they make it faster
+        if WISHED * speed.step(particles * batch_size) <= loop:
+            break
+        if speed.step(fewer[0] * fewer[1]) < speed.step(particles * batch_size) * FASTER:
+            particles, batch_size = fewer
+    step = speed.step(particles * batch_size)
+    wanted = max(limit, WISHED * step / (1 - BEFORE - AFTER) / (1 - MEASURING))
+    return Plan(particles, batch_size, loop / step, step, count, wished, least, fitting, measuring, wanted)
