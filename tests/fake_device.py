@@ -6,7 +6,8 @@ switched on: `lm.to(FAKE)` or `torch.zeros(3, device=FAKE)` is enough. A program
 operation on tensors of both devices (but CPU tensors of no dimension among elementwise ones, and CPU indices), a generator
 of the CPU, NumPy. Its numbers are those of the CPU, random ones too. `synchronisations()` counts what a GPU's host waits for.
 
-Not checked: kernels, memory, speed, what is done for CUDA alone. Tried with torch 2.6, 2.13 and 2.15."""
+Not checked: kernels, memory, speed, what is done for CUDA alone, the device of a gradient that a backward function gives.
+Tried with torch 2.6, 2.13 and 2.15."""
 
 from collections import Counter
 from collections.abc import Iterator

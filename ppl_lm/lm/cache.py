@@ -50,10 +50,8 @@ def place(slot: Int[Tensor, "N"], rows: Int[Tensor, "M"]) -> tuple[Int[Tensor, "
     first = torch.full((max(count, len(slot)),), count, device=rows.device)
     first = first.scatter_reduce(0, source, each, "amin")[:count]  # which row stays at each place, or count
     held = first < count
-    place = torch.full_like(rows, -1)
-    place[first[held]] = held.nonzero()[:, 0]
-    moved = place < 0
-    place[moved] = (~held).nonzero()[:, 0]
-    content = torch.empty_like(rows)
-    content[place] = source
-    return content, place
+    stays = torch.zeros(count + 1, dtype=torch.bool, device=rows.device).scatter(0, first, held)[:count]
+    # Rows that stay, then the others; their places, then those that are free: in order, and of sizes that the host knows.
+    ordered = torch.where(stays, source, count + each).argsort()
+    place = torch.empty_like(rows).scatter(0, ordered, torch.where(held, each, count + each).argsort())
+    return torch.empty_like(rows).scatter(0, place, source), place

@@ -1,13 +1,15 @@
 """`Decoder`: the one stepping interface. Sampling, Markov chains and SMC are loops over it."""
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from ppl_lm.lm.cache import place
 from ppl_lm.lm.network import DivergedError, Network
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.scoring.teacher_forcing import normalise, positions
+
+EVERY = 8  # tokens between the host's looks at what a device has drawn, for each of which it waits
 
 
 class Decoder:
@@ -74,11 +76,18 @@ def invert(log_probs: Float[Tensor, "N V"], u: Float64[Tensor, "N"]) -> Int[Tens
     a token of `torch.multinomial` costs more than the model on a small LM). Never a token of probability zero.
 
     :raises DivergedError: if a row is not a distribution, for example because a weight is NaN."""
+    tokens, is_law = _quantiles(log_probs, u)
+    if not bool(is_law.all()):
+        raise DivergedError
+    return tokens
+
+
+def _quantiles(log_probs: Float[Tensor, "N V"], u: Float64[Tensor, "N"]) -> tuple[Int[Tensor, "N"], Bool[Tensor, "N"]]:
+    """`invert`, and whether each row is a distribution: some token else."""
     mass = log_probs.exp().cumsum(-1, dtype=torch.float64)
     total = mass[:, -1:]
-    if not bool((total > 0).all()):  # also catches NaN
-        raise DivergedError
-    return torch.searchsorted(mass, u.clamp_max(1 - 1e-15).unsqueeze(-1) * total, right=True).squeeze(-1)
+    found = torch.searchsorted(mass, u.clamp_max(1 - 1e-15).unsqueeze(-1) * total, right=True).squeeze(-1)
+    return found.clamp_max(mass.shape[-1] - 1), total.squeeze(-1) > 0  # also False of NaN
 
 
 @torch.no_grad()
@@ -110,19 +119,28 @@ def _sample(
     """Fills in what `sample` returns: texts `x`, and the log-probabilities of their tokens."""
     vocabulary, steps = decoder.lm.vocabulary, u.shape[-1]
     live = torch.arange(len(x), device=x.device)  # output row of each decoder row
+    open_ = torch.ones_like(live, dtype=torch.bool)  # whether its text has not ended
+    sound = torch.ones_like(open_[:1])
+    every = 1 if x.device.type == "cpu" else EVERY
     for t in range(steps):
         log_probs = decoder.log_probs()
-        tokens = invert(log_probs, u[live, t])  # (decoder rows,)
+        tokens, is_law = _quantiles(log_probs, u[live, t])  # (decoder rows,)
+        sound = sound & (is_law | ~open_).all()
         if begun is not None and start is not None:
             tokens = torch.where(t < start[live], begun[live, t], tokens)
         log_chosen = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        x[live, t] = tokens
-        log_q[live, t] = log_chosen.double()
-        on = (~vocabulary.is_end(tokens)).nonzero()[:, 0]
-        if t == steps - 1 or not len(on):
-            break
-        if len(on) < len(live):
-            decoder.reorder(on)
-            live = live[on]
-        decoder.advance(tokens[on])
+        x[live, t] = torch.where(open_, tokens, vocabulary.pad_id)
+        log_q[live, t] = torch.where(open_, log_chosen.double(), 0.0)
+        open_ = open_ & ~vocabulary.is_end(tokens)
+        last = t == steps - 1
+        if last or (t + 1) % every == 0:
+            if not bool(sound):
+                raise DivergedError
+            on = open_.nonzero()[:, 0]
+            if last or not len(on):
+                break
+            if len(on) < len(live):
+                decoder.reorder(on)
+                live, tokens, open_ = live[on], tokens[on], open_[on]
+        decoder.advance(tokens)
     return x, log_q

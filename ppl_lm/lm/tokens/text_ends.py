@@ -20,7 +20,10 @@ class TextEnds:
 
     def is_end(self, x: Int[Tensor, "*S"]) -> Bool[Tensor, "*S"]:
         """True where a token is an end token."""
-        return torch.isin(x, torch.tensor(self.end_ids, dtype=x.dtype, device=x.device))
+        found = torch.zeros_like(x, dtype=torch.bool)
+        for token in self.end_ids:  # not `isin`, for which the ids would be sent to the device each time
+            found = found | (x == token)
+        return found
 
     def lengths(self, x: Int[Tensor, "*S T"]) -> Int[Tensor, "*S"]:
         """Tokens of each completion, its end token included; T where no end token occurs."""
