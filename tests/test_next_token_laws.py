@@ -1,11 +1,14 @@
 """`tempered` and `truncated`: the laws of whole texts that temperature, top-p, min-p and top-k make, by enumeration.
 
-| what | property | mutants |
-|---|---|---|
-| law | p^(1/τ), or p on the kept tokens, each token with its own normaliser, by hand; sums to 1; draws agree with it | one normaliser for the whole text; the cut before the temperature; the crossing token left out; of equal tokens the higher ids |
-| kept tokens | transformers' own warpers, one after the other | top-p of the whole law after top-k |
-| gradient | finite differences, of the wrapped weights and of the temperature; finite where a text is impossible | the gradient without the normaliser of what is kept |
-| networks | sampled = scored on other kinds; prompts of several lengths; what stands after an end | |
+| what | property |
+|---|---|
+| law | p^(1/τ), or p on the kept tokens, each token with its own normaliser, by hand; sums to 1; draws agree with it |
+| kept tokens | by hand, also of equal ones; transformers' own warpers, one after the other |
+| gradient | finite differences, of the wrapped weights and of the temperature; finite where a text is impossible |
+| networks | sampled = scored on other kinds; prompts of several lengths; what stands after an end |
+
+Mutants: one normaliser for the whole text; the cut before the temperature; the crossing token left out; of equal tokens the
+higher ids; top-p of the whole law after top-k; the gradient without the normaliser of what is kept.
 """
 
 import math
@@ -16,7 +19,13 @@ import pytest
 import tiny
 import torch
 from scipy import stats
-from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import ppl_lm
 from ppl_lm.guides import tempered as tempered_guide
@@ -145,7 +154,13 @@ def test_it_keeps_what_transformers_keeps(size):
     """At a width at which only a part is sorted at first, too; flat laws and peaked ones."""
     logits = torch.randn(24, size, dtype=torch.float64) * torch.linspace(0.1, 6, 24, dtype=torch.float64)[:, None]
     warpers = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
-    for how in ({"top_p": 0.9}, {"top_p": 0.2}, {"min_p": 0.1}, {"top_k": 30}, {"top_k": 30, "top_p": 0.8, "min_p": 0.05}):
+    for how in (
+        {"top_p": 0.9},
+        {"top_p": 0.2},
+        {"min_p": 0.1},
+        {"top_k": 30},
+        {"top_k": 30, "top_p": 0.8, "min_p": 0.05},
+    ):
         for tau in (0.7, 1.0):
             chain = [TemperatureLogitsWarper(tau)] + [warpers[name](how[name]) for name in warpers if name in how]
             theirs = LogitsProcessorList(chain)(torch.zeros(24, 1), logits) > -torch.inf
@@ -196,7 +211,9 @@ def test_networks_are_sampled_as_they_are_scored(kind):
     flat, prompts = x.flatten(0, 1), law.prompts.take(torch.arange(3).repeat(8))
     logits = lm.next_token_logits(prompts, flat)
     chain = LogitsProcessorList([TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.9), MinPLogitsWarper(0.01)])
-    theirs = chain(torch.zeros(len(logits.flatten(0, 1)), 1), logits.flatten(0, 1)).log_softmax(-1).reshape(logits.shape)
+    theirs = (
+        chain(torch.zeros(len(logits.flatten(0, 1)), 1), logits.flatten(0, 1)).log_softmax(-1).reshape(logits.shape)
+    )
     alive = lm.vocabulary.alive(flat)[:, : logits.shape[1]]
     torch.testing.assert_close(q.next_token_log_probs(prompts, flat)[alive], theirs[alive], rtol=0, atol=1e-7)
     assert not bool(alive.all())  # some have ended: what stands after is 0
@@ -229,9 +246,13 @@ def test_gradients_are_those_of_the_law_and_finite_where_a_text_is_impossible():
                 flat[i] += 1e-6
             assert float((above - below) / 2e-6) == pytest.approx(float(grad.view(-1)[i]), abs=1e-6)
     log_p = lm(PROMPTS).log_prob(x).where(q(PROMPTS).log_prob(x) > -torch.inf, 0.0)
-    (mutant,) = torch.autograd.grad((coming * log_p).sum() / 1.3, lm.model.table)  # without the normaliser of what is kept
+    (mutant,) = torch.autograd.grad(
+        (coming * log_p).sum() / 1.3, lm.model.table
+    )  # without the normaliser of what is kept
     assert float((mutant - found[0]).abs().max()) > 0.05
-    every = torch.autograd.grad(q(PROMPTS).log_prob(x).sum(), [lm.model.table, temperature])  # -inf, impossible ones too
+    every = torch.autograd.grad(
+        q(PROMPTS).log_prob(x).sum(), [lm.model.table, temperature]
+    )  # -inf, impossible ones too
     assert all(bool(grad.isfinite().all()) for grad in every)
 
 
@@ -291,7 +312,9 @@ def test_what_stands_after_an_end_counts_nothing_and_ends_are_tokens_like_others
     never = table_lm(V, T, max_prompt=2)
     with torch.no_grad():
         never.model.table[:, END] = -20.0
-    assert bool((truncated(never, top_p=0.9)([""]).sample((50,)) != END).all())  # its end is cut: every text is truncated
+    assert bool(
+        (truncated(never, top_p=0.9)([""]).sample((50,)) != END).all()
+    )  # its end is cut: every text is truncated
 
 
 def test_weights_that_diverged_are_told():
@@ -310,7 +333,15 @@ def test_refusals():
             tempered(lm, tau)
     with pytest.raises(ValueError, match="give top_p="):
         truncated(lm)
-    for how in ({"top_p": 0}, {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 2}, {"top_k": 0}, {"top_k": 1.5}, {"top_k": True}):
+    for how in (
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 2},
+        {"top_k": 0},
+        {"top_k": 1.5},
+        {"top_k": True},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(how))}="):
             truncated(lm, **how)
     q = truncated(product([lm, lm]), top_p=1.0, min_p=0.0, top_k=10**6)  # nothing is cut

@@ -1,13 +1,15 @@
 """A truncated guide cannot draw all of the posterior's texts: whatever claims to stand for the whole posterior says so, or
 refuses. Against enumeration of what is on its support.
 
-| what | property | mutant |
-|---|---|---|
-| importance, smc | log Z is that of the support, below log Z, and told | |
-| `log_evidence`, `diagnose` | upper bounds and KL(p ‖ q) are inf, also where no draw shows it; "support is truncated" | the flag taken away: a finite bound that log Z exceeds, draws called good |
-| rejection, mcmc, conditional SMC, mass-covering objectives | refused | |
-| the same truncated prior, a mixture with the prior | nothing is lacking, nothing is refused | |
-| enumerated divergences | gradients finite, KL(p ‖ q) inf | |
+| what | property |
+|---|---|
+| importance, smc | log Z is that of the support, below log Z, and told |
+| `log_evidence`, `diagnose` | upper bounds and KL(p ‖ q) are inf, also where no draw shows it; "support is truncated" |
+| rejection, mcmc, conditional SMC, mass-covering objectives | refused |
+| the same truncated prior, a mixture with the prior | nothing is lacking, nothing is refused |
+| enumerated divergences | gradients finite, KL(p ‖ q) inf |
+
+The mutant: `lacks_support` taken away. Then a finite upper bound lies below log Z, and draws are called good.
 """
 
 import json
@@ -111,7 +113,9 @@ def test_the_diagnosis_says_that_the_support_is_truncated(guide, shown):
     one, exactly = found.prompts[0], ppl_lm.enumerate_posterior(TARGET, guide, [""])
     assert one.kl_p_q == one.upper == one.iwae_upper == math.inf == float(exactly.kl_p_q)
     assert found.verdict.code == "misses_mass" and "support is truncated" in found.verdict.sentence
-    assert one.log_z == pytest.approx(float(log_z), abs=5 * one.log_z_se)  # the prior's draws see what the guide's do not
+    assert one.log_z == pytest.approx(
+        float(log_z), abs=5 * one.log_z_se
+    )  # the prior's draws see what the guide's do not
     assert one.kl_q_p == pytest.approx(float(exactly.kl_q_p), abs=5 * one.kl_q_p_se)
     lost = -math.expm1(float(inside - log_z))
     assert one.missing == pytest.approx(lost, abs=5 * one.missing_se + 1e-3) and (lost > 0.1) == shown

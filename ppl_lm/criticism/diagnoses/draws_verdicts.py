@@ -63,7 +63,9 @@ def judge_draws(
             )
         return Verdict("good", f"The chains agree (R-hat {r_hat:.2f}): {num_samples} correlated draws, {worth}.")
     about = "at least" if lacks_support else "about"
-    far = "" if kl_q_p is None else f" Without weights their law is {about} {max(kl_q_p, 0):.2f} nats from the posterior."
+    far = (
+        "" if kl_q_p is None else f" Without weights their law is {about} {max(kl_q_p, 0):.2f} nats from the posterior."
+    )
     if possible < 1:
         far = f" Without weights {1 - possible:.0%} of them are impossible under the posterior."
     if kind in TOGETHER and kl_q_p is not None:
@@ -91,8 +93,8 @@ def judge_draws(
     if lacks_support:
         return Verdict(
             "unknown",
-            "The guide's support is truncated (top-p, min-p or top-k): by their weights these draws stand for what the posterior "
-            "has there, how much that is they do not show, and log Z is a lower bound. Diagnose the guide, or give one without "
-            f"the truncation.{far}",
+            "The guide's support is truncated (top-p, min-p or top-k): by their weights these draws stand for what the "
+            "posterior has there, how much that is they do not show, and log Z is a lower bound. Diagnose the guide, or give "
+            f"one without the truncation.{far}",
         )
     return Verdict("good", f"With their weights the {num_samples} draws are {worth} of the posterior.{far}")

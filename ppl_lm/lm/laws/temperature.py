@@ -28,7 +28,9 @@ def tempered(lm: LanguageModel, temperature: float = 1.0, *, trainable: bool = F
         trainable stays so. `made.model.temperature` is τ as it is.
     :raises ValueError: if τ is no number above 0."""
     if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature}; give a number above 0, such as 0.7 (1: the language model as it is)")
+        raise ValueError(
+            f"temperature={temperature}; give a number above 0, such as 0.7 (1: the language model as it is)"
+        )
     log_temperature = torch.tensor(math.log(temperature), dtype=torch.float64, device=lm.device)
     network = Tempered(lm.model, nn.Parameter(log_temperature) if trainable else log_temperature)
     made = combined(network, [lm])
