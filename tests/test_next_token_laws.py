@@ -1,11 +1,14 @@
 """`tempered` and `truncated`: the laws of whole texts that temperature, top-p, min-p and top-k make, by enumeration.
 
-| what | property | mutants |
-|---|---|---|
-| law | p^(1/τ), or p on the kept tokens, each token with its own normaliser, by hand; sums to 1; draws agree with it | one normaliser for the whole text; the cut before the temperature; the crossing token left out; of equal tokens the higher ids |
-| kept tokens | transformers' own warpers, one after the other | top-p of the whole law after top-k |
-| gradient | finite differences, of the wrapped weights and of the temperature; finite where a text is impossible | the gradient without the normaliser of what is kept |
-| networks | sampled = scored on other kinds; prompts of several lengths; what stands after an end | |
+| what | property |
+|---|---|
+| law | p^(1/τ), or p on the kept tokens, each token with its own normaliser, by hand; sums to 1; draws agree with it |
+| kept tokens | by hand, also of equal ones; transformers' own warpers, one after the other |
+| gradient | finite differences, of the wrapped weights and of the temperature; finite where a text is impossible |
+| networks | sampled = scored on other kinds; prompts of several lengths; what stands after an end |
+
+Mutants: one normaliser for the whole text; the cut before the temperature; the crossing token left out; of equal tokens the
+higher ids; top-p of the whole law after top-k; the gradient without the normaliser of what is kept.
 """
 
 import math

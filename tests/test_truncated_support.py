@@ -1,13 +1,15 @@
 """A truncated guide cannot draw all of the posterior's texts: whatever claims to stand for the whole posterior says so, or
 refuses. Against enumeration of what is on its support.
 
-| what | property | mutant |
-|---|---|---|
-| importance, smc | log Z is that of the support, below log Z, and told | |
-| `log_evidence`, `diagnose` | upper bounds and KL(p ‖ q) are inf, also where no draw shows it; "support is truncated" | the flag taken away: a finite bound that log Z exceeds, draws called good |
-| rejection, mcmc, conditional SMC, mass-covering objectives | refused | |
-| the same truncated prior, a mixture with the prior | nothing is lacking, nothing is refused | |
-| enumerated divergences | gradients finite, KL(p ‖ q) inf | |
+| what | property |
+|---|---|
+| importance, smc | log Z is that of the support, below log Z, and told |
+| `log_evidence`, `diagnose` | upper bounds and KL(p ‖ q) are inf, also where no draw shows it; "support is truncated" |
+| rejection, mcmc, conditional SMC, mass-covering objectives | refused |
+| the same truncated prior, a mixture with the prior | nothing is lacking, nothing is refused |
+| enumerated divergences | gradients finite, KL(p ‖ q) inf |
+
+The mutant: `lacks_support` taken away. Then a finite upper bound lies below log Z, and draws are called good.
 """
 
 import json

@@ -93,8 +93,8 @@ def judge_draws(
     if lacks_support:
         return Verdict(
             "unknown",
-            "The guide's support is truncated (top-p, min-p or top-k): by their weights these draws stand for what the posterior "
-            "has there, how much that is they do not show, and log Z is a lower bound. Diagnose the guide, or give one without "
-            f"the truncation.{far}",
+            "The guide's support is truncated (top-p, min-p or top-k): by their weights these draws stand for what the "
+            "posterior has there, how much that is they do not show, and log Z is a lower bound. Diagnose the guide, or give "
+            f"one without the truncation.{far}",
         )
     return Verdict("good", f"With their weights the {num_samples} draws are {worth} of the posterior.{far}")

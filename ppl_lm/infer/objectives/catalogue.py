@@ -56,6 +56,6 @@ def truncated_guide(refused: Objective) -> ValueError:
     """That this objective cannot fit a guide whose law is truncated, and what can."""
     works = ", ".join(name for name in OBJECTIVES if not objective(name, 1.0).mass_covering)
     return ValueError(
-        f"{refused.name} is infinite for a guide that cannot draw some of the posterior's texts, and this one's law is truncated "
-        f"(top-p, min-p or top-k): fit the language model without the truncation, or by one of {works}"
+        f"{refused.name} is infinite for a guide that cannot draw some of the posterior's texts, and this one's law is "
+        f"truncated (top-p, min-p or top-k): fit the language model without the truncation, or by one of {works}"
     )

@@ -11,7 +11,7 @@ from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.laws.around import Around
 
 ROUNDING = 1e-6  # share of the mass, or nats, by which a token may fall short and still count
-WIDTH = 512  # tokens that are sorted at first
+WIDTH = 64  # tokens that are sorted at first
 
 
 def truncated(
@@ -73,28 +73,34 @@ def kept_tokens(
         return logits >= least
     if top_p is None:
         values = logits.topk(min(top_k or 1, logits.shape[-1])).values
-        count = torch.full_like(peak, values.shape[-1], dtype=torch.int64)
+        last, count = values[..., -1:], torch.full_like(peak, values.shape[-1], dtype=torch.int64)
     else:
-        values, count = _nucleus(logits, peak, top_p, top_k)
-    likely = most_probable(logits, values.gather(-1, count - 1), count) & ~peak.isnan()
+        last, count = _nucleus(logits, peak, top_p, top_k)
+    likely = most_probable(logits, last, count) & ~peak.isnan()
     return likely if min_p is None else likely & (logits >= least)
 
 
 def _nucleus(
     logits: Float[Tensor, "*S V"], peak: Float[Tensor, "*S 1"], top_p: float, top_k: int | None
-) -> tuple[Float[Tensor, "*S W"], Int[Tensor, "*S 1"]]:
-    """The largest logits, descending, and how many of them reach `top_p` of the mass of the `top_k`: a few are sorted, and
-    more only where these do not reach it."""
-    size = logits.shape[-1]
-    width = min(top_k or WIDTH, size)
-    total = (logits - peak).exp().sum(-1, keepdim=True, dtype=torch.float64) if top_k is None else None
-    while True:
-        values = logits.topk(width).values
-        mass = (values - peak).exp().cumsum(-1, dtype=torch.float64)
-        goal = (top_p - ROUNDING) * (mass[..., -1:] if total is None else total)
-        if top_k is not None or width == size or bool((mass[..., -1:] >= goal).all()):
-            return values, ((mass < goal).sum(-1, keepdim=True) + 1).clamp_max(width)
+) -> tuple[Float[Tensor, "*S 1"], Int[Tensor, "*S 1"]]:
+    """How many of the `top_k` largest logits have `top_p` of their mass, and the smallest of those: a few are sorted, and more
+    only of rows where these are too few."""
+    flat, peaks = logits.reshape(-1, logits.shape[-1]), peak.reshape(-1, 1)
+    size = min(top_k or logits.shape[-1], logits.shape[-1])
+    width = size if top_k else min(WIDTH, size)
+    total = (flat - peaks).exp().sum(-1, keepdim=True, dtype=torch.float64) if top_k is None else None
+    last, count = torch.empty_like(peaks), torch.empty_like(peaks, dtype=torch.int64)
+    rows = torch.arange(len(flat), device=flat.device)
+    while len(rows):
+        values = (flat if len(rows) == len(flat) else flat[rows]).topk(width).values
+        mass = (values - peaks[rows]).exp().cumsum(-1, dtype=torch.float64)
+        goal = (top_p - ROUNDING) * (mass[:, -1:] if total is None else total[rows])
+        enough = (mass < goal).sum(-1, keepdim=True) + 1
+        count[rows] = enough.clamp_max(width)
+        last[rows] = values.gather(-1, count[rows] - 1)
+        rows = rows[:0] if width == size else rows[enough[:, 0] > width]
         width = min(8 * width, size)
+    return last.reshape(peak.shape), count.reshape(peak.shape)
 
 
 def most_probable(
