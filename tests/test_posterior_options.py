@@ -238,7 +238,7 @@ def test_types_of_arguments():
         ("d", "maybe", "d=maybe; it takes true or false"),
         ("f", "1", "f is neither a number nor text"),
         ("lm", "x", "'lm' is given by the command itself"),
-        ("z", "1", r"has an argument 'z' of its own; there is a \\(float\\), b \\(int\\), .*, b \\(str\\)"),
+        ("z", "1", r"has an argument 'z' of its own; there is a .float., b .int., .*, b .str."),
     ]:
         with pytest.raises(ValueError, match=f"^set: .*{why}"):
             read_arguments({name: word}, model, guide)
