@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from ppl_lm.cli.app import app
 from ppl_lm.lm.language_model import LanguageModel
-from ppl_lm.run.own_arguments import own_arguments, read_arguments
+from ppl_lm.run.program_arguments import own_arguments, read_arguments
 from ppl_lm.run.run_folder import read_config
 
 pytestmark = pytest.mark.xdist_group("posterior options")
