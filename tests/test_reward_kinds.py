@@ -140,7 +140,9 @@ def test_what_is_no_reward_is_refused_with_the_way(given, way, unchecked):
     ],
 )
 def test_arithmetic_with_rewards_shows_the_way(combined):
-    with pytest.raises(TypeError, match=r"def both\(\*\*inputs\): return .*two rewards, each bound by its name"):
+    with pytest.raises(
+        TypeError, match=r"WeightedRewards\(\[first, second\], weights=.*two rewards, each bound by its name"
+    ):
         combined(Reward(count), Reward(rewards.length))
 
 

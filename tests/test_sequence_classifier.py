@@ -149,6 +149,15 @@ def test_a_text_without_any_token_is_refused(tiny_classifier):
             reward(completions=texts)
 
 
+def test_an_empty_text_is_the_start_token_where_there_is_one():
+    """An LM may end at once, and a decoder's tokenizer often puts nothing before a text."""
+    model, tokenizer = made("llama", 1), bpe()
+    alone = float(by_itself(model, [tokenizer.bos_token_id])[0])
+    assert rewards.reward_model(model, tokenizer)(completions=["", "soup", ""])[::2] == pytest.approx(
+        [alone] * 2, abs=1e-5
+    )
+
+
 def saved(model, tokenizer, folder):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -327,6 +327,25 @@ def test_a_fit_is_saved_loaded_and_gone_on_with(prior, tmp_path):
     assert not torch.equal(ppl_lm.enumerate_posterior(target, guide, PROMPTS).kl_q_p, reached.kl_q_p)
 
 
+# ----- several rewards -----
+
+
+def ends(completion_ids):
+    return [float(ids[-1] == END) for ids in completion_ids]
+
+
+def test_two_rewards_with_weights_each_of_them_shown(prior):
+    both = ppl_lm.likelihood.WeightedRewards([letters, ends], weights=[1.0, -0.5])
+    target = ppl_lm.bind(tilted, prior, reward=both, beta=0.5)
+    draws = ppl_lm.importance(target, None, PROMPTS, num_samples=4000)
+    finished = torch.tensor([float(END in row) for row in ROWS], dtype=torch.float64)
+    for weights, holds in (((1.0, -0.5), True), ((1.0, 0.0), False)):  # the mutant: the second does not count
+        p = [(law(prior, c) + (weights[0] * A + weights[1] * finished) / 0.5).softmax(-1) for c in [(0,), (1,)]]
+        exact = torch.stack([(row * finished).sum() for row in p])
+        assert agrees(draws, draws["ends"], exact) is holds
+    assert {"letters", "ends", "reward"} <= {*ppl_lm.summary(draws).reset_index().iloc[:, 1]}
+
+
 # ----- how sure am I? -----
 
 

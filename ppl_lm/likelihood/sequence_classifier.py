@@ -33,7 +33,8 @@ def classifier(
 
     The softmax over labels, or the label's own sigmoid where the classifier is a multi-label one. It sees the completion alone,
     as a text. It is run in eval mode and without gradients, and left in the mode in which it was; no text's score depends on
-    the others of its batch. Of a text that is longer than the classifier can read it sees the beginning: a `UserWarning`.
+    the others of its batch. Of a text that is longer than the classifier can read it sees the beginning: a `UserWarning`. An
+    empty one of which its tokenizer makes no token is its start token alone, or else its end token.
 
     :param model: a `PreTrainedModel` for sequence classification, or a folder or hub name of one.
     :param label: its name in the classifier's configuration, or its index.
@@ -41,8 +42,7 @@ def classifier(
     :param batch_size: completions in one forward pass, at most; it is one where padding would change a score, or where
         tokenizer and classifier do not agree on a pad token.
     :param device: of a model that is loaded here; None: CUDA where there is one, as for language models.
-    :raises ValueError: if the classifier lacks the label or its own weights; the reward raises it if a text has no tokens at
-        all, which only tokenizers without a start token make of an empty one.
+    :raises ValueError: if the classifier lacks the label or its own weights; the reward raises it if a text has no tokens.
     """
     scorer = _Scorer(model, tokenizer, batch_size, device)
     labels = scorer.labels
@@ -123,13 +123,17 @@ class _Scorer:
             raise ValueError("a classifier that is given as an object needs its tokenizer too: tokenizer=...")
         self.model, self.tokenizer, self.labels = model, tokenizer, _labels(model)
         self.limit, self.reads = _limit(model, tokenizer), {*signature_of(model).parameters}
+        ids = (tokenizer.cls_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self.nothing = [i for i in ids if i is not None][:1]  # stands for a text without tokens
         self.batch_size = batch_size if batch_size > 1 and self._pads() else 1
 
     def __call__(self, given: list[Any]) -> Float64[Tensor, "N labels"]:
         """:param given: texts, or chats as lists of messages."""
         rows = [self._text(item) if isinstance(item, str) else self._chat(item) for item in given]
         if not all(row["input_ids"] for row in rows):
-            raise ValueError("the classifier's tokenizer makes no token of an empty text; score that case yourself")
+            raise ValueError(
+                "the classifier's tokenizer makes no token of an empty text, and has no start or end token; score it yourself"
+            )
         return self._logits(rows, self.batch_size)
 
     @torch.no_grad()
@@ -159,6 +163,8 @@ class _Scorer:
     def _text(self, given: str) -> dict[str, list[int]]:
         encoded = self.tokenizer(given, truncation=self.limit is not None, max_length=self.limit)
         row = {name: list(encoded[name]) for name in encoded if name in self.tokenizer.model_input_names}
+        if not row["input_ids"]:
+            row = {name: [0] * len(self.nothing) for name in row} | {"input_ids": self.nothing}
         count = len(row["input_ids"])
         row["attention_mask"] = [1] * count
         if count == self.limit and len(self.tokenizer(given, verbose=False)["input_ids"]) > count:

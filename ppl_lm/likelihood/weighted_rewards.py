@@ -1,5 +1,6 @@
 """`WeightedRewards`: several rewards as one, r = Σ w_i r_i, each of them recorded."""
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from math import inf, isfinite
@@ -9,8 +10,6 @@ import pyro
 import torch
 from jaxtyping import Float64, Int
 from pyro.ops.provenance import detach_provenance
-from pyro.poutine.runtime import _PYRO_STACK
-from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
 from ppl_lm.likelihood.reward import Reward
@@ -100,8 +99,11 @@ def _site_name(name: str) -> str:
 
 
 def _recorded(name: str, value: Tensor) -> Tensor:
-    """The value, as a site of this name; of a second text's reward " (2)" is added to it."""
-    traces = [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
-    taken = {site for trace in traces for site in trace.nodes if site == name or site.startswith(f"{name} (")}
-    free = distinct([*taken, name])[-1] if name in taken else name
-    return pyro.deterministic(free, value, event_dim=0)
+    """The value, as a site of this name; where the program has one already, as of another text's reward, " (2)" is added."""
+    for n in itertools.count(1):
+        try:
+            return pyro.deterministic(name if n == 1 else f"{name} ({n})", value, event_dim=0)
+        except RuntimeError as error:
+            if not str(error).startswith("Multiple sample sites"):
+                raise
+    raise AssertionError

@@ -19,7 +19,7 @@ from ppl_lm.lm.checking.precision import is_half
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.run.names import from_file, is_file, shipped, split_folder
-from ppl_lm.run.own_arguments import FREE, SHARED, own_arguments, read_arguments
+from ppl_lm.run.program_arguments import FREE, SHARED, own_arguments, read_arguments
 from ppl_lm.run.saved_guide import read_guide
 from ppl_lm.run.settings import Settings
 

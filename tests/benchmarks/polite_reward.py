@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "preferences" / "polite.jsonl"
 LABELS = {0: "rude", 1: "polite"}
-EPOCHS, BATCH, LEARNING_RATE, L2, MAX_TOKENS = 4, 16, 1e-4, 1e-3, 128
+EPOCHS, BATCH, LEARNING_RATE, L2, MAX_TOKENS = 3, 16, 3e-5, 1e-3, 128
 
 
 def encoder() -> Path:
