@@ -619,7 +619,7 @@ def test_text_of_a_subsampled_plate_may_go_on_from_a_latent(prior):
 
 @pytest.mark.parametrize(("beta", "said"), [(4.0, True), (0.05, False)])
 def test_a_fit_that_is_not_needed_is_told_so(tmp_path, beta, said):
-    """Two prompts, 8 tokens, a reward that is near the prior, or one that is far: the draws of the prior say so before the first
+    """Two prompts, 8 tokens, a reward that is near the prior, or one that is far: draws of the prior say so before the first
     step, and the fit goes on. After its few steps nothing is said of learning rates."""
     (tmp_path / "p.txt").write_text("The soup was\nMy new phone\n")
     words = ["fit", "tilted", "--beta", str(beta), "--prompts", str(tmp_path / "p.txt"), "--max-new-tokens", "8"]
