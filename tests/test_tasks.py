@@ -13,8 +13,10 @@ from arviz_lives import plot_ppc
 from matplotlib import pyplot
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from typer.testing import CliRunner
 
 import ppl_lm
+from ppl_lm.cli.app import app
 from ppl_lm.guides import finetuned
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
@@ -629,3 +631,20 @@ def test_text_of_a_subsampled_plate_may_go_on_from_a_latent(prior):
         assert elbo.loss(target, guide, ["a", "b", "a b"]) == pytest.approx(0, abs=1e-5)
     with pytest.raises(ValueError, match="subsamples"):
         ppl_lm.importance(target, guide, ["a", "b", "a b"], num_samples=3)
+
+
+# ----- no fit is needed -----
+
+
+@pytest.mark.parametrize(("beta", "said"), [(4.0, True), (0.05, False)])
+def test_a_fit_that_is_not_needed_is_told_so(tmp_path, beta, said):
+    """Two prompts, 8 tokens, a reward that is near the prior, or one that is far: draws of the prior say so before the first
+    step, and the fit goes on. After its few steps nothing is said of learning rates."""
+    (tmp_path / "p.txt").write_text("The soup was\nMy new phone\n")
+    words = ["fit", "tilted", "--beta", str(beta), "--prompts", str(tmp_path / "p.txt"), "--max-new-tokens", "8"]
+    words += ["--max-steps", "2", "--particles", "4", "--num-samples", "100", "--output-dir", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, words)
+    text = " ".join(result.output.split())
+    assert result.exit_code in (0, 1) and ("no fit is needed: 100 draws of the prior" in text) == said, text
+    assert not said or "ppl-lm sample tilted --reward vader --beta 4" in text
+    assert "learning rate" not in text and "--learning-rate" not in text and "KL(guide ‖ posterior)" in text

@@ -64,8 +64,8 @@ class Gain:
 
     @property
     def least_seconds(self) -> float:
-        """What it takes at the least to measure two guides, whose texts are drawn and scored by the prior as well."""
-        return 2 * 3 * LEAST_TEXTS * self.each
+        """What it takes at the least to measure two guides, whose texts are scored by the prior as well."""
+        return 2 * 2 * LEAST_TEXTS * self.each
 
     def _draws(self, law: Any, seconds: float) -> Draws:
         count = len(self.batch)

@@ -50,8 +50,11 @@ class Schedule:
         psis_khat(torch.arange(100.0))  # loads ArviZ, which is no part of the time
         began = time.monotonic()
         size, held = min(settings.batch_size, len(prompts)), len(settings.measured[0])
-        nesting = loss(2).nesting(programs.model, programs.guide, prompts[:1])
-        weights = weights_to_fit(programs.model, programs.guide, prompts[:1], nesting)
+        parameters = (*programs.model.parameters(), *programs.guide.parameters())
+        trained = sum(weight.numel() for weight in parameters if weight.requires_grad)
+        if not trained:
+            nesting = loss(2).nesting(programs.model, programs.guide, prompts[:1])
+            weights_to_fit(programs.model, programs.guide, prompts[:1], nesting)
         speed = pilot(programs.model, programs.guide, prompts, loss, settings.particles, size)
         shared = plan(
             speed,
@@ -62,7 +65,7 @@ class Schedule:
             num_samples or default_draws(held),
             may_shrink,
         )
-        say(forecast(shared, settings.time_limit, sum(weight.numel() for weight in weights)))
+        say(forecast(shared, settings.time_limit, trained))
         for line in warnings(shared, settings.time_limit, held):
             say(line)
         settings = replace(settings, particles=shared.particles, batch_size=shared.batch_size)
