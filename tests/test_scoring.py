@@ -278,7 +278,9 @@ def test_texts_of_one_token_share_their_prompt_with_a_gradient_too():
 @pytest.mark.parametrize("free", ["adapter", "all"])
 def test_second_derivatives_and_torch_func_are_those_of_the_plain_way(free):
     """With a frozen head its slope would be taken for a constant, silently."""
-    prior = LanguageModel(tiny.network("gpt2", attn_implementation="eager").double(), tiny.bpe(), 4, end_ids=range(2, 50))
+    prior = LanguageModel(
+        tiny.network("gpt2", attn_implementation="eager").double(), tiny.bpe(), 4, end_ids=range(2, 50)
+    )
     lm = prior.adapted(rank=2) if free == "adapter" else prior.copy()
     law, weights = lm(PROMPTS), {n: w for n, w in lm.model.named_parameters() if w.requires_grad}
     x, found = law.sample((3,)), []
