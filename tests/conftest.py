@@ -5,12 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import jaxtyping
 import pyro
 import pytest
 import torch
 import transformers
 from fake_device import FAKE
+
+# A busy machine is no fault of a test: how long an example takes says nothing here.
+hypothesis.settings.register_profile("any_pace", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("any_pace")
 
 CHECKED = pytest.StashKey[bool]()
 DATA = Path(__file__).parents[2] / "shared" / "data"
