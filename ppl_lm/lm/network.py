@@ -112,8 +112,9 @@ class Network(nn.Module):
         cache: Any = None,
         keep: int = 1,
         use_cache: bool = False,
-    ) -> tuple[Float[Tensor, "N keep V"], Any]:
-        """Logits at the last `keep` positions in float32 or wider, dropout off. Every forward pass goes through here.
+    ) -> tuple[Float[Tensor, "texts kept V"], Any]:
+        """Logits at the last `keep` positions in float32 or wider, (N, keep, V), dropout off. Every forward pass goes through
+        here, also those of which the head is to answer less (`before_head`).
 
         :param mask: (N, cached + L) True at real tokens; None where nothing is padded.
         :raises UnsuitableNetworkError: if the network answers no logits, logits of another number than its vocabulary has,
