@@ -326,7 +326,7 @@ def test_weights_that_diverged_are_told():
             truncated(lm, **how)([""]).sample((5,))
 
 
-def test_refusals():
+def test_refusals(unchecked):
     lm = random_lm()
     for tau in (0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="temperature="):

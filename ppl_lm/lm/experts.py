@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ppl_lm.lm.cache import new_cache
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.network import Answer, DivergedError, inputs_of, past_of
+
+C = TypeVar("C", bound="Caches")
 
 
 def product(lms: Sequence[LanguageModel], powers: Sequence[float] | None = None) -> LanguageModel:
@@ -108,7 +110,7 @@ class Caches:
         self.caches = caches
 
     @classmethod
-    def of(cls, models: Iterable[nn.Module]) -> Self:
+    def of(cls: type[C], models: Iterable[nn.Module]) -> C:
         """Empty ones."""
         return cls([new_cache(model) for model in models])
 
