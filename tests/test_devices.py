@@ -620,7 +620,7 @@ def ending_early(device, length: int) -> LanguageModel:
     lm = llama(device)
     lm(SOUP)  # is checked, once
     made = LanguageModel(lm.model, lm.vocabulary.tokenizer, length, end_ids=range(280, 300))
-    made.is_checked, made.tolerance, made.shares_prompts = True, lm.tolerance, lm.shares_prompts
+    made.is_checked, made.tolerance, made.shortcuts.prompts = True, lm.tolerance, lm.shortcuts.prompts
     return made
 
 

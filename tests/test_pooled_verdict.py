@@ -7,7 +7,7 @@ import ppl_lm
 from ppl_lm.criticism.averages import over_prompts
 from ppl_lm.criticism.diagnoses.diagnosis import least_draws
 from ppl_lm.criticism.diagnoses.pool import Pool
-from ppl_lm.criticism.diagnoses.pooled_verdict import pooled_verdict
+from ppl_lm.criticism.diagnoses.pooling import pooled_verdict
 from ppl_lm.guides import finetuned
 from ppl_lm.infer.enumeration import kl
 from ppl_lm.lm.table import table_lm

@@ -106,7 +106,7 @@ def expected_weights(monkeypatch, world=SMALL, guide=None, resample=systematic, 
     def program(w, runs):
         with monkeypatch.context() as patch:
             patch.setattr(GROW, "choose", w.choose)
-            patch.setattr(SMC, "ROWS", 10**9)
+            patch.setattr(SMC, "texts_a_piece", lambda *_: 10**9)
             patch.setattr(POPULATION, "_needed", w.needed(POPULATION._needed))
             how = SMCSettings(resample=w.rule(resample), **settings)
             made = smc(world.model, guide, TEXTS, num_samples=count, num_runs=runs, settings=how)

@@ -19,7 +19,7 @@ from ppl_lm.guides import finetuned
 from ppl_lm.guides import prior as prior_program
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.enumeration import enumerate_posterior
-from ppl_lm.infer.samplers.pieces import pieces, texts_a_piece
+from ppl_lm.infer.samplers.in_pieces import pieces, texts_a_piece
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 from ppl_lm.report.progress import ProgressBar
@@ -96,7 +96,7 @@ def test_pieces_of_a_large_network_are_small_and_the_same_on_any_day(monkeypatch
     prompts = guide.lm.prompts(["a", "b"])
     whole = texts_a_piece(prompts, target, guide)
     assert whole == 2048
-    monkeypatch.setattr("ppl_lm.infer.samplers.pieces.WORK", 2**16)
+    monkeypatch.setattr("ppl_lm.infer.samplers.in_pieces.WORK", 2**16)
     assert 2 <= texts_a_piece(prompts, target, guide) < 100
     told = []
     draws = ppl_lm.importance(target, guide, prompts, num_samples=200, on_progress=lambda *a: told.append(a))
@@ -169,7 +169,7 @@ def test_the_pilot_finds_what_a_text_costs():
     target, guide = problem(slow(0.01))
     state = torch.get_rng_state()
     speed = pilot(target, guide, guide.lm.prompts(["a", "b"]), SequenceELBO, 16, 2)
-    assert 0.009 < speed.drawing[1] < 0.03 and speed.step(32) >= speed.draw(32) > 0.3
+    assert 0.3 < speed.draw(32) < 1.5 and speed.draw(32) <= speed.step(32) < 3.0, "32 texts of 10 ms"
     assert torch.equal(torch.get_rng_state(), state) and guide.lm.model.table.grad is None
 
 
@@ -272,7 +272,7 @@ def test_the_whole_command_ends_in_time(tmp_path, reward_file, prompts):
         stamps.append((time.monotonic(), line))
         say(self, line)
 
-    limit, out = 12.0, tmp_path / "run"
+    limit, out = 20.0, tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ProgressBar, "say", stamped)
         words = [
@@ -290,7 +290,7 @@ def test_the_whole_command_ends_in_time(tmp_path, reward_file, prompts):
     assert result.exit_code == 0, result.output
     (forecast_at, line) = next(s for s in stamps if "steps fit into the limit" in s[1])
     assert ended - (forecast_at - 6.0) < 1.2 * limit + 6.0  # the pilot itself takes 6 s at most
-    assert re.search(r"a step of \d+ texts .* takes about [\d.]+ s: \d+ steps fit into the limit of 12 s", line)
+    assert re.search(r"a step of \d+ texts .* takes about [\d.]+ s: \d+ steps fit into the limit of 20 s", line)
     made = json.loads((out / "diagnosis.json").read_text())
     assert least_draws(prompts) <= made["num_samples"] < 1000
 

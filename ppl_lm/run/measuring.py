@@ -9,7 +9,7 @@ import torch
 from ppl_lm.criticism.diagnoses.diagnosis import diagnose, least_draws
 from ppl_lm.criticism.diagnoses.side_by_side import COUNT, MOST, ShownTexts, samples, variety
 from ppl_lm.infer.draws import Draws
-from ppl_lm.infer.samplers.pieces import Progress, pieces, texts_a_piece
+from ppl_lm.infer.samplers.in_pieces import Progress, pieces, texts_a_piece
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.run.fitting.loop import Fit
 from ppl_lm.run.outcome import verdict_after

@@ -10,9 +10,9 @@ from ppl_lm.criticism.chains import r_hat
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
 from ppl_lm.infer.samplers.importance_sampling import importance
+from ppl_lm.infer.samplers.in_pieces import Progress
 from ppl_lm.infer.samplers.kernels import Kernel, independence, particle_gibbs, suffix
 from ppl_lm.infer.samplers.markov_chains import mcmc
-from ppl_lm.infer.samplers.pieces import Progress
 from ppl_lm.infer.samplers.quasi_rejection_sampling import quality, quasi_rejection
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc

@@ -10,7 +10,7 @@ from ppl_lm.criticism.diagnoses.draws_diagnosis import diagnose_draws
 from ppl_lm.criticism.diagnoses.figures import DrawsFigures, PromptDrawsFigures
 from ppl_lm.criticism.diagnoses.verdicts import Verdict
 from ppl_lm.infer.draws import Draws, NoSupportError
-from ppl_lm.infer.samplers.pieces import Progress
+from ppl_lm.infer.samplers.in_pieces import Progress
 from ppl_lm.lm import meter
 from ppl_lm.run.named_samplers import SAMPLERS
 from ppl_lm.run.names import is_file, shipped

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppl_lm.criticism.averages import over_prompts
 from ppl_lm.criticism.diagnoses.figures import GuideFigures, PromptFigures
 from ppl_lm.criticism.diagnoses.pool import Pool
-from ppl_lm.criticism.diagnoses.pooled_verdict import ALONE, POOLED, pooled_verdict
+from ppl_lm.criticism.diagnoses.pooling import ALONE, POOLED, pooled_verdict
 from ppl_lm.criticism.diagnoses.verdicts import Verdict, judge, of_prompts
 from ppl_lm.criticism.evidence import Evidence, log_evidence
 from ppl_lm.criticism.weights import ess_se, khat_se, max_weight, psis_khat
@@ -21,7 +21,7 @@ from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
 from ppl_lm.infer.log_weights import kong_ess, mean
 from ppl_lm.infer.samplers.importance_sampling import importance
-from ppl_lm.infer.samplers.pieces import pieces, texts_a_piece
+from ppl_lm.infer.samplers.in_pieces import pieces, texts_a_piece
 from ppl_lm.infer.samplers.rejection_sampling import accept, select
 from ppl_lm.infer.tables import as_html
 from ppl_lm.infer.traces.observations import likelihood_bound

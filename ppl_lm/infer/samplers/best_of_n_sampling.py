@@ -12,7 +12,7 @@ from torch import Tensor
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.samplers.importance_sampling import importance
-from ppl_lm.infer.samplers.pieces import Progress
+from ppl_lm.infer.samplers.in_pieces import Progress
 from ppl_lm.likelihood.best_of import log_ratio
 from ppl_lm.lm.decoder import invert
 

@@ -9,7 +9,7 @@ import torch
 from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, as_draws, concatenate
-from ppl_lm.infer.samplers.pieces import Progress, pieces, texts_a_piece
+from ppl_lm.infer.samplers.in_pieces import Progress, pieces, texts_a_piece
 from ppl_lm.infer.traces.particles import run
 from ppl_lm.infer.traces.structure import nesting_of
 from ppl_lm.lm import meter

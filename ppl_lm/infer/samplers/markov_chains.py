@@ -13,8 +13,8 @@ from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
 from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
 from ppl_lm.infer.samplers.importance_sampling import require_support as require_whole
+from ppl_lm.infer.samplers.in_pieces import Progress
 from ppl_lm.infer.samplers.kernels import Kernel, Propose, suffix
-from ppl_lm.infer.samplers.pieces import Progress
 from ppl_lm.infer.traces.structure import nesting_of
 
 CLAIM = "a Markov chain tends to the whole posterior"

@@ -12,7 +12,7 @@ from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import TOLERANCE, Draws, NoSupportError, concatenate
 from ppl_lm.infer.samplers.importance_sampling import importance, require_prompts, require_support
-from ppl_lm.infer.samplers.pieces import Progress, texts_a_piece
+from ppl_lm.infer.samplers.in_pieces import Progress, texts_a_piece
 from ppl_lm.infer.traces.observations import likelihood_bound
 from ppl_lm.infer.traces.structure import nesting_of
 

@@ -12,7 +12,7 @@ from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError, as_draws, concatenate
 from ppl_lm.infer.log_weights import kong_ess
 from ppl_lm.infer.samplers.importance_sampling import require_prompts
-from ppl_lm.infer.samplers.pieces import Progress, texts_a_piece
+from ppl_lm.infer.samplers.in_pieces import Progress, texts_a_piece
 from ppl_lm.infer.samplers.population import History, Population, grow, log_z_increment
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.traces.particles import run

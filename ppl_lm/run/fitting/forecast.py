@@ -60,7 +60,7 @@ def pilot(
     training: list[tuple[int, float]] = []
     is_local = True
     with preserved_rng():
-        while texts < whole and (len(drawing) < 2 or time.monotonic() - began < PILOT):
+        while texts < whole and (time.monotonic() - began < PILOT or (len(drawing) == 1 and drawing[0][1] < PILOT)):
             texts = min(whole, max(2, 4 * texts))
             k = max(2, min(particles, texts))
             rows = torch.linspace(0, len(prompts) - 1, max(1, texts // k)).long()
@@ -76,15 +76,17 @@ def pilot(
         weight.grad = None
     lm = guide.lm or model.lm
     rows_per_pass = drawing[-1][0] if lm is None else lm.rows_per_pass(prompts.ids.shape[-1] + lm.max_new_tokens, 1)
-    return Speed(_line(drawing), _line(training), max(1, rows_per_pass), is_local)
+    return Speed(_line(drawing, 0.25), _line(training, 1.0), max(1, rows_per_pass), is_local)
 
 
-def _line(timed: list[tuple[int, float]]) -> tuple[float, float]:
+def _line(timed: list[tuple[int, float]], alike: float) -> tuple[float, float]:
     """What any number of texts takes, and each of them, by the last two numbers that were timed: the first pays for what is
-    done once."""
+    done once.
+
+    :param alike: share that grows with the number of texts, where but one was timed."""
     count, seconds = timed[-1]
     if len(timed) == 1:
-        return 0.0, seconds / count
+        return (1 - alike) * seconds, alike * seconds / count
     fewer, less = timed[-2]
     each = min(max((seconds - less) / max(1, count - fewer), 0.1 * seconds / count), seconds / count)
     return seconds - each * count, each

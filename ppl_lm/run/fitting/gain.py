@@ -12,7 +12,7 @@ from ppl_lm.infer.log_weights import kong_ess, weighted_mean
 from ppl_lm.infer.objectives.catalogue import hard_constraint
 from ppl_lm.infer.objectives.protocol import Objective
 from ppl_lm.infer.samplers.importance_sampling import importance
-from ppl_lm.infer.samplers.pieces import pieces, texts_a_piece
+from ppl_lm.infer.samplers.in_pieces import pieces, texts_a_piece
 from ppl_lm.lm.prompts import Prompts
 
 MOST_DRAWS = 8192  # draws of the prior in search of a possible text, for a prompt that lacks one

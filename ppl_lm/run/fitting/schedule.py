@@ -9,7 +9,7 @@ import torch
 
 from ppl_lm.criticism.weights import psis_khat
 from ppl_lm.infer.elbo import SequenceELBO
-from ppl_lm.infer.samplers.pieces import Progress
+from ppl_lm.infer.samplers.in_pieces import Progress
 from ppl_lm.run.fitting.advice import forecast, warnings
 from ppl_lm.run.fitting.forecast import Plan, pilot, plan
 from ppl_lm.run.fitting.loop import weights_to_fit
