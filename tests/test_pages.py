@@ -355,7 +355,7 @@ def test_small_parts():
     assert pm(12_345.678, 120.0) == "12,346 ± 120" and pm(7, None) == "7" and pm(0.25, float("inf")) == "0.250"
     assert (
         shown("") == "(empty)"
-        and shown([{"role": "user"}]) == "[{'role': 'user'}]"
+        and shown([{"role": "user", "content": "Hi\nyou"}]) == "user: Hi↵you"
         and shown("a\x1b[31m") == "a⟨U+001B⟩[31m"
     )
     assert lines("a\n\n\tb\u202e") == "a\n\n    b⟨U+202E⟩"
