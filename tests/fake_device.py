@@ -127,7 +127,7 @@ class Operation:
     def of(func: Any) -> "Operation":
         schema = func._schema
         random = any("Generator" in str(argument.type) for argument in schema.arguments)
-        pointwise = torch.Tag.pointwise in func.tags
+        pointwise = torch.Tag.pointwise in func.tags or func._schema.name.startswith("aten::masked_fill")
         return Operation(schema.name.removeprefix("aten::"), schema.is_mutable, pointwise, random)
 
     @property

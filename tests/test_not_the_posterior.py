@@ -63,7 +63,9 @@ class Problem:
         """Draws of the guide as given, (S, T): of all prompts alike."""
         each = values.unsqueeze(1).expand(-1, len(self.texts), T)
         patch.setattr(TokenSequence, "sample", lambda self, _=torch.Size(): each)
-        patch.setattr(sys.modules["ppl_lm.infer.samplers.importance_sampling"], "texts_a_piece", lambda *_: 10**7)  # one call
+        patch.setattr(
+            sys.modules["ppl_lm.infer.samplers.importance_sampling"], "texts_a_piece", lambda *_: 10**7
+        )  # one call
 
 
 @pytest.fixture(params=[("",), ("", "a")], ids=["one prompt", "left-padded batch"])

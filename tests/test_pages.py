@@ -256,7 +256,7 @@ def test_the_commands_write_pages_and_refuse_what_is_no_run(plain, tmp_path, mon
 
 def test_a_fit_that_went_wrong_is_told_as_such_and_the_kept_guide_beside_it(tmp_path):
     run = tmp_path / "run"
-    wrong = ["--max-steps", "8", "--particles", "8", "--num-samples", "256", "--max-new-tokens", "12"]
+    wrong = ["--max-steps", "26", "--particles", "8", "--num-samples", "256", "--max-new-tokens", "12"]
     result = CliRunner().invoke(app, ["fit", "tilted", *wrong, "--learning-rate", "0.3", "--output-dir", str(run)])
     assert result.exit_code == 1, result.output
     diagnosis = read(run).diagnosis

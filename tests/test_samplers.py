@@ -83,7 +83,9 @@ def test_weights_of_every_outcome_are_exact(problem, monkeypatch):
 
     lm, texts, n = problem["lm"], problem["texts"], len(problem["x"])
     monkeypatch.setattr(TokenSequence, "sample", lambda self, _=torch.Size(): values)
-    monkeypatch.setattr(sys.modules["ppl_lm.infer.samplers.importance_sampling"], "texts_a_piece", lambda *_: 10**6)  # one call
+    monkeypatch.setattr(
+        sys.modules["ppl_lm.infer.samplers.importance_sampling"], "texts_a_piece", lambda *_: 10**6
+    )  # one call
     values = problem["x"].unsqueeze(1).expand(n, len(texts), T)
     target, guide = bind(tilted, lm, reward=letters, beta=0.7), bind(finetuned, problem["other"])
     draws = importance(target, guide, texts, num_samples=n)
@@ -105,7 +107,9 @@ def test_acceptance_probability_of_every_outcome_is_exact(problem, monkeypatch):
 
     values = problem["x"].unsqueeze(1).expand(n, len(texts), T)
     monkeypatch.setattr(TokenSequence, "sample", lambda self, _=torch.Size(): values)
-    monkeypatch.setattr(sys.modules["ppl_lm.infer.samplers.importance_sampling"], "texts_a_piece", lambda *_: 10**6)  # one call
+    monkeypatch.setattr(
+        sys.modules["ppl_lm.infer.samplers.importance_sampling"], "texts_a_piece", lambda *_: 10**6
+    )  # one call
     target = bind(tilted, lm, reward=capped, beta=0.7)
     draws = importance(target, bind(prior, lm), texts, num_samples=n)
     cells, kept = 1000, torch.zeros(n, len(texts))

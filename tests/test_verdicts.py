@@ -35,7 +35,8 @@ LOST = {"missing": 0.3, "missing_se": 0.01, "kl_q_p": 0.36, "kl_p_q": math.inf, 
         ({"elbo_gain": -0.5, "seen": 0.0}, "worse_than_prior"),
         ({"elbo_gain": -0.01, "kl_q_p": 2.0}, "poor"),
         (LOST, "misses_mass"),
-        (LOST | {"missing": 0.03, "missing_se": 0.02}, "poor"),  # may be none at all
+        (LOST | {"missing": 0.03, "missing_se": 0.02}, "misses_mass"),  # little, but it can never be drawn
+        (LOST | {"missing": 0.03, "missing_se": 0.02, "kl_p_q": 0.9, "kl_p_q_se": 0.1}, "poor"),  # may be none at all
         (LOST | {"elbo_gain": -0.1, "kl_prior_p": 0.26}, "misses_mass"),  # right but for the mass that it misses
         (LOST | {"elbo_gain": -2.1, "kl_q_p": 4.1}, "worse_than_prior"),
         (LOST | {"elbo_gain": -0.1, "kl_prior_p": 0.26, "log_likelihood": -1.0}, "misses_mass"),  # the best texts, too

@@ -137,7 +137,9 @@ def theirs(what, rank, prompt, texts, tokens, steps, between):
     adapter = (
         LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
     )
-    rows = Dataset(pyarrow.table({"prompt": [prompt] * 64}), fingerprint="bench")  # whose hash not all versions can make
+    rows = Dataset(
+        pyarrow.table({"prompt": [prompt] * 64}), fingerprint="bench"
+    )  # whose hash not all versions can make
     trainer = RLOOTrainer(
         model=model, reward_funcs=reward, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=adapter,
         callbacks=[Clock()],
@@ -184,7 +186,8 @@ def run(case, threads, steps):
         rows += [ours.step() for _ in range(steps)]
     rows = rows[2:] if len(rows) > 2 else rows[1:]  # the first ones find out what they need
     made = {
-        "case": case, "threads": threads, "device": str(ours.prompts.ids.device), "machine": platform.processor() or platform.machine(),
+        "case": case, "threads": threads, "device": str(ours.prompts.ids.device),
+        "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__, "transformers": transformers.__version__, "steps": len(rows),
         "ours": {phase: statistics.median(row[phase] for row in rows) for phase in rows[0]},
         "trl": statistics.median(seconds) if seconds else None, "floor": floor(what, prompt, texts, tokens), "bytes": peaks,

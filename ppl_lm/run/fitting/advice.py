@@ -94,10 +94,11 @@ def peak_memory() -> int | None:
 
 
 def _instead(settings: Settings) -> str:
-    words = ["ppl-lm", "sample", settings.model, "--beta", f"{settings.beta:g}"]
+    words = ["ppl-lm", "sample", settings.model]
     words += [word for name in settings.reward for word in ("--reward", name)]
     if settings.reward_weights is not None:
         words += ["--reward-weights", ",".join(f"{w:g}" for w in settings.reward_weights)]
+    words += ["--beta", f"{settings.beta:g}"]
     words += [word for name, value in settings.arguments.items() for word in ("--set", f"{name}={value}")]
     words += ["--max-new-tokens", str(settings.max_new_tokens), "--num-samples", "1000"]
     words += [] if settings.lm is None else ["--lm", settings.lm]
