@@ -71,7 +71,7 @@ def forced(monkeypatch, places, tokens):
     module, decoder = sys.modules["ppl_lm.infer.samplers.markov_chains"], sys.modules["ppl_lm.lm.decoder"]
     queue = [u for u in (places, tokens) if u is not None]
     monkeypatch.setattr(module.torch, "rand", lambda *shape, **_: queue.pop(0).reshape(*shape))
-    monkeypatch.setattr(decoder, "invert", lambda log_probs, u: u.long())
+    monkeypatch.setattr(decoder, "_quantiles", lambda log_probs, u: (u.long(), torch.ones_like(u, dtype=torch.bool)))
 
 
 def walk(problem, monkeypatch, kernel, mutant=None):
