@@ -327,7 +327,10 @@ def test_the_command_fits_saves_and_goes_on_with_an_adapter(tmp_path):
     )
     repeated = prior.adapted(same / "guide")
     assert torch.equal(scores(repeated, x), scores(first, x))  # the seed decides the adapter's beginning too
-    call("sample", "tilted", "--lm", run / "guide", "--output-dir", tmp_path / "as_prior")  # as a prior of its own
+    said = call(
+        "sample", "tilted", "--lm", run / "guide", "--output-dir", tmp_path / "as_prior"
+    )  # as a prior of its own
+    assert "is tilted once more" in " ".join(said.output.split())
     call("report", tmp_path / "as_prior")
     further = ["fit", "tilted", "--lm", run / "guide", "--reward", "length", "--beta", "5", *quick]
     call(
@@ -341,6 +344,7 @@ def test_the_command_fits_saves_and_goes_on_with_an_adapter(tmp_path):
 def call(*args):
     result = CliRunner().invoke(app, [str(a) for a in args])
     assert result.exit_code == 0, result.output
+    return result
 
 
 def on_disk(folder) -> LanguageModel:

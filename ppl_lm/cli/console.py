@@ -1,6 +1,7 @@
 """What the commands share: the consoles, exit statuses, error messages, and options that several have."""
 
 import shlex
+import sys
 import traceback as tracebacks
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ def errors(traceback: bool) -> Iterator[None]:
     """One clear message and exit status 2 for whatever the user can mend."""
     try:
         yield
-    except (typer.Exit, BrokenPipeError):  # of `... | head`: typer ends quietly
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # of `... | head`: typer ends quietly
         raise
     except Exception as error:  # whatever a user's program, reward or model raises
         if traceback:
@@ -105,3 +106,20 @@ def with_prompts(settings: Any, path: Path | None) -> Any:
         texts, columns = read_prompts(path)
         settings = replace(settings, prompts=texts, columns=columns, eval_prompts=None, eval_columns={})
     return as_chats(settings)
+
+
+def ask_whether_twice(lm: str | None) -> None:
+    """Where the prior is a run's fitted guide: says that it would be tilted once more, and in a terminal asks whether that is
+    meant."""
+    from ppl_lm.run.run_folder import is_run
+
+    if lm is None or Path(lm).name != "guide" or not is_run(Path(lm).parent):
+        return
+    run = shlex.quote(str(Path(lm).parent))
+    err.print(
+        f"lm={lm!r} is the fitted guide of a run: as the prior it is tilted once more, by the reward on top of what it was "
+        f"fitted to. To go on with that fit: ppl-lm fit MODEL --init-from {run}; to draw from it: ppl-lm sample {run}",
+        markup=False,
+    )
+    if sys.stdin.isatty() and err.is_terminal:
+        typer.confirm("Is that meant?", abort=True, err=True)

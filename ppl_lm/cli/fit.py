@@ -14,6 +14,7 @@ from ppl_lm.cli.console import (
     Traceback,
     absolute,
     as_typed,
+    ask_whether_twice,
     errors,
     is_typed,
     out,
@@ -115,6 +116,7 @@ def command(
         def loss(count: int) -> SequenceELBO:
             return SequenceELBO(num_particles=count, objective=objective_named(objective, settings.beta))
 
+        ask_whether_twice(settings.lm)
         check_arguments(loss(particles), batch_size, learning_rate, max_steps, time_limit)
         title = f"posterior {settings.model}, guide {settings.guide}, {len(settings.prompts)} prompt(s); fitting"
         with ProgressBar(title, out) as progress:

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from ppl_lm.cli.console import OtherPrompts, Traceback, absolute, as_typed, err, errors, out, whole_path, with_prompts
+from ppl_lm.cli.console import (
+    OtherPrompts,
+    Traceback,
+    absolute,
+    as_typed,
+    ask_whether_twice,
+    err,
+    errors,
+    out,
+    whole_path,
+    with_prompts,
+)
 from ppl_lm.cli.posterior_options import Arguments, Chat, Rewards, System, Weights, asked
 
 
@@ -62,6 +73,8 @@ def command(
         own = output_dir is None and is_run(Path(source))  # a run's own folder takes its draws
         if output_dir is not None:
             require_free(output_dir, overwrite, keep_fit=True)
+        if "lm" in given:
+            ask_whether_twice(settings.lm)
         title = f"drawing by {sampler}: {num_samples} texts for each of {len(settings.prompts)} prompt(s)"
         with ProgressBar(title, err) as progress:
             programs = build(settings, fitted)
