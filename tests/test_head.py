@@ -17,6 +17,7 @@ def plain(hidden, head, tokens):
 def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, chunk, bias, choices):
     """A mutant that forgets the softmax's mean, or uses one position's total for another's, differs by 0.1."""
     monkeypatch.setattr(heads, "CHUNK", chunk)
+    monkeypatch.setattr(heads, "KEPT", chunk)
     head = nn.Linear(5, 23, bias=bias).double()
     hidden = (3 * torch.randn(4, 6, 5, dtype=torch.float64)).requires_grad_(True)
     tokens, coming = torch.randint(23, (4, 6, choices)), torch.randn(4, 6, choices, dtype=torch.float64)
@@ -62,6 +63,7 @@ def test_the_gradient_of_a_half_precision_head_does_not_get_worse_by_parts(monke
     exact.load_state_dict({name: value.float() for name, value in head.state_dict().items()})
     right = torch.autograd.grad(plain(hidden.float(), exact, tokens).sum(), list(exact.parameters()))
     monkeypatch.setattr(heads, "CHUNK", 100)
+    monkeypatch.setattr(heads, "KEPT", 100)
     found = torch.autograd.grad(heads.chosen_log_probs(hidden, head, tokens).sum(), list(head.parameters()))
     for one, other in zip(found, right, strict=True):
         assert float((one.float() - other).norm()) < 0.01 * float(other.norm())

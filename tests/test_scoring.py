@@ -310,3 +310,70 @@ class _Summed(torch.nn.Module):
 
     def forward(self):
         return self.law.log_prob(self.x).sum()
+
+
+class Held:
+    """Bytes that autograd keeps at a time, the most so far: inside the block."""
+
+    def __init__(self):
+        self.now = self.most = 0
+
+    def __enter__(self):
+        def pack(tensor):
+            return Kept(self, tensor)
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *given):
+        self.hooks.__exit__(*given)
+
+
+class Kept:
+    def __init__(self, held, tensor):
+        self.held, self.tensor = held, tensor
+        held.now += tensor.nbytes
+        held.most = max(held.most, held.now)
+
+    def __del__(self):
+        self.held.now -= self.tensor.nbytes
+
+
+LONG = 512
+LENGTHY = {"gpt2": {"n_positions": 640}, "llama": {"max_position_embeddings": 640}}
+
+
+@pytest.mark.parametrize("kind", LENGTHY)
+@pytest.mark.parametrize(("dtype", "atol", "rtol"), [(torch.float64, 1e-9, 1e-6), (torch.float32, 1e-4, 1e-3)])
+def test_texts_of_512_tokens_are_drawn_scored_and_taken_in_parts_alike(kind, dtype, atol, rtol):
+    """And what autograd keeps at a time is that of a micro-batch, whatever their number."""
+    prior = LanguageModel(tiny.network(kind, **LENGTHY[kind]).to(dtype), tiny.bpe(), LONG, end_ids=[2])
+    guide = prior.copy()
+    prompts = prior.prompts(PROMPTS[:1])
+    law = guide(prompts)
+    with torch.no_grad():
+        x = law.sample((8,))
+    assert int(prior.vocabulary.lengths(x).max()) == LONG
+    drawn = law.sampled_log_probs(x)
+    flat, rows = x[:, 0], torch.zeros(8, dtype=torch.int64)
+    plain = scoring.score(prior, prompts.take(rows), flat)[..., 0]
+    fast = scoring.score(prior, prompts, flat, rows, shared=True)[..., 0]
+    assert drawn is not None
+    torch.testing.assert_close(drawn[:, 0], plain.double(), rtol=0, atol=atol)
+    torch.testing.assert_close(fast, plain, rtol=0, atol=atol)
+    weights = [weight for weight in guide.parameters() if weight.requires_grad]
+    right = torch.autograd.grad(scoring.score(guide, prompts.take(rows), flat).sum(), weights)
+    most = {}
+    for size in (2, 3, 8):
+        slopes = [torch.zeros_like(weight) for weight in weights]
+        with Held() as held:
+            for part in torch.arange(8).split(size):
+                surrogate = law.expand((8, 1)).slice(part).token_log_probs(flat[part]).sum()
+                for slope, more in zip(slopes, torch.autograd.grad(surrogate, weights), strict=True):
+                    slope += more
+                del surrogate
+        most[size] = held.most
+        for a, b in zip(slopes, right, strict=True):
+            assert float((a - b).norm()) <= rtol * float(b.norm()) + 1e-12
+    assert most[2] < most[3] < most[8] and most[2] < 0.4 * most[8], "that of two texts, not of eight"

@@ -5,8 +5,11 @@ import math
 import re
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pyro
 import pytest
+import tiny
 import torch
 from rich.console import Console
 from typer.testing import CliRunner
@@ -20,6 +23,8 @@ from ppl_lm.guides import prior as prior_program
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.enumeration import enumerate_posterior
 from ppl_lm.infer.samplers.in_pieces import pieces, texts_a_piece
+from ppl_lm.lm import meter
+from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 from ppl_lm.report.progress import ProgressBar
@@ -171,6 +176,45 @@ def test_the_pilot_finds_what_a_text_costs():
     speed = pilot(target, guide, guide.lm.prompts(["a", "b"]), SequenceELBO, 16, 2)
     assert 0.3 < speed.draw(32) < 1.5 and speed.draw(32) <= speed.step(32) < 3.0, "32 texts of 10 ms"
     assert torch.equal(torch.get_rng_state(), state) and guide.lm.model.table.grad is None
+
+
+@pytest.fixture
+def tokens_as_seconds(monkeypatch):
+    """A clock that goes on by a second with each token that a network is given."""
+    with meter.measure() as cost:
+        monkeypatch.setattr(forecast, "time", SimpleNamespace(monotonic=lambda: float(cost.lm_tokens)))
+        yield
+
+
+@pytest.mark.parametrize("prompts", [["a dog"], ["a dog", "the soup", "she said", "it"]])
+def test_a_slow_network_is_timed_by_short_texts(tokens_as_seconds, prompts):
+    """What a whole text costs is told from a few tokens of it, exactly where each token costs the same."""
+    lm = LanguageModel(tiny.network("gpt2"), tiny.bpe(), 32, end_ids=[4])
+    target = ppl_lm.bind(tilted, lm, reward=lambda completions: [0.0] * len(completions), beta=9.0)
+    guide = ppl_lm.bind(finetuned, lm.copy())
+    pilots = forecast._Pilot(target, guide, lm.prompts(prompts), SequenceELBO, 8, 64)
+    found = pilots.of_short_texts()
+    assert found is not None and lm.max_new_tokens == guide.lm.max_new_tokens == 32
+    ((count, drawing),), ((same, training),) = found
+    whole, drawn, train = pilots.draw(16)
+    assert count == same == whole == 16
+    assert drawing == pytest.approx(drawn, rel=0.15) and training == pytest.approx(train(), rel=0.15)
+
+
+def test_what_asks_for_whole_texts_is_timed_by_them(tokens_as_seconds):
+    lm = LanguageModel(tiny.network("gpt2"), tiny.bpe(), 32, end_ids=[4])
+
+    def whole(prompts, prior):
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("x", prior(prompts))
+            assert x.shape[-1] == 32
+            return x
+
+    pilots = forecast._Pilot(
+        ppl_lm.bind(whole, lm), ppl_lm.bind(finetuned, lm.copy()), lm.prompts(["it"]), SequenceELBO, 8, 8
+    )
+    assert pilots.of_short_texts() is None and lm.max_new_tokens == 32
+    assert pilots.of_whole_texts()[0]
 
 
 def test_a_limit_is_shared_out():

@@ -15,7 +15,7 @@ from scipy.stats import chi2
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.table import table_lm
-from ppl_lm.lm.token_sequence import TokenSequence
+from ppl_lm.lm.token_sequence import TokenSequence, _sum_of_bits
 
 V, T, END = 5, 6, 4
 ROWS = oracle.outcomes(V, T, END)
@@ -443,3 +443,16 @@ def test_provenance_passes_through_prompts_draws_and_scores(lm):
         assert get_provenance(d.sample()) == get_provenance(d.log_prob(X[:1])) == frozenset({"x"})
     assert get_provenance(lm(prompts).log_prob(x)) == frozenset({"x"})
     assert get_provenance(lm(prompts).log_prob(X[:1])) == frozenset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (3,), (5, 7), (4, 6)])
+def test_any_number_that_is_written_changes_the_sum_of_bits(dtype, shape):
+    """Of rows of a larger tensor, and of one whose dimensions were exchanged, too."""
+    whole = torch.randn(3, *shape).to(dtype)
+    for weight in (whole.clone()[0], whole[1], whole[2].t() if len(shape) == 2 else whole[2]):
+        before = int(_sum_of_bits(weight))
+        for at in range(weight.numel()):
+            changed = weight.clone(memory_format=torch.contiguous_format)
+            changed.view(-1)[at] = changed.view(-1)[at] + 1
+            assert int(_sum_of_bits(changed)) != before

@@ -41,7 +41,7 @@ class TokenSequence(TorchDistribution):
         # Pyro's TraceGraph_ELBO follows values through a program by their provenance; text and networks would lose it.
         self._provenance = get_provenance(prompts.ids)
         self.prompts = replace(prompts, ids=detach_provenance(prompts.ids)) if self._provenance else prompts
-        self._last_draw: list[tuple[Tensor, Tensor, list[float]]] = []  # one at most; shared with what `expand` makes
+        self._last_draw: list[tuple[Tensor, Tensor, list[int]]] = []  # one at most; shared with what `expand` makes
         require_fit(lm, self.prompts)
         shape = prompts.batch_shape if batch_shape is None else torch.Size(batch_shape)
         super().__init__(shape, torch.Size((lm.max_new_tokens,)), validate_args=False)
@@ -186,14 +186,26 @@ class TokenSequence(TorchDistribution):
         grid = torch.arange(prod(self.prompts.batch_shape), device=self.prompts.ids.device)
         return grid.reshape(self.prompts.batch_shape).expand(shape).reshape(-1)
 
-    def _state_of_weights(self) -> list[float]:
-        """Changes with the weights. Versions alone miss what fused optimisers and `.data` write, norms alone miss what
+    def _state_of_weights(self) -> list[int]:
+        """Changes with the weights. Versions alone miss what fused optimisers and `.data` write, sums of bits alone miss what
         keeps them."""
         weights = [p.detach() for p in self.lm.model.parameters()]
         if not weights:  # a mask has none
             return []
-        norms = torch.stack([torch.linalg.vector_norm(w, dtype=torch.float64) for w in weights])
-        return [*norms.tolist(), *(w._version for w in weights)]
+        sums = torch.stack([_sum_of_bits(w) for w in weights])
+        return [*sums.tolist(), *(w._version for w in weights)]
+
+
+def _sum_of_bits(weight: Tensor) -> Int[Tensor, ""]:
+    """Of its bits in words as long as fit, modulo 2⁶⁴: any number that changes changes it, and it is as fast as memory."""
+    flat = weight.contiguous().reshape(-1)
+    size, start = flat.numel() * flat.itemsize, flat.storage_offset() * flat.itemsize
+    word = next(
+        word
+        for word in (torch.int64, torch.int32, torch.int16, torch.int8)
+        if size % word.itemsize == start % word.itemsize == 0
+    )
+    return flat.view(word).sum(dtype=torch.int64)
 
 
 def _chunks(x: Tensor, size: int) -> tuple[Tensor, ...]:

@@ -50,6 +50,8 @@ class ProgressBar:
         line = words if memory is None else f"{words}, {memory / 2**30:.1f} GiB"
         self.bar.update(self.task, completed=done, description=line)
         now = time.monotonic()
+        if done <= 0:  # what came before is no measure of what is left
+            self.began = now
         if self.in_notebook and (self.handle is None or now - self.printed > OFTEN or done >= 1):
             self._change(f'<progress value="{done:.3f}" max="1"></progress> {html.escape(line)}{self._left(done)}')
             self.printed = now

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 CHUNK = 2**24  # logits at a time
+KEPT = 2**25  # logits of a head that is trained, up to which they are kept: finding them again takes a third longer
 
 
 def chosen_log_probs(
@@ -21,10 +22,10 @@ def chosen_log_probs(
 
     Memory beside the arguments: a few times `CHUNK` logits. Under a frozen head the gradient of `hidden` is kept from the first
     pass, M numbers for each of `hidden`. A head that is trained finds its logits a second time, unless all are no more than
-    `CHUNK`: then they are kept."""
+    `KEPT`: then they are kept."""
     flat, chosen = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1, tokens.shape[-1])
     trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in head.parameters())
-    if trained and len(flat) * len(head.weight) <= CHUNK:
+    if trained and len(flat) * len(head.weight) <= KEPT:
         logits = _wide(head(flat))
         return (logits.gather(-1, chosen) - logits.logsumexp(-1, keepdim=True)).reshape(tokens.shape)
     keeps = torch.is_grad_enabled() and hidden.requires_grad and not trained

@@ -11,10 +11,12 @@ from ppl_lm.criticism.diagnoses.diagnosis import least_draws
 from ppl_lm.infer.binding import Bound
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.likelihood.reward import preserved_rng
+from ppl_lm.lm.network import Network
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.run.fitting.loop import AFTER, BEFORE
 
 PILOT = 4.0  # seconds, after which no more texts are timed
+SHORT, FIRST = (2, 6), 16  # tokens of the texts that a slow network is timed with, and how many these are
 MEASURING, MOST_MEASURING = (
     0.2,
     0.5,
@@ -23,7 +25,7 @@ WISHED = 100  # steps, for which a step gets fewer texts
 FASTER = 0.7  # what half of the texts must make of a step's time
 FEWEST = 16  # prompts that a verdict is of, where all are too many
 LEAST_TEXTS = 16  # a step
-EACH = 4  # texts of a prompt, in steps of few texts
+EACH = 4  # prompts, and texts of each, in steps of few texts
 SHOWN = 24  # texts that are shown, at the least: each is scored twice
 
 
@@ -50,33 +52,89 @@ class Speed:
 def pilot(
     model: Bound, guide: Bound, prompts: Prompts, loss: Callable[[int], SequenceELBO], particles: int, batch_size: int
 ) -> Speed:
-    """Times steps that move nothing, of two texts, then of eight and so on, up to a whole one, for a few seconds: of a large
-    network only the first with its gradient, whose cost a text is the same for any number of them. Random states stay as they
-    are.
+    """Times steps that move nothing, for a few seconds: of short texts where whole ones take longer than that. Random states
+    stay as they are.
 
     :param loss: of a number of particles, new at each call."""
-    began, texts, whole = time.monotonic(), 0, particles * min(batch_size, len(prompts))
-    drawing: list[tuple[int, float]] = []
-    training: list[tuple[int, float]] = []
-    is_local = True
+    pilots = _Pilot(model, guide, prompts, loss, particles, particles * min(batch_size, len(prompts)))
     with preserved_rng():
-        while texts < whole and (time.monotonic() - began < PILOT or (len(drawing) == 1 and drawing[0][1] < PILOT)):
-            texts = min(whole, max(2, 4 * texts))
-            k = max(2, min(particles, texts))
-            rows = torch.linspace(0, len(prompts) - 1, max(1, texts // k)).long()
-            started, elbo = time.monotonic(), loss(k)
-            drawn = elbo.particles(model, guide, prompts.take(rows))
-            is_local = drawn.is_local
-            drawing.append((k * len(rows), time.monotonic() - started))
-            started = time.monotonic()
-            if not training or training[-1][1] / training[-1][0] * k * len(rows) < PILOT - (started - began):
-                elbo.differentiate(drawn).backward()
-                training.append((k * len(rows), time.monotonic() - started))
+        drawing, training = pilots.of_short_texts() or pilots.of_whole_texts()
     for weight in (*model.parameters(), *guide.parameters()):
         weight.grad = None
     lm = guide.lm or model.lm
     rows_per_pass = drawing[-1][0] if lm is None else lm.rows_per_pass(prompts.ids.shape[-1] + lm.max_new_tokens, 1)
-    return Speed(_line(drawing, 0.25), _line(training, 1.0), max(1, rows_per_pass), is_local)
+    return Speed(_line(drawing, 0.25), _line(training, 1.0), max(1, rows_per_pass), pilots.is_local)
+
+
+Timed = list[tuple[int, float]]  # numbers of texts, and the seconds that each took
+
+
+@dataclass
+class _Pilot:
+    """What `pilot` was given, with the `texts` of a whole step; `is_local` as in `Speed`, known after a step."""
+
+    model: Bound
+    guide: Bound
+    prompts: Prompts
+    loss: Callable[[int], SequenceELBO]
+    particles: int
+    texts: int
+    is_local: bool = True
+
+    def draw(self, texts: int) -> tuple[int, float, Callable[[], float]]:
+        """The first phase of a step of so many texts: their number, its seconds, and what times the second phase."""
+        k = max(2, min(self.particles, texts // EACH if len(self.prompts) > 1 else texts))
+        rows = torch.linspace(0, len(self.prompts) - 1, max(1, texts // k)).long()
+        began, elbo = time.monotonic(), self.loss(k)
+        drawn = elbo.particles(self.model, self.guide, self.prompts.take(rows))
+        self.is_local = drawn.is_local
+        seconds = time.monotonic() - began
+
+        def train() -> float:
+            began = time.monotonic()
+            elbo.differentiate(drawn).backward()
+            return time.monotonic() - began
+
+        return k * len(rows), seconds, train
+
+    def of_short_texts(self) -> tuple[Timed, Timed] | None:
+        """A step's drawing and training, from texts of a few tokens: the cost of a token more is the same for any. None where
+        the texts are short anyhow or whole ones are fast, and of programs that such texts do not suit."""
+        networks = [m for p in (self.model, self.guide) for m in p.modules() if isinstance(m, Network)]
+        lengths = {network.max_new_tokens for network in networks}
+        if len(lengths) != 1 or (length := lengths.pop()) < 4 * SHORT[-1]:
+            return None
+        seconds: list[tuple[float, float]] = []
+        try:
+            for tokens in (1, *SHORT):  # the first pays for what is done once
+                for network in networks:
+                    network.max_new_tokens = tokens
+                count, drawing, train = self.draw(min(self.texts, FIRST if seconds else 2))
+                seconds.append((drawing, train()))
+        except Exception:  # what is asked of a text may need all of its tokens
+            return None
+        finally:
+            for network in networks:
+                network.max_new_tokens = length
+        times = (length - SHORT[0]) / (SHORT[1] - SHORT[0])
+        drawing, training = (a + times * max(0.0, b - a) for a, b in zip(seconds[1], seconds[2], strict=True))
+        return None if drawing + training < PILOT / 2 else ([(count, drawing)], [(count, training)])
+
+    def of_whole_texts(self) -> tuple[Timed, Timed]:
+        """Two texts, then eight and so on, up to a whole step: of a large network only the first with gradient, whose cost a
+        text is the same for any number of them."""
+        began, texts = time.monotonic(), 0
+        drawing: Timed = []
+        training: Timed = []
+        while texts < self.texts and (
+            time.monotonic() - began < PILOT or (len(drawing) == 1 and drawing[0][1] < PILOT)
+        ):
+            texts = min(self.texts, max(2, 4 * texts))
+            count, seconds, train = self.draw(texts)
+            drawing.append((count, seconds))
+            if not training or training[-1][1] / training[-1][0] * count < PILOT - seconds:
+                training.append((count, train()))
+        return drawing, training
 
 
 def _line(timed: list[tuple[int, float]], alike: float) -> tuple[float, float]:
@@ -142,14 +200,15 @@ def plan(
     fitting = limit - measuring
     few = speed.draw(LEAST_TEXTS)  # of the least measurements in a fit
     loop = max(0.0, fitting - max(BEFORE * fitting, few) - max(AFTER * fitting, 2 * few))
-    shrunk = [(particles, batch_size)]
+    fewest = (
+        batch_size  # prompts: each passes once for its texts, and many of one prompt are each other's better baseline
+    )
+    if may_shrink[1] and speed.is_local:
+        fewest = min(batch_size, EACH)
+    shrunk = [(particles, max(fewest, batch_size // 2**i)) for i in range(8)]
     if may_shrink[0]:
         least_particles = min(particles, EACH if batch_size > 1 else LEAST_TEXTS)
-        shrunk += [(max(least_particles, particles // 2**i), batch_size) for i in range(1, 8)]
-    if may_shrink[1] and speed.is_local:
-        particles_left = shrunk[-1][0]
-        least_prompts = min(batch_size, max(1, LEAST_TEXTS // particles_left))
-        shrunk += [(particles_left, max(least_prompts, batch_size // 2**i)) for i in range(1, 8)]
+        shrunk += [(max(least_particles, particles // 2**i), fewest) for i in range(1, 8)]
     for fewer in shrunk:  # fewer texts a step, as long as they make it faster
         if WISHED * speed.step(particles * batch_size) <= loop:
             break
