@@ -67,3 +67,14 @@ def test_the_gradient_of_a_half_precision_head_does_not_get_worse_by_parts(monke
     found = torch.autograd.grad(heads.chosen_log_probs(hidden, head, tokens).sum(), list(head.parameters()))
     for one, other in zip(found, right, strict=True):
         assert float((one.float() - other).norm()) < 0.01 * float(other.norm())
+
+
+@pytest.mark.parametrize("rows", [1, 4, heads.FEW_ROWS, heads.FEW_ROWS + 1])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_all_logits_are_those_of_the_layer(rows, bias, dtype):
+    head, hidden = nn.Linear(5, 23, bias=bias).to(dtype), torch.randn(rows, 5).to(dtype)
+    with torch.no_grad():
+        right, found = head(hidden), heads.all_logits(hidden, head)
+    assert found.dtype == torch.promote_types(dtype, torch.float32) and found.is_contiguous()
+    torch.testing.assert_close(found, right.to(found.dtype), rtol=0, atol={8: 1e-13, 4: 1e-5, 2: 0.05}[dtype.itemsize])

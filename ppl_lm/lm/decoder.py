@@ -7,9 +7,12 @@ from torch import Tensor
 from ppl_lm.lm.cache import place
 from ppl_lm.lm.network import DivergedError, Network
 from ppl_lm.lm.prompts import Prompts
+from ppl_lm.lm.scoring.shortcuts import OtherHeadError
 from ppl_lm.lm.scoring.teacher_forcing import normalise, positions
 
-EVERY = 8  # tokens between the host's looks at what a device has drawn, for each of which it waits
+EVERY = (
+    8  # tokens between the host's looks at what a device has drawn, for each of which it waits, and at a network's head
+)
 
 
 class Decoder:
@@ -28,12 +31,12 @@ class Decoder:
         )  # of each row: where it stands in what follows
         self.mask = prompts.mask  # (N, tokens so far)
         self.padded = not bool(self.mask.all())
-        self._logits, self.cache = lm.logits_next(
-            ids=prompts.ids,
-            mask=self.mask if self.padded else None,
-            positions=positions(self.mask),
-            cache=lm.new_cache(),
-        )
+        self.steps = 0
+        given = {"ids": prompts.ids, "mask": self.mask if self.padded else None, "positions": positions(self.mask)}
+        try:
+            self._logits, self.cache = lm.logits_next(**given, cache=lm.new_cache())
+        except OtherHeadError:
+            self._logits, self.cache = lm.logits_next(**given, cache=lm.new_cache())
 
     @classmethod
     def of(cls, lm: Network, prompts: Prompts, rows: Int[Tensor, "N"]) -> "Decoder":
@@ -53,10 +56,14 @@ class Decoder:
         return normalise(self.logits())
 
     def advance(self, tokens: Int[Tensor, "N"]) -> None:
-        """Appends one token to every row."""
+        """Appends one token to every row.
+
+        :raises OtherHeadError: if the network has been changed since, see `Network.logits_next`."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
         ids = torch.empty_like(tokens).scatter(0, self.slot, tokens)
+        self.steps += 1
         self._logits, self.cache = self.lm.logits_next(
+            compared=self.steps % EVERY == 0,
             ids=ids.unsqueeze(-1),
             mask=self.mask if self.padded else None,
             positions=self.mask.sum(-1, keepdim=True) - 1,
@@ -105,19 +112,20 @@ def sample(
         so how rows are batched and when finished ones are dropped changes nothing.
     :param begun: texts whose tokens before `start` are taken over, end tokens not among them; forced one by one, so that
         a prompt is still forwarded once, and no row is longer than another."""
-    x = torch.full(u.shape, lm.vocabulary.pad_id, dtype=torch.int64, device=rows.device)
-    log_q = torch.zeros_like(u)
     if not len(rows):
-        return x, log_q
+        return torch.full(u.shape, lm.vocabulary.pad_id, dtype=torch.int64, device=rows.device), torch.zeros_like(u)
     with lm.precision():
-        return _sample(Decoder.of(lm, prompts, rows), u, x, log_q, begun, start)
+        try:
+            return _sample(Decoder.of(lm, prompts, rows), u, begun, start)
+        except OtherHeadError:  # the same uniforms give the same texts
+            return _sample(Decoder.of(lm, prompts, rows), u, begun, start)
 
 
-def _sample(
-    decoder: Decoder, u: Tensor, x: Tensor, log_q: Tensor, begun: Tensor | None, start: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Fills in what `sample` returns: texts `x`, and the log-probabilities of their tokens."""
+def _sample(decoder: Decoder, u: Tensor, begun: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `sample` returns: texts, and the log-probabilities of their tokens."""
     vocabulary, steps = decoder.lm.vocabulary, u.shape[-1]
+    x = torch.full(u.shape, vocabulary.pad_id, dtype=torch.int64, device=u.device)
+    log_q = torch.zeros_like(u)
     live = torch.arange(len(x), device=x.device)  # output row of each decoder row
     open_ = torch.ones_like(live, dtype=torch.bool)  # whether its text has not ended
     sound = torch.ones_like(open_[:1])

@@ -11,7 +11,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 CHUNK = 2**24  # logits at a time
+FEW_ROWS = 128
 KEPT = 2**25  # logits of a head that is trained, up to which they are kept: finding them again takes a third longer
+
+
+def all_logits(hidden: Float[Tensor, "N H"], head: nn.Linear) -> Float[Tensor, "N V"]:
+    """hidden Wᵀ + b, float32 or wider. Without a gradient.
+
+    Of few rows on a processor as (W hiddenᵀ)ᵀ, which its libraries multiply 1.3 to 3 times as fast where V is large: they cut
+    the product up along the many words instead of the few rows."""
+    weight = head.weight
+    is_plain = hidden.device.type == "cpu" and hidden.dtype == weight.dtype and weight.itemsize >= 4
+    if not is_plain or len(hidden) > FEW_ROWS or torch.is_autocast_enabled("cpu"):
+        return _wide(nn.functional.linear(hidden, weight, head.bias))
+    product = torch.mm(weight, hidden.t()).t().contiguous()
+    return product if head.bias is None else product.add_(head.bias)
 
 
 def chosen_log_probs(

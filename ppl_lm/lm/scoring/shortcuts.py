@@ -22,10 +22,14 @@ class Shortcuts:
     prompts: bool | None = None  # a prompt may be passed once for all its texts: shown by the self-check
     gradients: tuple[tuple[bool, ...], bool] | None = None  # so too with a gradient; of which weights that was found
     head: tuple[Any, bool] | None = None  # the last layer, and whether its answers are the logits as they are
+    layers: bool | None = None  # activations of layers may be found again in the backward pass
 
 
-class OtherHeadError(Exception):
+class OtherHeadError(RuntimeError):
     """The answers of a network are not those of its last layer."""
+
+    def __init__(self) -> None:
+        super().__init__("what follows the network's last layer was changed while texts were drawn; draw them again")
 
 
 def plain_head(lm: Network) -> nn.Linear | None:
@@ -74,19 +78,22 @@ def _answers_logits(lm: Network, head: nn.Linear) -> bool:
     return True
 
 
-def before_head(lm: Network, head: nn.Linear) -> Callable[..., tuple[Tensor, Any]]:
+def before_head(lm: Network, head: nn.Linear, compared: bool = True) -> Callable[..., tuple[Tensor, Any]]:
     """`Network.logits`, but what is given to the head, (N, keep, H), instead of what it answers.
 
     The head answers the last position of the first text alone, and that is compared with what the network makes of it.
 
+    :param compared: whether that is done; else the head answers nothing.
     :raises OtherHeadError: if they differ, so that the answers must be taken as they are."""
 
     def call(keep: int = 1, **inputs: Any) -> tuple[Tensor, Any]:
-        with _entering(head) as seen:
+        with _entering(head, int(compared)) as seen:
             said, cache = lm.logits(keep=keep, **inputs)
         if len(seen) != 1:
             raise OtherHeadError
         hidden = seen[0][:, -keep:]
+        if not compared:
+            return hidden, cache
         with torch.no_grad():
             linear = nn.functional.linear(seen[0][:1, -1:], head.weight, head.bias).to(said.dtype)
             if linear.shape != said.shape or not _same(linear, said, 1.0):
@@ -101,13 +108,13 @@ def _same(linear: Tensor, said: Tensor, factor: float) -> bool:
 
 
 @contextmanager
-def _entering(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside the block, what is given to a head goes into the list, and the head answers one position of one text alone."""
+def _entering(head: nn.Module, texts: int) -> Iterator[list[Tensor]]:
+    """Inside the block, what is given to a head goes into the list, and it answers the last position of so many texts."""
     seen: list[Tensor] = []
 
     def take(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seen.append(given[0])
-        return (given[0][:1, -1:], *given[1:])
+        return (given[0][:texts, -1:], *given[1:])
 
     handle = head.register_forward_pre_hook(take)
     try:

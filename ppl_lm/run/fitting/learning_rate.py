@@ -15,8 +15,6 @@ from ppl_lm.lm.token_sequence import TokenSequence
 PROBE = 2e-5  # learning rate of the steps that are measured
 SCALE = 0.01
 MOST_MOVED = 0.05  # nats of KL: what a step at the peak may move the guide
-MOMENTUM, USUAL = 0.9, 0.095  # Adam's β1; and `_noise` in the second half of a warm-up of 15 steps
-FIRST = 1  # step that is measured
 SOONEST = 0.1  # share of a run, after which its warm-up is over however few its steps are
 TEXTS = 64  # on which a move is measured
 
@@ -40,8 +38,8 @@ class Rate:
     def __call__(self, step: int, done: float) -> float:
         """:param done: share of the run that is over, 0 to 1."""
         if self.peak is None and self.measured and (step >= self.warmup or done >= SOONEST):
-            usual = [c * USUAL / _noise(FIRST + i) for i, c in enumerate(self.measured)]
-            self.peak = peak(statistics.fmean(usual[len(usual) // 2 :]))
+            later = self.measured[len(self.measured) // 2 :]  # Adam's first steps are longer
+            self.peak = peak(statistics.fmean(later))
         top = PROBE if self.peak is None else self.peak * min(1.0, max((step + 1) / self.warmup, done / SOONEST))
         self.now = top * 0.5 * (1 + math.cos(math.pi * done))
         return self.now
@@ -49,7 +47,7 @@ class Rate:
     @contextmanager
     def watch(self, step: int, particles: Particles) -> Iterator[None]:
         """Measures how far the step of the optimiser inside the block moves the guide, as long as a peak is missing."""
-        if self.peak is not None or step < FIRST:
+        if self.peak is not None or step < 2:
             yield
             return
         fresh = [_draw(text) for text in particles.texts().values()]
@@ -57,13 +55,6 @@ class Rate:
         yield
         moved = sum(_kl(old, _next_tokens(*texts)) for texts, old in zip(fresh, before, strict=True))
         self.measured.append(moved / self.now**2)
-
-
-def _noise(step: int) -> float:
-    """Variance of Adam's mean of gradients after `step`, which early on is of few: where they are mostly noise, a first step is
-    four times as long as a later one, and moves the guide twenty times as far."""
-    left = MOMENTUM ** (step + 1)
-    return (1 - MOMENTUM) / (1 + MOMENTUM) * (1 + left) / (1 - left)
 
 
 def peak(c: float) -> float:

@@ -23,7 +23,7 @@ from ppl_lm.lm.network import DivergedError
 from ppl_lm.lm.prompts import shuffled
 from ppl_lm.run.fitting.best_guide import WINDOW, BestGuide, keep_best
 from ppl_lm.run.fitting.gain import Gain
-from ppl_lm.run.fitting.learning_rate import MOMENTUM, Rate
+from ppl_lm.run.fitting.learning_rate import Rate
 from ppl_lm.run.fitting.step_metrics import StepMetrics, guide_metrics
 
 BEFORE, AFTER = 0.1, 0.1  # shares of a fit's time: for the prior's draws, and for those by which the guide is chosen
@@ -124,7 +124,7 @@ def fit(
                 f"{len(batch)} prompts together: each step needs them all, batch_size={len(batch)}"
             )
         size = len(batch)
-    optimiser = torch.optim.Adam(weights, betas=(MOMENTUM, 0.99))
+    optimiser = torch.optim.Adam(weights, betas=(0.9, 0.99))
     schedule = Rate(learning_rate, warmup)
     guides = BestGuide(weights)
     metrics: list[StepMetrics] = []
