@@ -49,6 +49,7 @@ format: .venv/.stamp-test
 
 bench: .venv/.stamp-test
 	.venv/bin/python -m pytest -s -p no:randomly -o python_files='bench_*.py' tests/benchmarks
+	.venv/bin/python tests/benchmarks/picture.py
 
 # The paper's claims, by enumeration: minutes, two at a time. Fails if one does not hold.
 SHORT = from ppl_lm.experiments.__main__ import SHORT; print(*SHORT, sep="\n")

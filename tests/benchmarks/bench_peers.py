@@ -41,7 +41,8 @@ STEP = -0.1  # log weight of each token
 
 def folder_of(what):
     """A GPT-2 of random weights with GPT-2's own vocabulary, made once."""
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     if not (DATA / "gpt2_tokenizer").is_dir():
         pytest.skip(f"needs GPT-2's vocabulary in {DATA / 'gpt2_tokenizer'} (PPL_LM_TEST_DATA)")
@@ -49,10 +50,12 @@ def folder_of(what):
     if not folder.is_dir():
         torch.manual_seed(0)
         GPT2LMHeadModel(GPT2Config(n_positions=256, **what)).save_pretrained(folder)
-        files = {"vocab_file": "vocab.json", "merges_file": "merges.txt"}
-        GPT2TokenizerFast(
-            **{name: str(DATA / "gpt2_tokenizer" / file) for name, file in files.items()}
-        ).save_pretrained(folder)
+        plain = Tokenizer(
+            models.BPE.from_file(*(str(DATA / "gpt2_tokenizer" / name) for name in ("vocab.json", "merges.txt")))
+        )
+        plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        end = "<|endoftext|>"
+        PreTrainedTokenizerFast(tokenizer_object=plain, bos_token=end, eos_token=end).save_pretrained(folder)
     return folder
 
 
@@ -121,7 +124,7 @@ def bare(model, tokenizer, texts, tokens):
 def genlm(folder, texts, tokens):
     from genlm.control import SMC, Potential, PromptedLLM, direct_token_sampler
 
-    llm = PromptedLLM.from_name(str(folder), backend="hf", engine_opts={"hf_opts": {"device_map": "cpu"}})
+    llm = PromptedLLM.from_name(str(folder), backend="hf")
     llm.set_prompt_from_str(PROMPT)
 
     class Shorter(Potential):

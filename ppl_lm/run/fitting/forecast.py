@@ -105,6 +105,9 @@ class _Pilot:
         if len(lengths) != 1 or (length := lengths.pop()) < 4 * SHORT[-1]:
             return None
         seconds: list[tuple[float, float]] = []
+        found = [
+            dict(network.crossed) for network in networks
+        ]  # at which lengths a law changes: short texts tell little
         try:
             for tokens in (1, *SHORT):  # the first pays for what is done once
                 for network in networks:
@@ -114,8 +117,8 @@ class _Pilot:
         except Exception:  # what is asked of a text may need all of its tokens
             return None
         finally:
-            for network in networks:
-                network.max_new_tokens = length
+            for network, crossed in zip(networks, found, strict=True):
+                network.max_new_tokens, network.crossed = length, crossed
         times = (length - SHORT[0]) / (SHORT[1] - SHORT[0])
         drawing, training = (a + times * max(0.0, b - a) for a, b in zip(seconds[1], seconds[2], strict=True))
         return None if drawing + training < PILOT / 2 else ([(count, drawing)], [(count, training)])
