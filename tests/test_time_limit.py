@@ -187,11 +187,12 @@ def tokens_as_seconds(monkeypatch):
 
 
 @pytest.mark.parametrize("prompts", [["a dog"], ["a dog", "the soup", "she said", "it"]])
-def test_a_slow_network_is_timed_by_short_texts(tokens_as_seconds, prompts):
+def test_a_slow_network_is_timed_by_short_texts(tokens_as_seconds, prompts, monkeypatch):
     """What a whole text costs is told from a few tokens of it, exactly where each token costs the same."""
     lm = LanguageModel(tiny.network("gpt2"), tiny.bpe(), 32, end_ids=[4])
     target = ppl_lm.bind(tilted, lm, reward=lambda completions: [0.0] * len(completions), beta=9.0)
     guide = ppl_lm.bind(finetuned, lm.copy())
+    monkeypatch.setattr(forecast, "PILOT", 500.0)  # tokens
     pilots = forecast._Pilot(target, guide, lm.prompts(prompts), SequenceELBO, 8, 64)
     found = pilots.of_short_texts()
     assert found is not None and lm.max_new_tokens == guide.lm.max_new_tokens == 32
@@ -199,6 +200,20 @@ def test_a_slow_network_is_timed_by_short_texts(tokens_as_seconds, prompts):
     whole, drawn, train = pilots.draw(16)
     assert count == same == whole == 16
     assert drawing == pytest.approx(drawn, rel=0.15) and training == pytest.approx(train(), rel=0.15)
+
+
+def test_a_pilot_of_long_prompts_stays_with_few_texts(tokens_as_seconds, monkeypatch):
+    """Where two texts alone take long, sixteen of four prompts would take eight times that."""
+    lm = LanguageModel(tiny.network("gpt2"), tiny.bpe(), 32, end_ids=[4])
+    target = ppl_lm.bind(tilted, lm, reward=lambda completions: [0.0] * len(completions), beta=9.0)
+    pilots = forecast._Pilot(target, ppl_lm.bind(finetuned, lm.copy()), lm.prompts(["a dog"] * 4), SequenceELBO, 8, 64)
+    began = forecast.time.monotonic()
+    ((count, _),), _ = pilots.of_short_texts()
+    many = forecast.time.monotonic() - began
+    monkeypatch.setattr(forecast, "PILOT", 1e6)
+    assert count == 2
+    began = forecast.time.monotonic()
+    assert pilots.of_short_texts() is None and forecast.time.monotonic() - began > 2 * many
 
 
 def test_what_asks_for_whole_texts_is_timed_by_them(tokens_as_seconds):

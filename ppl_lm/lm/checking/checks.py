@@ -75,10 +75,9 @@ def one_pass(lm: Network) -> None:
     """A step from one token, as the first step of a draw.
 
     :raises UnsuitableNetworkError: with the cause, if the network fails."""
-    ids = torch.full((1, 1), lm.vocabulary.end_ids[0], device=lm.device)
     try:
         with meter.unmeasured():
-            lm.logits_next(ids=ids, mask=None, positions=torch.zeros_like(ids), cache=lm.new_cache())
+            Decoder(lm, Prompts.from_ids([[lm.vocabulary.end_ids[0]]], lm.vocabulary, device=lm.device))
     except (DivergedError, UnsuitableNetworkError):
         raise
     except Exception as error:  # whatever a network of any kind raises

@@ -36,7 +36,7 @@ def chosen_log_probs(
 
     Memory beside the arguments: a few times `CHUNK` logits. Under a frozen head the gradient of `hidden` is kept from the first
     pass, M numbers for each of `hidden`. A head that is trained finds its logits a second time, unless all are no more than
-    `KEPT`: then they are kept."""
+    `KEPT`: then they are kept, and a few times as much."""
     flat, chosen = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1, tokens.shape[-1])
     trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in head.parameters())
     if trained and len(flat) * len(head.weight) <= KEPT:

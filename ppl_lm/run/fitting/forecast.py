@@ -109,16 +109,19 @@ class _Pilot:
             dict(network.crossed) for network in networks
         ]  # at which lengths a law changes: short texts tell little
         try:
-            for tokens in (1, *SHORT):  # the first pays for what is done once
+            for tokens in (SHORT[0], *SHORT):  # the first pays for what is done once
                 for network in networks:
                     network.max_new_tokens = tokens
-                count, drawing, train = self.draw(min(self.texts, FIRST if seconds else 2))
+                count, drawing, train = self.draw(
+                    min(self.texts, FIRST if seconds and sum(seconds[0]) < PILOT / 2 else 2)
+                )
                 seconds.append((drawing, train()))
         except Exception:  # what is asked of a text may need all of its tokens
             return None
         finally:
             for network, crossed in zip(networks, found, strict=True):
                 network.max_new_tokens, network.crossed = length, crossed
+        # As if no text ended early: what is forecast is the most that it takes.
         times = (length - SHORT[0]) / (SHORT[1] - SHORT[0])
         drawing, training = (a + times * max(0.0, b - a) for a, b in zip(seconds[1], seconds[2], strict=True))
         return None if drawing + training < PILOT / 2 else ([(count, drawing)], [(count, training)])
@@ -207,7 +210,7 @@ def plan(
         batch_size  # prompts: each passes once for its texts, and many of one prompt are each other's better baseline
     )
     if may_shrink[1] and speed.is_local:
-        fewest = min(batch_size, EACH)
+        fewest = min(batch_size, EACH if may_shrink[0] else max(1, LEAST_TEXTS // particles))
     shrunk = [(particles, max(fewest, batch_size // 2**i)) for i in range(8)]
     if may_shrink[0]:
         least_particles = min(particles, EACH if batch_size > 1 else LEAST_TEXTS)
