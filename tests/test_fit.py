@@ -80,11 +80,14 @@ def test_the_learning_rate_is_found_from_the_exact_move(problem, monkeypatch):
     assert rates[20] > 10 * rates[5]
 
 
-def test_a_run_of_few_steps_has_a_short_warmup():
-    rate = Rate(1e-3, 15)
+def test_a_run_of_few_steps_has_a_short_warmup_where_its_rate_is_found():
+    """One that is given warms up as it was told to."""
+    rate = Rate(None, 15)
+    rate.measured.append(1e6)
     rates = [rate(step, step / 10) for step in range(10)]
-    assert max(rates) == rates[1] > 0.97e-3 and rates == [rates[0], *sorted(rates[1:], reverse=True)]
-    assert Rate(1e-3, 15)(5, 0.01) < 0.5e-3, "of a long one it is 15 steps"
+    assert rates[0] < 1e-4 < peak(1e6) and max(rates) == rates[1] > 0.97 * peak(1e6)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert Rate(1e-3, 15)(5, 0.5) < 0.5e-3
 
 
 def moved(problem, rows_of):

@@ -26,12 +26,13 @@ class Rate:
     Networks differ by orders of magnitude in how far one step of Adam moves their distribution: KL(before ‖ after) =
     c · rate² nats a text, with c near 1 for a table of logits, 10⁴ to 10⁶ for small language models. If no peak is
     given, c is measured in the warm-up, and the peak is SCALE / c^⅓: between one rate for all networks (which ruins large
-    ones) and one KL for all (with which a step that could go further does not); never more than `MOST_MOVED` nats. Of a run
-    of few steps the warm-up is a tenth.
+    ones) and one KL for all (with which a step that could go further does not); never more than `MOST_MOVED` nats. The warm-up
+    is then a tenth of the run, if that is less.
     """
 
     def __init__(self, peak: float | None, warmup: int):
         self.peak, self.warmup = peak, max(1, warmup)
+        self.soonest = math.inf if peak is not None else SOONEST
         self.now = PROBE
         self.measured: list[float] = []  # c, at each step so far
 
@@ -40,7 +41,7 @@ class Rate:
         if self.peak is None and self.measured and (step >= self.warmup or done >= SOONEST):
             later = self.measured[len(self.measured) // 2 :]  # Adam's first steps are longer
             self.peak = peak(statistics.fmean(later))
-        top = PROBE if self.peak is None else self.peak * min(1.0, max((step + 1) / self.warmup, done / SOONEST))
+        top = PROBE if self.peak is None else self.peak * min(1.0, max((step + 1) / self.warmup, done / self.soonest))
         self.now = top * 0.5 * (1 + math.cos(math.pi * done))
         return self.now
 

@@ -84,8 +84,7 @@ def fit(
     :param batch_size: prompts a step; None: 16, or all of them where a latent site lies outside the prompt plate, whose
         posterior is that of all prompts together. All of them come in their order, fewer in a new one each epoch: a guide with
         a `pyro.param` for each prompt needs all.
-    :param learning_rate: peak; linear warm-up over `warmup` steps, or a tenth of the run where that is less, then a cosine to
-        zero over the run. None: found in
+    :param learning_rate: peak; linear warm-up over `warmup` steps, then a cosine to zero over the run. None: found in
         the warm-up by how far a step moves the guide; see `ppl_lm.run.fitting.learning_rate`.
     :param clip: largest norm of the gradient, in multiples of its median over the last `WINDOW` steps. A limit near the
         usual norm would clip just the steps that unlearn a rare bad text, and bias where the fit ends.
