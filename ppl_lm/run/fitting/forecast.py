@@ -113,7 +113,7 @@ class _Pilot:
                 for network in networks:
                     network.max_new_tokens = tokens
                 count, drawing, train = self.draw(
-                    min(self.texts, FIRST if seconds and sum(seconds[0]) < PILOT / 2 else 2)
+                    min(self.texts, FIRST if seconds and sum(seconds[0]) < 2 * PILOT else 2)
                 )
                 seconds.append((drawing, train()))
         except Exception:  # what is asked of a text may need all of its tokens
