@@ -18,7 +18,7 @@ KEPT = 2**25  # logits of a head that is trained, up to which they are kept: fin
 def all_logits(hidden: Float[Tensor, "N H"], head: nn.Linear) -> Float[Tensor, "N V"]:
     """hidden Wᵀ + b, float32 or wider. Without a gradient.
 
-    Of few rows on a processor as (W hiddenᵀ)ᵀ, which its libraries multiply 1.3 to 3 times as fast where V is large: they cut
+    Of few rows on a processor as (W hiddenᵀ)ᵀ, which its libraries multiply 1.1 to 3 times as fast where V is large: they cut
     the product up along the many words instead of the few rows."""
     weight = head.weight
     is_plain = hidden.device.type == "cpu" and hidden.dtype == weight.dtype and weight.itemsize >= 4
