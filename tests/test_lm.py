@@ -8,8 +8,8 @@ import torch
 from transformers import GenerationConfig
 
 from ppl_lm.lm.decoder import Decoder, invert, sample
+from ppl_lm.lm.dropout import evaluating
 from ppl_lm.lm.language_model import LanguageModel
-from ppl_lm.lm.network import evaluating
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.table import table_like, table_lm
 

@@ -1,5 +1,7 @@
 """The fast way to score agrees with the plain one on every architecture, and is left where a check shows that it does not."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import tiny
 import torch
@@ -9,6 +11,7 @@ from ppl_lm.lm import meter
 from ppl_lm.lm.decoder import sample
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.scoring import teacher_forcing as scoring
+from ppl_lm.lm.scoring.gradient_checkpointing import may_recompute, recomputing
 from ppl_lm.lm.scoring.shortcuts import plain_head
 from ppl_lm.lm.table import table_lm
 
@@ -418,3 +421,85 @@ def test_texts_of_512_tokens_are_drawn_scored_and_taken_in_parts_alike(kind, dty
         for a, b in zip(slopes, right, strict=True):
             assert float((a - b).norm()) <= rtol * float(b.norm()) + 1e-12
     assert most[2] < most[3] < most[8] and most[2] < 0.4 * most[8], "that of two texts, not of eight"
+
+
+def too_long(monkeypatch, is_so):
+    monkeypatch.setattr(LanguageModel, "is_too_long", lambda *_: is_so)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_that_does_not_fit_is_scored_layer_by_layer(monkeypatch, kind):
+    """The same numbers and gradients, of which autograd keeps far less; also with an adapter, whose base is frozen."""
+    lm = LanguageModel(networks(kind), tiny.bpe(), 40, end_ids=[4])
+    prompts = lm.prompts(PROMPTS[:1])
+    with torch.no_grad():
+        x = lm(prompts).sample((3,))[:, 0]
+    rows = torch.zeros(3, dtype=torch.int64)
+    for guide in (lm.copy(), lm.adapted(rank=2)):
+        weights = [weight for weight in guide.parameters() if weight.requires_grad]
+        found = []
+        for is_so in (False, True):
+            too_long(monkeypatch, is_so)
+            with Held() as held:
+                said = guide.score(prompts, x, rows)
+                kept = held.now
+                found.append((said, torch.autograd.grad((said * torch.linspace(1, 2, 40)).sum(), weights), kept))
+        assert guide.shortcuts.layers and not any(module.training for module in guide.model.modules())
+        (plain, slopes, kept), (again, others, kept_then) = found
+        torch.testing.assert_close(again, plain, rtol=0, atol=1e-5)
+        assert kept_then < 0.5 * kept
+        for a, b in zip(others, slopes, strict=True):
+            assert float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-6
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "OPT"])
+def test_nothing_is_dropped_where_a_guide_that_is_being_trained_is_scored_layer_by_layer(monkeypatch, kind):
+    """Whatever a layer itself goes by, as OPT's does; and the backward pass may come twice, when `train()` is on again."""
+    shape = {**SMALL, "dropout": 0.5}
+    network = (
+        build("OPT", **shape, word_embed_proj_dim=32, ffn_dim=48) if kind == "OPT" else tiny.network(kind, dropout=0.5)
+    )
+    guide = LanguageModel(network, tiny.bpe(), 7).copy().train()
+    prompts = guide.prompts(PROMPTS[:1])
+    with torch.no_grad():
+        x = guide(prompts).sample((2,))[:, 0]
+    rows = torch.zeros(2, dtype=torch.int64)
+    weights, slopes = [weight for weight in guide.parameters() if weight.requires_grad], []
+    for is_so in (False, True):
+        too_long(monkeypatch, is_so)
+        said = guide.score(prompts, x, rows).sum()
+        slopes += [torch.autograd.grad(said, weights, retain_graph=True) for _ in range(2)]
+    assert guide.shortcuts.layers and guide.model.training
+    for one, *others in zip(*slopes, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+
+
+def test_threads_that_score_layer_by_layer_or_draw_do_not_disturb_each_other(monkeypatch):
+    guide = LanguageModel(tiny.network("gpt2"), tiny.bpe(), 7).copy()
+    prompts, before = guide.prompts(PROMPTS[:1]), [dict(vars(module)) for module in guide.model.modules()]
+    with torch.no_grad():
+        x = guide(prompts).sample((2,))[:, 0]
+    too_long(monkeypatch, True)
+    assert may_recompute(guide)
+    rows = torch.zeros(2, dtype=torch.int64)
+    with ThreadPoolExecutor(4) as threads:
+        said = list(threads.map(lambda _: guide.score(prompts, x, rows).sum().item(), range(40)))
+        drawn = list(threads.map(lambda _: len(guide(prompts).sample((3,))), range(8)))
+    assert drawn == [3] * 8
+    for one in said:  # the head is looked into where no other thread is doing so, else its answers are taken
+        assert one == pytest.approx(said[0], abs=1e-5)
+    assert [vars(module).keys() for module in guide.model.modules()] == [known.keys() for known in before]
+    with pytest.raises(RuntimeError, match="planted"), recomputing(guide.model):
+        raise RuntimeError("planted")
+    assert [vars(module).keys() for module in guide.model.modules()] == [known.keys() for known in before]
+
+
+def test_what_has_no_layers_of_transformers_is_scored_as_ever():
+    assert not may_recompute(table_lm(4, 4))
+
+
+def test_what_does_not_fit_goes_by_the_machines_memory():
+    lm = LanguageModel(tiny.network("gpt2"), tiny.bpe(), 7)
+    assert not lm.is_too_long(20, 7)
+    assert lm.is_too_long(20, 10**9)

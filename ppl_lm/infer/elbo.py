@@ -25,7 +25,7 @@ from ppl_lm.infer.objectives.baselines import (
 from ppl_lm.infer.objectives.catalogue import hard_constraint, truncated_guide
 from ppl_lm.infer.objectives.divergences import reverse_kl
 from ppl_lm.infer.objectives.protocol import Objective, ObjectiveFunction, as_objective
-from ppl_lm.infer.traces.gradients import ordinary_surrogate, plate_costs
+from ppl_lm.infer.traces.gradients import ordinary_surrogate, plate_costs, sloped
 from ppl_lm.infer.traces.objective_terms import as_terms
 from ppl_lm.infer.traces.parameters import trainable_of_block
 from ppl_lm.infer.traces.particles import Particles, run
@@ -173,6 +173,10 @@ class SequenceELBO(ELBO):
                 "this step has nothing to train: guide and model registered no trainable parameter. Wrap the guide "
                 "with ppl_lm.bind, around prior.copy() rather than the frozen prior"
             )
+        return self.accumulate(particles)
+
+    def accumulate(self, particles: Particles) -> float:
+        """The second phase on its own: the gradient is added to `.grad`, a micro-batch at a time. Returns the loss."""
         step = self._step(particles)
         ordinary = ordinary_surrogate(particles, step.coefficients, step.pathwise)
         if ordinary.requires_grad:
@@ -188,18 +192,12 @@ class SequenceELBO(ELBO):
         return self.differentiate(self.particles(model, guide, *args, **kwargs))
 
     def differentiate(self, particles: Particles) -> Tensor:
-        """The second phase on its own. The micro-batches are differentiated here and now, so that memory stays bounded;
-        what is returned is linear in the weights with those gradients as its slopes."""
+        """`accumulate` for whoever calls `backward` himself. The micro-batches are differentiated here and now, so that memory
+        stays bounded; what is returned is linear in the weights with those gradients as its slopes."""
         step = self._step(particles)
         surrogate = ordinary_surrogate(particles, step.coefficients, step.pathwise)
         weights = [p for p in _text_weights(particles) if p.requires_grad]
-        slopes = [torch.zeros_like(p) for p in weights]
-        for part in self._sequence_surrogates(particles, step):
-            for slope, grad in zip(slopes, torch.autograd.grad(part, weights, allow_unused=True), strict=True):
-                if grad is not None:
-                    slope += grad
-        for weight, slope in zip(weights, slopes, strict=True):
-            surrogate = surrogate + (weight * slope).sum()
+        surrogate = surrogate + sloped(self._sequence_surrogates(particles, step), weights)
         if not surrogate.requires_grad:
             raise ValueError(
                 "this step has nothing to train: neither guide nor model has a trainable parameter. Build the guide "

@@ -2,8 +2,8 @@
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from ppl_lm.lm import cache as caches
 from ppl_lm.lm import meter
 from ppl_lm.lm.checking.lengths import boundaries, context_length
+from ppl_lm.lm.dropout import evaluating
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.scoring import teacher_forcing as scoring
+from ppl_lm.lm.scoring.gradient_checkpointing import recomputing
 from ppl_lm.lm.scoring.head import all_logits
 from ppl_lm.lm.scoring.shortcuts import OtherHeadError, Shortcuts, before_head, plain_head
 from ppl_lm.lm.trainable_weights import frozen_weights
@@ -126,17 +128,19 @@ class Network(nn.Module):
         cache: Any = None,
         keep: int = 1,
         use_cache: bool = False,
+        recompute: bool = False,
     ) -> tuple[Float[Tensor, "texts kept V"], Any]:
         """Logits at the last `keep` positions in float32 or wider, (N, keep, V), dropout off. Every forward pass goes through
         here, also those of which the head is to answer less (`before_head`).
 
         :param mask: (N, cached + L) True at real tokens; None where nothing is padded.
+        :param recompute: activations are found again in the backward pass; without a cache.
         :raises UnsuitableNetworkError: if the network answers no logits, logits of another number than its vocabulary has,
             or no cache where it was asked for one.
         """
         meter.add(lm_tokens=ids.numel() * self.networks)
         given = (ids, None if mask is None else mask.long(), positions, cache, use_cache, keep)
-        with evaluating(self.model), self.precision():
+        with evaluating(self.model), self.precision(), recomputing(self.model) if recompute else nullcontext():
             named = zip(INPUTS, given, strict=True)
             out = self.model(**{self.inputs[name]: value for name, value in named if name in self.inputs})
         logits, past, name = getattr(out, "logits", None), past_of(out), self.architecture
@@ -197,15 +201,23 @@ class Network(nn.Module):
     def rows_per_pass(
         self, width: int, steps: int, gradient: bool = False, logits: bool = True, shared: float = 0.0
     ) -> int:
-        """How many texts one pass takes, so that what it holds stays within a share of the memory.
+        """How many texts one pass takes, so that what it holds stays within a share of the memory; at least one.
 
         :param width: tokens of the prompt; `steps`: of the text.
         :param logits: whether those of all tokens are formed at every step.
         :param shared: the number of texts for which a prompt is passed once; 0: each has its own."""
+        return max(1, int(budget(self, self.device) / self._held(width, steps, gradient, logits, shared)))
+
+    def is_too_long(self, width: int, steps: int, logits: bool = True) -> bool:
+        """Whether what a pass of one such text holds for its gradient is more than a quarter of the memory."""
+        return self._held(width, steps, True, logits) > memory(self.device) / 4
+
+    def _held(self, width: int, steps: int, gradient: bool, logits: bool, shared: float = 0.0) -> float:
+        """Bytes that a pass holds for each text; see `rows_per_pass`."""
         activations = self.width * (24 if gradient else 2)
         before = 4 * self.width + activations / shared if shared else activations  # keys and values, and their copies
         answers = self.vocabulary.size * (3 if gradient else 2) if logits else 0
-        return max(1, int(budget(self, self.device) / (4 * (steps * (answers + activations) + width * before))))
+        return 4 * (steps * (answers + activations) + width * before)
 
 
 def budget(network: nn.Module, device: torch.device) -> int:
@@ -264,18 +276,3 @@ def inputs_of(model: nn.Module) -> dict[str, str]:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return own
     return {name: theirs for name, theirs in own.items() if theirs in parameters}
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off inside the block; the mode of every submodule restored on the way out, also on exceptions."""
-    training = [m for m in module.modules() if m.training]
-    if not training:
-        yield
-        return
-    module.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True

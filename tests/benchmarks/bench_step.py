@@ -96,7 +96,7 @@ class Ours:
         began = time.perf_counter()
         drawn = self.elbo.particles(self.model, self.guide, self.prompts)
         after_draws = time.perf_counter()
-        self.elbo.differentiate(drawn).backward()
+        self.elbo.accumulate(drawn)
         after_gradient = time.perf_counter()
         self.optimiser.step()
         self.optimiser.zero_grad()

@@ -1,6 +1,8 @@
-"""What a run gives the gradient of -ELBO: the cost of each site's choice, and what ordinary sites, no texts, add to it."""
+"""What a run gives the gradient of -ELBO: the cost of each site's choice, what ordinary sites add to it, and texts."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -67,3 +69,30 @@ def ordinary_surrogate(particles: Particles, coefficients: dict[str, Tensor], pa
             score = site["fn"].log_prob(site["value"].detach())
             surrogate = surrogate + (score * coefficients[name]).sum()
     return surrogate / particles.count
+
+
+def sloped(parts: Iterable[Tensor], weights: list[Tensor]) -> Tensor:
+    """0, whose derivative by each weight is that of the sum of `parts`, each of which is differentiated as it comes."""
+    slopes: list[Tensor | None] = [None] * len(weights)
+    for part in parts:
+        grads = torch.autograd.grad(part, weights, allow_unused=True)
+        slopes = [
+            grad if slope is None else slope if grad is None else slope + grad
+            for slope, grad in zip(slopes, grads, strict=True)
+        ]
+    zero: Any = _Sloped.apply(slopes, *weights)
+    return zero
+
+
+class _Sloped(torch.autograd.Function):
+    @staticmethod
+    def forward(slopes: list[Tensor | None], *weights: Tensor) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=weights[0].device if weights else None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.slopes = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, *(None if slope is None else grad.to(slope.dtype) * slope for slope in ctx.slopes)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Shortcuts:
     prompts: bool | None = None  # a prompt may be passed once for all its texts: shown by the self-check
     gradients: tuple[tuple[bool, ...], bool] | None = None  # so too with a gradient; of which weights that was found
     head: tuple[Any, bool] | None = None  # the last layer, and whether its answers are the logits as they are
+    layers: bool | None = None  # activations of layers may be found again in the backward pass
 
 
 class OtherHeadError(RuntimeError):
@@ -108,10 +110,14 @@ def _same(linear: Tensor, said: Tensor, factor: float) -> bool:
 
 @contextmanager
 def _entering(head: nn.Module, texts: int) -> Iterator[list[Tensor]]:
-    """Inside the block, what is given to a head goes into the list, and it answers the last position of so many texts."""
+    """Inside the block, what this thread gives to a head goes into the list, and it answers the last position of so many
+    texts."""
     seen: list[Tensor] = []
+    mine = get_ident()
 
     def take(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if get_ident() != mine:
+            return given
         seen.append(given[0])
         return (given[0][:texts, -1:], *given[1:])
 
@@ -124,10 +130,13 @@ def _entering(head: nn.Module, texts: int) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _scaling(head: nn.Module, factor: float) -> Iterator[list[Tensor]]:
-    """Inside the block, what a head is given goes into the list, and its answers are `factor` times as large."""
+    """Inside the block, what this thread gives to a head goes into the list, and its answers are `factor` times as large."""
     seen: list[Tensor] = []
+    mine = get_ident()
 
     def scale(_: nn.Module, given: tuple[Tensor, ...], answer: Tensor) -> Tensor:
+        if get_ident() != mine:
+            return answer
         seen.append(given[0])
         return answer * factor
 

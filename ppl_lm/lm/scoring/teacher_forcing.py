@@ -1,6 +1,7 @@
 """Teacher forcing: log-probabilities of given texts, the prompt once for all its texts, the logits never all."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ppl_lm.lm import meter
 from ppl_lm.lm.prompts import Prompts
+from ppl_lm.lm.scoring.gradient_checkpointing import may_recompute
 from ppl_lm.lm.scoring.head import chosen_log_probs
 from ppl_lm.lm.scoring.shortcuts import OtherHeadError, before_head, plain_head
 
@@ -49,12 +51,16 @@ def _of_tokens(
     lm: Network, prompts: Prompts, x: Tensor, rows: Tensor | None, steps: int, tokens: Tensor, shared: bool | None
 ) -> Float[Tensor, "N U M"]:
     head = plain_head(lm)
+    again: dict[str, bool] = {}
+    if torch.is_grad_enabled() and lm.is_too_long(prompts.ids.shape[-1], steps, head is None) and may_recompute(lm):
+        again, shared = {"recompute": True}, False  # layers of transformers give no cache then
     if head is not None:
         try:
-            return chosen_log_probs(answers(before_head(lm, head), lm, prompts, x, rows, steps, shared), head, tokens)
+            call = partial(before_head(lm, head), **again)
+            return chosen_log_probs(answers(call, lm, prompts, x, rows, steps, shared), head, tokens)
         except OtherHeadError:
             lm.shortcuts.head = head, False
-    return normalise(answers(lm.logits, lm, prompts, x, rows, steps, shared)).gather(-1, tokens)
+    return normalise(answers(partial(lm.logits, **again), lm, prompts, x, rows, steps, shared)).gather(-1, tokens)
 
 
 def answers(

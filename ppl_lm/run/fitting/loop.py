@@ -149,7 +149,7 @@ def fit(
             with measure() as cost:
                 particles = elbo.particles(model, guide, batch.take(rows))
                 optimiser.zero_grad()
-                elbo.differentiate(particles).backward()
+                elbo.accumulate(particles)
             norm = float(nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None]))
             if len(metrics) >= WINDOW:
                 usual = statistics.median(m["grad_norm"] for m in metrics[-WINDOW:])
