@@ -93,6 +93,31 @@ def test_a_twist_begins_as_none_and_alone_is_trained(kind, head_only):
     assert moved and all(p.grad is None for p in prior.parameters())
 
 
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_twist_of_a_head_alone_lies_around_the_priors_own_body(kind):
+    """Also where the head's weights are the embeddings' too; of a prior that is being trained it is a copy."""
+    prior = tiny.language_model(kind)
+    before = prior(TEXTS).log_prob(x := prior(TEXTS).sample((2,)))
+    twist = twist_like(prior, head_only=True)
+    theirs = {id(weight) for weight in prior.parameters()}
+    own = [weight for weight in twist.parameters() if id(weight) not in theirs]
+    assert len(own) == 1 and own[0].requires_grad
+    with torch.no_grad():
+        own[0].normal_()
+    torch.testing.assert_close(prior(TEXTS).log_prob(x), before, rtol=0, atol=0)
+    trained = twist_like(prior.copy(), head_only=True)
+    assert not {id(weight) for weight in trained.parameters()} & theirs
+    with pytest.raises(ValueError, match="is being trained"):
+        prior.copy().around_same_weights()
+    half = twist_like(LanguageModel(tiny.network(kind).bfloat16(), tiny.bpe(), 7), head_only=True)
+    (head,) = (weight for weight in half.parameters() if weight.requires_grad)
+    assert head.dtype == torch.float32 and half.compute_dtype == torch.bfloat16
+    assert bool(half(TEXTS).log_prob(half(TEXTS).sample()).isfinite().all())
+    prior.model.forward = prior.model.forward
+    with pytest.raises(ValueError, match="has a forward that was put on it"):
+        twist_like(prior, head_only=True)
+
+
 def test_refusals():
     one, other = table_lm(3, 2), table_lm(4, 2)
     with pytest.raises(ValueError, match="language models that are put together"):

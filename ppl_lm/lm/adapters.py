@@ -39,8 +39,8 @@ def with_adapter(base: nn.Module, config: Any) -> nn.Module:
         )
     if dropout := getattr(config, "lora_dropout", 0.0):
         warnings.warn(f"lora_dropout={dropout} is off: what is sampled is what is scored", stacklevel=3)
-    theirs = {id(weight): weight for weight in base.parameters()}
-    twin: Any = copy.deepcopy(base, dict(theirs))
+    theirs = {id(weight) for weight in base.parameters()}
+    twin = around_same_weights(base)
     config = copy.deepcopy(config)
     config.base_model_name_or_path = getattr(base, "name_or_path", None)
     try:
@@ -64,6 +64,19 @@ def with_adapter(base: nn.Module, config: Any) -> nn.Module:
         # A network of transformers', which would else write the base's weights too, under names that no one reads.
         twin._hf_peft_config_loaded = True
     return twin
+
+
+def around_same_weights(base: nn.Module) -> Any:
+    """A copy of its modules around its own weights.
+
+    :raises ValueError: if one of them has a `forward` that is not its class's own, which the copy would share."""
+    name = type(base).__name__
+    if wrapped := [path or name for path, module in base.named_modules() if "forward" in vars(module)]:
+        raise ValueError(
+            f"this {name} cannot be shared: {wrapped[0]!r} has a forward that was put on it (torch.compile, accelerate, a "
+            "wrapper), which would go on with this one's own layers; give the plain network"
+        )
+    return copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
 
 
 def save_adapter(model: Any, folder: Path) -> None:
@@ -113,11 +126,6 @@ def _require_adaptable(base: nn.Module) -> None:
     if any(weight.requires_grad for weight in base.parameters()):
         raise ValueError(
             f"this {name} is being trained, and an adapter would share its weights; adapt the frozen prior"
-        )
-    if wrapped := [path or name for path, module in base.named_modules() if "forward" in vars(module)]:
-        raise ValueError(
-            f"this {name} cannot be shared: {wrapped[0]!r} has a forward that was put on it (torch.compile, accelerate, a "
-            "wrapper), which would go on without the adapter; give the plain network"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ppl_lm.embedded import FOLDER
-from ppl_lm.lm.adapters import load_adapter, lora_config, with_adapter
+from ppl_lm.lm.adapters import around_same_weights, load_adapter, lora_config, with_adapter
 from ppl_lm.lm.checking.adapter_folders import adapter_base, is_adapter_folder, tokenizer_folder
 from ppl_lm.lm.checking.checks import one_pass, require_same_start, self_check
 from ppl_lm.lm.checking.copies import require_own_weights
@@ -188,6 +188,16 @@ class LanguageModel(Network):
         for weight in twin.model.parameters():
             weight.requires_grad_(id(weight) not in shared)
         twin.base_sha256 = base_fingerprint(self.model)
+        return twin
+
+    def around_same_weights(self) -> "LanguageModel":
+        """A copy of this network's modules around the same weights, frozen ones: to be given another head, say.
+
+        :raises ValueError: if a forward was put on one of them, or a weight is being trained."""
+        if any(weight.requires_grad for weight in self.model.parameters()):
+            raise ValueError("this network is being trained; share the weights of one that is frozen")
+        twin = self._around(around_same_weights(self.model))
+        twin.base_sha256 = self.base_sha256
         return twin
 
     def _around(self, model: nn.Module) -> "LanguageModel":

@@ -1,6 +1,7 @@
 """`Network`: next-token logits of a causal network, and the log-probabilities of whole texts."""
 
 import inspect
+import math
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -201,12 +202,14 @@ class Network(nn.Module):
     def rows_per_pass(
         self, width: int, steps: int, gradient: bool = False, logits: bool = True, shared: float = 0.0
     ) -> int:
-        """How many texts one pass takes, so that what it holds stays within a share of the memory; at least one.
+        """How many texts one pass takes, so that what it holds stays within a share of the memory: a power of two, so that the
+        parts of many texts are as large as a step of few is.
 
         :param width: tokens of the prompt; `steps`: of the text.
         :param logits: whether those of all tokens are formed at every step.
         :param shared: the number of texts for which a prompt is passed once; 0: each has its own."""
-        return max(1, int(budget(self, self.device) / self._held(width, steps, gradient, logits, shared)))
+        fitting = budget(self, self.device) / self._held(width, steps, gradient, logits, shared)
+        return 2 ** int(math.log2(max(1.0, fitting)))
 
     def is_too_long(self, width: int, steps: int, logits: bool = True) -> bool:
         """Whether what a pass of one such text holds for its gradient is more than a quarter of the memory."""

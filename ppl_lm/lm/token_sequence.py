@@ -134,14 +134,14 @@ class TokenSequence(TorchDistribution):
         return self.lm.rows_per_pass(width, steps, gradient, logits, texts / prompts if shared else 0.0)
 
     def together(self, value: Int[Tensor, "*#S T"]) -> Int[Tensor, "N"]:
-        """An order of the flattened batch in which texts of one prompt follow each other, short ones first: micro-batches of it
-        pass a prompt once and are no longer than they need to be."""
+        """An order of the flattened batch in which texts of one prompt follow each other, long ones first: micro-batches of it
+        pass a prompt once, are no longer than they need to be, and fit into the memory that those before them have left."""
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         return self._together(self._prompt_rows(shape), value.expand(*shape, -1).reshape(-1, *self.event_shape))
 
     def _together(self, rows: Int[Tensor, "N"], x: Int[Tensor, "N T"]) -> Int[Tensor, "N"]:
         lengths = self.lm.vocabulary.lengths(x)
-        return (rows * (self.event_shape[0] + 1) + lengths).argsort(stable=True)
+        return (rows * (self.event_shape[0] + 1) - lengths).argsort(stable=True)
 
     def _score_part(self, score: Callable[..., tuple[Tensor, ...]], rows: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         needed, copies = distinct(self.prompts.take(rows))

@@ -1,9 +1,10 @@
-"""Drawing beside Hugging Face's `generate`, and SMC beside genlm-control and beside a bare loop of torch: the same network, law
-and number of texts, alternating in one run. Run on purpose: `make bench`.
+"""Drawing beside Hugging Face's `generate`, and SMC beside genlm-control, llamppl and a bare loop of torch: the same network,
+law and number of texts, alternating in one run. Run on purpose: `make bench`.
 
     python tests/benchmarks/bench_peers.py CASE [--threads N] [--repeats N]
 
-Networks have random weights. Needs `pip install genlm-control` for its column, and GPT-2's vocabulary in `PPL_LM_TEST_DATA`."""
+Networks have random weights. Needs `pip install genlm-control llamppl` for their columns, and GPT-2's vocabulary in
+`PPL_LM_TEST_DATA`."""
 
 import argparse
 import asyncio
@@ -13,8 +14,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from apart import told_by
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "runs" / "bench"
@@ -29,8 +29,10 @@ DATA = Path(os.environ.get("PPL_LM_TEST_DATA", ROOT.parent / "shared" / "data"))
 PROMPT = "the soup was good and the bread was"
 SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12}
 SMALLER = {"n_layer": 6, "n_embd": 256, "n_head": 8}
+SMALLEST = {"n_layer": 4, "n_embd": 64, "n_head": 4}  # most of it is GPT-2's 50,257 words
 CASES = {  # what is timed, the network, texts, tokens of each
     "draw, GPT-2 small": ("draw", SMALL, 16, 32),
+    "draw, GPT-2 of 3 M": ("draw", SMALLEST, 64, 32),
     "draw, GPT-2 of 17 M": ("draw", SMALLER, 64, 32),
     "SMC, GPT-2 of 17 M": ("smc", SMALLER, 64, 32),
     "draw, tiny": ("draw", {"n_layer": 2, "n_embd": 32, "n_head": 4}, 8, 8),
@@ -94,6 +96,8 @@ def growing(folder, texts, tokens):
     }
     with contextlib.suppress(ImportError):
         made["genlm-control"] = genlm(folder, texts, tokens)
+    with contextlib.suppress(ImportError):
+        made["llamppl"] = llamppl(folder, texts, tokens)
     return made
 
 
@@ -124,7 +128,7 @@ def bare(model, tokenizer, texts, tokens):
 def genlm(folder, texts, tokens):
     from genlm.control import SMC, Potential, PromptedLLM, direct_token_sampler
 
-    llm = PromptedLLM.from_name(str(folder), backend="hf")
+    llm = PromptedLLM.from_name(str(folder), backend="hf", llm_opts={"batch_size": texts})
     llm.set_prompt_from_str(PROMPT)
 
     class Shorter(Potential):
@@ -139,6 +143,33 @@ def genlm(folder, texts, tokens):
 
     def run():
         return loop.run_until_complete(sampler(n_particles=texts, ess_threshold=0.5, max_tokens=tokens))
+
+    return run
+
+
+def llamppl(folder, texts, tokens):
+    from llamppl import CachedCausalLM, LMContext, Model, smc_standard
+
+    lm = CachedCausalLM.from_pretrained(str(folder), backend="hf", batch_size=texts)
+
+    class Shorter(Model):
+        def __init__(self):
+            super().__init__()
+            self.context, self.left = LMContext(lm, PROMPT), tokens
+
+        async def step(self):
+            token = await self.sample(self.context.next_token())
+            self.score(STEP)
+            self.left -= 1
+            if token.token_id == lm.tokenizer.eos_token_id or self.left == 0:
+                self.finish()
+
+    loop = asyncio.new_event_loop()
+
+    def run():
+        lm.clear_cache()
+        lm.cache_kv(lm.tokenizer.encode(PROMPT))
+        return loop.run_until_complete(smc_standard(Shorter(), texts, ess_threshold=0.5))
 
     return run
 
@@ -169,13 +200,7 @@ def run(case, threads, repeats):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("case", [name for name in CASES if "tiny" not in name])
 def test_peers(case, threads):
-    told = subprocess.run(
-        [sys.executable, __file__, case, "--threads", str(threads)], capture_output=True, text=True, check=False
-    )
-    if "SKIPPED" in told.stdout:
-        pytest.skip(told.stdout.strip())
-    assert told.returncode == 0, told.stderr[-2000:]
-    made = json.loads(told.stdout.splitlines()[-1])
+    made = told_by(__file__, case, "--threads", str(threads))
     (RUNS / f"{case}, {threads}.json").write_text(json.dumps(made, indent=1) + "\n")
     print(f"\n{made['machine']}, {threads} threads, torch {made['torch']}, transformers {made['transformers']}: {case}")
     for name, value in made["seconds"].items():

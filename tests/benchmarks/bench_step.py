@@ -1,17 +1,15 @@
-"""A training step beside TRL's RLOO, with the same network, adapter, prompt, reward and number of texts, alternating in one
-run: seconds by phase, memory, and the floor of the matrix products. Run on purpose: `make bench`.
+"""A training step beside TRL's RLOO and GRPO, with the same network, adapter, prompt, reward and number of texts, alternating
+in one run: seconds by phase, memory, and the floor of the matrix products. Run on purpose: `make bench`.
 
-    python tests/benchmarks/bench_step.py CASE [--threads N] [--steps N]
+    python tests/benchmarks/bench_step.py CASE [--threads N] [--steps N] [--peer RLOO] [--alone ours]
 
-A case runs in a process of its own, so that its memory is its own."""
+`--alone ours`, or `--alone` with a peer: the most memory that two steps of that one take, in a process of its own."""
 
 import argparse
 import json
 import os
 import platform
-import resource
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -20,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from apart import told_by
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "runs" / "bench"
@@ -29,6 +28,7 @@ CASES = {  # network, adapter's rank or 0, prompt tokens, texts, tokens of each
     "chat, LoRA, after 30": (CHAT, 16, 30, 16, 24),
     "chat, LoRA, after 200": (CHAT, 16, 200, 16, 24),
     "GPT-2 small": ({"n_layer": 12, "n_embd": 768, "n_head": 12}, 0, 8, 16, 32),
+    "GPT-2 of 3 M": ({"n_layer": 4, "n_embd": 256, "n_head": 8, "vocab_size": 1024}, 0, 8, 64, 32),
     "GPT-2 of 17 M": ({"n_layer": 6, "n_embd": 256, "n_head": 8}, 0, 8, 64, 32),
     "tiny": ({"n_layer": 2, "n_embd": 32, "n_head": 4}, 0, 8, 8, 8),
 }
@@ -49,14 +49,16 @@ def network(what):
         return AutoModelForCausalLM.from_pretrained(what, dtype=torch.float32), AutoTokenizer.from_pretrained(what)
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {f"w{i}": i for i in range(GPT2["vocab_size"])}
+    shape = {**GPT2, **what}
+    words = {f"w{i}": i for i in range(shape["vocab_size"])}
     plain = Tokenizer(models.WordLevel(words, unk_token="w1"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="w0", pad_token="w0")
-    folder = RUNS / f"gpt2-{what['n_layer']}-{what['n_embd']}"  # TRL loads its reference by name
+    name = "-".join(str(shape[key]) for key in ("n_layer", "n_embd", "vocab_size"))
+    folder = RUNS / f"gpt2-{name}"  # TRL loads its reference by name
     if not folder.is_dir():
         torch.manual_seed(SEED)
-        made = GPT2LMHeadModel(GPT2Config(**GPT2, **what, bos_token_id=0, eos_token_id=0, pad_token_id=0))
+        made = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0, pad_token_id=0))
         made.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer
@@ -68,9 +70,17 @@ def prompt_of(tokenizer, count):
     return " ".join(words)
 
 
-def memory():
-    """Bytes, the most that this process has held."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory(name="VmHWM"):
+    """Bytes, the most that this process has held since `memory_from_now`, by Linux."""
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith(name))
+
+
+def memory_from_now():
+    """Bytes that this process holds; what was the most is forgotten."""
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")
+    return memory("VmRSS")
 
 
 class Ours:
@@ -109,13 +119,13 @@ class Ours:
         }
 
 
-def theirs(what, rank, prompt, texts, tokens, steps, between):
-    """Seconds of each step of TRL's RLOOTrainer; `between` is called between two of them."""
+def theirs(peer, what, rank, prompt, texts, tokens, steps, between):
+    """Seconds of each step of TRL's trainer of that name; `between` is called between two of them."""
     import pyarrow
+    import trl
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
-    from trl import RLOOConfig, RLOOTrainer
 
     seconds, began = [], [0.0]
 
@@ -128,7 +138,7 @@ def theirs(what, rank, prompt, texts, tokens, steps, between):
             seconds.append(time.perf_counter() - began[0])
 
     model, tokenizer = network(what)
-    config = RLOOConfig(
+    config = getattr(trl, f"{peer}Config")(
         output_dir=str(RUNS / "trl"), per_device_train_batch_size=texts, num_generations=texts, max_completion_length=tokens,
         max_steps=steps, beta=0.05, learning_rate=1e-6, report_to="none", use_cpu=not torch.cuda.is_available(), bf16=False,
         gradient_checkpointing=False, logging_steps=1000, save_strategy="no", seed=SEED, disable_tqdm=True, temperature=1.0,
@@ -140,7 +150,7 @@ def theirs(what, rank, prompt, texts, tokens, steps, between):
     rows = Dataset(
         pyarrow.table({"prompt": [prompt] * 64}), fingerprint="bench"
     )  # whose hash not all versions can make
-    trainer = RLOOTrainer(
+    trainer = getattr(trl, f"{peer}Trainer")(
         model=model, reward_funcs=reward, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=adapter,
         callbacks=[Clock()],
     )  # fmt: skip
@@ -164,55 +174,75 @@ def floor(what, prompt, texts, tokens):
     return 2 * weights * (count + texts * tokens) * (1 + 1 + 3) / pace
 
 
-def run(case, threads, steps):
+def run(case, threads, steps, peer):
     """One case, alternating, in this process."""
     torch.set_num_threads(threads)
     what, rank, width, texts, tokens = CASES[case]
     _, tokenizer = network(what)
     prompt = prompt_of(tokenizer, width)
-    before = memory()
     ours = Ours(what, rank, prompt, texts, tokens)
-    rows, peaks = [ours.step()], {}
-    peaks["ours"] = memory() - before
-    seconds = []
+    rows, seconds = [ours.step()], []
     try:
-        import trl  # noqa: F401
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            seconds = theirs(what, rank, prompt, texts, tokens, steps + 1, lambda: rows.append(ours.step()))[1:]
-        peaks["trl beside ours"] = memory() - before
+            seconds = theirs(peer, what, rank, prompt, texts, tokens, steps + 1, lambda: rows.append(ours.step()))[1:]
     except ImportError:
         rows += [ours.step() for _ in range(steps)]
     rows = rows[2:] if len(rows) > 2 else rows[1:]  # the first ones find out what they need
     made = {
         "case": case, "threads": threads, "device": str(ours.prompts.ids.device),
         "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__, "transformers": transformers.__version__, "steps": len(rows),
+        "torch": torch.__version__, "transformers": transformers.__version__, "steps": len(rows), "peer": peer,
         "ours": {phase: statistics.median(row[phase] for row in rows) for phase in rows[0]},
-        "trl": statistics.median(seconds) if seconds else None, "floor": floor(what, prompt, texts, tokens), "bytes": peaks,
+        "trl": statistics.median(seconds) if seconds else None, "floor": floor(what, prompt, texts, tokens),
     }  # fmt: skip
     made["ratio"] = made["trl"] / made["ours"]["all"] if made["trl"] else None
     return made
 
 
+def alone(case, threads, who):
+    """Bytes, the most that two steps take, the network included, beyond what was held after all that is imported."""
+    torch.set_num_threads(threads)
+    what, rank, width, texts, tokens = CASES[case]
+    import peft  # noqa: F401
+
+    import ppl_lm.guides  # noqa: F401
+
+    if who != "ours":
+        import datasets  # noqa: F401
+        import trl
+
+        getattr(trl, f"{who}Trainer")  # loads it
+    before = memory_from_now()
+    prompt = prompt_of(network(what)[1], width)
+    if who == "ours":
+        ours = Ours(what, rank, prompt, texts, tokens)
+        for _ in range(2):
+            ours.step()
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs(who, what, rank, prompt, texts, tokens, 2, lambda: None)
+    return memory() - before
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("case", [name for name in CASES if name != "tiny"])
 def test_step(case, threads):
-    told = subprocess.run(
-        [sys.executable, __file__, case, "--threads", str(threads)], capture_output=True, text=True, check=False
-    )
-    if "SKIPPED" in told.stdout:
-        pytest.skip(told.stdout.strip())
-    assert told.returncode == 0, told.stderr[-2000:]
-    made = json.loads(told.stdout.splitlines()[-1])
+    given = [case, "--threads", str(threads)]
+    made = told_by(__file__, *given)
+    if made["trl"] and threads == 1:
+        made["bytes"] = {who: told_by(__file__, *given, "--alone", who) for who in ("ours", "RLOO")}
+        made["GRPO"] = told_by(__file__, *given, "--peer", "GRPO", "--steps", "3")
     RUNS.mkdir(parents=True, exist_ok=True)
     (RUNS / f"step, {case}, {threads}.json").write_text(json.dumps(made, indent=1) + "\n")
     print(f"\n{made['machine']}, {threads} threads, torch {made['torch']}, transformers {made['transformers']}: {case}")
     for phase, value in made["ours"].items():
         print(f"  {phase:34} {value:8.2f} s")
     print(f"  {'floor':34} {made['floor']:8.2f} s")
-    print(f"  TRL's RLOO {made['trl']} s, ratio {made['ratio']}; bytes {made['bytes']}")
+    print(f"  TRL's RLOO {made['trl']} s, ratio {made['ratio']}; bytes {made.get('bytes')}")
+    if "GRPO" in made:
+        print(f"  TRL's GRPO {made['GRPO']['trl']} s, ratio {made['GRPO']['ratio']}")
 
 
 def main(words):
@@ -220,9 +250,14 @@ def main(words):
     parser.add_argument("case")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--peer", default="RLOO", choices=["RLOO", "GRPO"])
+    parser.add_argument("--alone", choices=["ours", "RLOO", "GRPO"])
     given = parser.parse_args(words)
     try:
-        print(json.dumps(run(given.case, given.threads, given.steps)))
+        if given.alone:
+            print(json.dumps(alone(given.case, given.threads, given.alone)))
+        else:
+            print(json.dumps(run(given.case, given.threads, given.steps, given.peer)))
     except pytest.skip.Exception as reason:
         print(f"SKIPPED {reason}")
 

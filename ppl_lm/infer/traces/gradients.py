@@ -91,8 +91,8 @@ class _Sloped(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.slopes = inputs[0]
+        ctx.save_for_backward(*inputs[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, *(None if slope is None else grad.to(slope.dtype) * slope for slope in ctx.slopes)
+        return None, *(None if slope is None else grad.to(slope.dtype) * slope for slope in ctx.saved_tensors)

@@ -2,66 +2,57 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ppl_lm.lm import meter
 from ppl_lm.lm.dropout import evaluating
 
-Network = Any  # the `Network` whose module imports this one
 _ONE_AT_A_TIME = Lock()  # passes that change what layers do
+
+
+def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
+    """Transformers' own layers, those that lie in no other of them."""
+    found: list[nn.Module] = []
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and not name.startswith(tuple(names)):
+            found.append(module)
+            names.append(f"{name}.")
+    return found
 
 
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
-    """Inside the block, autograd keeps what goes into each of transformers' layers, and not what is made of it there (Chen et
-    al. 2016). A layer counts as being trained while it is called, which is when transformers does this, but neither it nor its
-    parts do while it is at work, here or in the backward pass: dropout stays off, whatever mode the network is in by then."""
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    names = ("gradient_checkpointing", "training", "_gradient_checkpointing_func")
+    """Inside the block, autograd keeps of this thread's passes, which use no cache, what goes into each layer, and not what is
+    made of it there (Chen et al. 2016). Dropout stays off in the backward pass too, whatever mode the network is in by then."""
+    layers = checkpointed_layers(model)
     with _ONE_AT_A_TIME:
-        before = [{name: vars(layer)[name] for name in names if name in vars(layer)} for layer in layers]
+        before = [vars(layer).get("forward") for layer in layers]
         for layer in layers:
-            vars(layer).update(zip(names, (True, True, partial(_again, layer)), strict=True))
+            layer.forward = _again(layer, get_ident())
         try:
             yield
         finally:
-            for layer, values in zip(layers, before, strict=True):
-                for name in names:
-                    vars(layer).pop(name)
-                vars(layer).update(values)
+            for layer, own in zip(layers, before, strict=True):
+                del layer.forward
+                if own is not None:
+                    layer.forward = own
 
 
-def _again(layer: nn.Module, function: Callable[..., Any], *given: Any) -> Any:
-    def evaluated(*given: Any) -> Any:
-        with evaluating(layer):
-            return function(*given)
+def _again(layer: nn.Module, thread: int) -> Callable[..., Any]:
+    forward = layer.forward
 
-    return checkpoint(evaluated, *given, use_reentrant=False, preserve_rng_state=False)
+    def run(*given: Any, **named: Any) -> Any:
+        def evaluated(*given: Any) -> Any:
+            with evaluating(layer):
+                return forward(*given, **named)
 
+        if get_ident() != thread:
+            return forward(*given, **named)
+        return checkpoint(evaluated, *given, use_reentrant=False, preserve_rng_state=False)
 
-def may_recompute(lm: Network) -> bool:
-    """Whether the network has such layers and answers the same with them; found out once."""
-    if lm.shortcuts.layers is None:
-        try:
-            lm.shortcuts.layers = _answers_the_same(lm)
-        except Exception:  # whatever a network does in a pass that it need not know: then it is spared it
-            lm.shortcuts.layers = False
-    return lm.shortcuts.layers
-
-
-def _answers_the_same(lm: Network) -> bool:
-    if not any(isinstance(module, GradientCheckpointingLayer) for module in lm.model.modules()):
-        return False
-    count = min(lm.max_positions or 9, 9)
-    ids = torch.linspace(0, lm.vocabulary.size - 1, count, device=lm.device).long()[None]
-    given = {"ids": ids, "mask": None, "positions": torch.arange(count, device=lm.device)[None], "keep": count}
-    with meter.unmeasured(), torch.enable_grad():
-        plain, again = (lm.logits(**given, recompute=recompute)[0].detach() for recompute in (False, True))
-    return bool(torch.equal(plain, again))
+    return run

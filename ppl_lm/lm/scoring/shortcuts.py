@@ -23,7 +23,7 @@ class Shortcuts:
     prompts: bool | None = None  # a prompt may be passed once for all its texts: shown by the self-check
     gradients: tuple[tuple[bool, ...], bool] | None = None  # so too with a gradient; of which weights that was found
     head: tuple[Any, bool] | None = None  # the last layer, and whether its answers are the logits as they are
-    layers: bool | None = None  # activations of layers may be found again in the backward pass
+    layers: tuple[tuple[bool, ...], bool] | None = None  # likewise, activations may be found again in the backward pass
 
 
 class OtherHeadError(RuntimeError):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppl_lm.lm import meter
 from ppl_lm.lm.prompts import Prompts
-from ppl_lm.lm.scoring.gradient_checkpointing import may_recompute
+from ppl_lm.lm.scoring.gradient_checkpointing import checkpointed_layers
 from ppl_lm.lm.scoring.head import chosen_log_probs
 from ppl_lm.lm.scoring.shortcuts import OtherHeadError, before_head, plain_head
 
@@ -53,7 +53,7 @@ def _of_tokens(
     head = plain_head(lm)
     again: dict[str, bool] = {}
     if torch.is_grad_enabled() and lm.is_too_long(prompts.ids.shape[-1], steps, head is None) and may_recompute(lm):
-        again, shared = {"recompute": True}, False  # layers of transformers give no cache then
+        again, shared = {"recompute": True}, False  # a prompt's cache is not found a second time
     if head is not None:
         try:
             call = partial(before_head(lm, head), **again)
@@ -142,32 +142,49 @@ def shares(lm: Network, gradient: bool) -> bool:
         return bool(lm.shortcuts.prompts)
     if lm.parts:
         return all(shares(part, gradient) for part in lm.parts)
-    free = tuple(weight.requires_grad for weight in lm.parameters())
+    free = _free(lm)
     if not any(free):
         return True
     if lm.shortcuts.gradients is None or lm.shortcuts.gradients[0] != free:
-        try:
-            lm.shortcuts.gradients = free, _same_gradients(lm)
-        except Exception:  # whatever a network does in a pass that it need not know: then it is spared it
-            lm.shortcuts.gradients = free, False
+        lm.shortcuts.gradients = free, _same_gradients(lm, (lm.logits, True))
     return lm.shortcuts.gradients[1]
 
 
-def _same_gradients(lm: Network) -> bool:
+def may_recompute(lm: Network) -> bool:
+    """Whether something is trainable, and gradient checkpointing gives it the same gradient, which is found out once."""
+    free = _free(lm)
+    if not any(free):
+        return False
+    if lm.shortcuts.layers is None or lm.shortcuts.layers[0] != free:
+        has_layers = bool(checkpointed_layers(lm.model))
+        lm.shortcuts.layers = free, has_layers and _same_gradients(lm, (partial(lm.logits, recompute=True), False))
+    return lm.shortcuts.layers[1]
+
+
+def _free(lm: Network) -> tuple[bool, ...]:
+    return tuple(weight.requires_grad for weight in lm.parameters())
+
+
+def _same_gradients(lm: Network, way: tuple[Callable[..., Any], bool]) -> bool:
     """Whether two texts of one prompt give the small ones of the trainable weights (norms, biases, adapters; some of the others
-    where there are none) the same gradient either way."""
+    where there are none) the same gradient in this way as in the plain one.
+
+    :param way: how a pass is called, and whether prompts are shared, as for `answers`."""
+    if lm.max_positions is not None and lm.max_positions < 6:
+        return False
     free = list({id(weight): weight for weight in lm.parameters() if weight.requires_grad}.values())
     small = [weight for weight in free if weight.numel() <= SMALL] or [free[0], free[len(free) // 2], free[-1]]
     ids = torch.linspace(0, lm.vocabulary.size - 1, 9, device=lm.device).long()
-    if lm.max_positions is not None and lm.max_positions < 6:
-        return False
     prompt = Prompts.from_ids([ids[:3].tolist()], lm.vocabulary, device=lm.device)
     texts, both = ids[3:].reshape(2, 3), torch.zeros(2, dtype=torch.int64, device=lm.device)
     slopes = []
-    with meter.unmeasured():
-        for shared in (True, False):
-            said = normalise(answers(lm.logits, lm, prompt, texts, both, 3, shared)).gather(-1, texts[..., None])
-            slopes.append(torch.autograd.grad(said.sum(), small, allow_unused=True))
+    try:
+        with meter.unmeasured(), torch.enable_grad():
+            for call, shared in (way, (lm.logits, False)):
+                said = normalise(answers(call, lm, prompt, texts, both, 3, shared)).gather(-1, texts[..., None])
+                slopes.append(torch.autograd.grad(said.sum(), small, allow_unused=True))
+    except Exception:  # whatever a network does in a pass that it need not know: then it is spared it
+        return False
     pairs = [(a, b) for a, b in zip(*slopes, strict=True) if a is not None or b is not None]
     exact = 1e-3 if all(weight.dtype.itemsize >= 4 for weight in lm.parameters()) else 0.1
     return all(

@@ -22,7 +22,7 @@ MEASURING, MOST_MEASURING = (
     0.5,
 )  # share of the limit that measuring the guide gets; and where the least of it takes more
 WISHED = 100  # steps, for which a step gets fewer texts
-FASTER = 0.7  # what half of the texts must make of a step's time
+FASTER = 0.6  # what half of the texts must make of a step's time, for noise falls with the texts that a second gives
 FEWEST = 16  # prompts that a verdict is of, where all are too many
 LEAST_TEXTS = 16  # a step
 EACH = 4  # prompts, and texts of each, in steps of few texts
@@ -218,8 +218,11 @@ def plan(
     for fewer in shrunk:  # fewer texts a step, as long as they make it faster
         if WISHED * speed.step(particles * batch_size) <= loop:
             break
-        if speed.step(fewer[0] * fewer[1]) < speed.step(particles * batch_size) * FASTER:
-            particles, batch_size = fewer
+        if fewer[0] * fewer[1] == particles * batch_size:
+            continue
+        if speed.step(fewer[0] * fewer[1]) > speed.step(particles * batch_size) * FASTER:
+            break
+        particles, batch_size = fewer
     step = speed.step(particles * batch_size)
     wanted = max(limit, WISHED * step / (1 - BEFORE - AFTER) / (1 - MEASURING))
     return Plan(particles, batch_size, loop / step, step, count, wished, least, fitting, measuring, wanted)
