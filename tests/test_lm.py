@@ -372,4 +372,5 @@ def test_passes_fit_a_memory_budget(kind):
     assert lm.rows_per_pass(8, 8) > lm.rows_per_pass(8, 64) > lm.rows_per_pass(800, 64) >= 1
     assert lm.rows_per_pass(8, 8) > lm.rows_per_pass(8, 8, gradient=True) > 100
     assert lm.rows_per_pass(10**9, 1) == 1
+    assert all((n := lm.rows_per_pass(8, steps)) & (n - 1) == 0 for steps in (3, 8, 50)), "a power of two"
     assert lm.width == 64

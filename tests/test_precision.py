@@ -43,7 +43,8 @@ def test_what_is_trained_is_float32_and_begins_as_the_prior(kind, dtype):
     lm.self_check()
     bound = 8 * 8**0.5 * max(prior.noise, lm.noise)
     assert float(log_ratios(lm, prior).abs().max()) < bound
-    assert lm.copy().compute_dtype is dtype
+    assert lm.noise > 1e-5, "16-bit weights and 16-bit products of float32 ones are rounded in other places"
+    assert lm.copy().compute_dtype is dtype and lm.copy().noise == lm.noise
 
 
 def test_small_steps_are_taken():
@@ -70,8 +71,11 @@ def test_the_self_check_measures_what_rounding_does_to_a_log_ratio():
     lm.self_check()
     found = float(log_ratios(lm, lm, 400).square().mean().sqrt())
     lengths = lm.vocabulary.lengths(lm(PROMPTS).sample((400,)).reshape(-1, 8)).double().mean()
-    assert lm.noise > 1e-3
-    assert 0.05 < found / (lm.noise * float(lengths) ** 0.5) < 2.5  # few tokens, beside padding: rather too large
+    if found < 1e-5:  # a processor with instructions for it rounds every row alike, whatever stands beside it
+        assert lm.noise < 1e-5
+    else:
+        assert lm.noise > 1e-3
+        assert 0.05 < found / (lm.noise * float(lengths) ** 0.5) < 2.5  # few tokens, beside padding: rather too large
 
 
 def test_gradients_are_nearly_those_in_float32_and_others_are_refused():

@@ -23,6 +23,7 @@ from ppl_lm.lm.checking.folders import (
     save,
     saved_settings,
 )
+from ppl_lm.lm.checking.precision import noise_between
 from ppl_lm.lm.network import Network
 from ppl_lm.lm.token_sequence import TokenSequence
 from ppl_lm.lm.trainable_weights import frozen_weights
@@ -65,7 +66,7 @@ class LanguageModel(Network):
 
         :param max_new_tokens: None: as many as it was saved with (`save_pretrained`), else 40; `end_ids` likewise, else those
             that the folder's files name; `dtype` likewise, else float32. In half precision a text's log-ratio is uncertain by
-            about `noise` · √T nats, which the self-check measures.
+            about `noise` · √T nats, which the self-check measures, and `copy` against what it is a copy of.
         :raises ValueError: if weights are missing, unexpected, misshapen or not finite, or if the model scores its own
             samples differently from how it drew them.
         """
@@ -113,6 +114,7 @@ class LanguageModel(Network):
             if not torch.isfinite(weight).all():
                 raise ValueError(f"{what}: weight {name!r} holds NaN or infinite values")
         lm.self_check()
+        lm.noise = max(lm.noise, saved.get("noise", 0.0) if lm.compute_dtype is not None else 0.0)
         return lm
 
     @classmethod
@@ -164,6 +166,8 @@ class LanguageModel(Network):
             if weight.requires_grad and weight.is_floating_point() and weight.itemsize < 4:
                 twin.compute_dtype, weight.data = weight.dtype, weight.data.float()
         twin.base_sha256 = self.base_sha256
+        if twin.compute_dtype != self.compute_dtype:
+            twin.noise = max(twin.noise, noise_between(self, twin))
         return twin
 
     def adapted(self, adapter: Any = None, *, rank: int = 16) -> "LanguageModel":

@@ -102,15 +102,15 @@ def save(lm: Network, folder: Path) -> None:
         "dtype": dtype,
     }
     if lm.compute_dtype is not None:
-        settings["compute_dtype"] = str(lm.compute_dtype).removeprefix("torch.")
+        settings["compute_dtype"], settings["noise"] = str(lm.compute_dtype).removeprefix("torch."), lm.noise
     if lm.base_sha256 is not None:
         settings["base_sha256"] = lm.base_sha256
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """`max_new_tokens`, `end_ids`, `dtype` and `compute_dtype` of the language model that was saved there, `base_sha256` of an
-    adapted one; empty where none was.
+    """`max_new_tokens`, `end_ids`, `dtype`, `compute_dtype` and `noise` of the language model that was saved there,
+    `base_sha256` of an adapted one; empty where none was.
 
     :raises ValueError: if the file is damaged."""
     path = folder / SETTINGS
@@ -124,6 +124,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
             "dtype": getattr(torch, settings["dtype"]),
             "compute_dtype": getattr(torch, settings["compute_dtype"]) if "compute_dtype" in settings else None,
             "base_sha256": settings.get("base_sha256"),
+            "noise": float(settings.get("noise", 0.0)),
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}") from None

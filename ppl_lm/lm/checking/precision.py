@@ -48,19 +48,40 @@ def gradient_cosine(lm: Network) -> float:
     exact = copy.deepcopy(lm)
     exact.model.float()
     exact.compute_dtype, exact.shortcuts = None, Shortcuts()
-    start = lm.vocabulary.end_ids[0] if lm.vocabulary.bos_id is None else lm.vocabulary.bos_id
-    prompts = Prompts.from_ids([[start]], lm.vocabulary, device=lm.device)
+    prompts = _start(lm)
     with meter.unmeasured(), torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
-        from ppl_lm.lm.decoder import sample
-
-        rows = torch.zeros(16, dtype=torch.int64, device=lm.device)
-        u = torch.rand(16, min(12, lm.max_new_tokens), dtype=torch.float64).to(lm.device)
-        x, _ = sample(lm, prompts, rows, u)
+        x, rows = _texts(lm, prompts)
         coefficient = torch.randn(16, 1, device=lm.device)
         coefficient = coefficient - coefficient.mean()
         one, other = (_gradient(network, prompts, x, rows, coefficient) for network in (lm, exact))
     return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
+
+
+@torch.no_grad()
+def noise_between(lm: Network, twin: Network) -> float:
+    """Nats a token by which two networks of the same weights differ: the root mean square over 16 texts drawn from the first.
+    What their products round differently is in every log-ratio of the two."""
+    prompts = _start(lm)
+    with meter.unmeasured(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        x, rows = _texts(lm, prompts)
+        difference = lm.score(prompts, x, rows) - twin.score(prompts, x, rows)
+    return float(difference[lm.vocabulary.alive(x)].square().mean().sqrt())
+
+
+def _start(lm: Network) -> Prompts:
+    start = lm.vocabulary.end_ids[0] if lm.vocabulary.bos_id is None else lm.vocabulary.bos_id
+    return Prompts.from_ids([[start]], lm.vocabulary, device=lm.device)
+
+
+def _texts(lm: Network, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """16 texts of that prompt, (16, T), from torch's global generator, and of which prompt each is."""
+    from ppl_lm.lm.decoder import sample
+
+    rows = torch.zeros(16, dtype=torch.int64, device=lm.device)
+    u = torch.rand(16, min(12, lm.max_new_tokens), dtype=torch.float64).to(lm.device)
+    return sample(lm, prompts, rows, u)[0], rows
 
 
 def _gradient(lm: Network, prompts: Prompts, x: Tensor, rows: Tensor, coefficient: Tensor) -> Tensor:
