@@ -306,6 +306,11 @@ def test_the_command_fits_saves_and_goes_on_with_an_adapter(tmp_path):
     for command in (["sample", run], ["diagnose", run, "--num-samples", "128"], ["report", run]):
         call(*command)
     call("fit", "tilted", "--init-from", run, *quick, "--output-dir", more)
+    assert json.loads((more / "config.json").read_text())["settings"]["rank"] == 2
+    again = ["fit", "tilted", "--init-from", run, "--rank", "4", *quick, "--output-dir", tmp_path / "none"]
+    refused = CliRunner().invoke(app, [str(word) for word in again])
+    assert refused.exit_code == 2 and "goes on with the adapter as it is" in " ".join(refused.output.split())
+    assert not (tmp_path / "none").exists()
     prior = LanguageModel.from_pretrained(tmp_path / "base", 6, device="cpu")
     first, second = (prior.adapted(folder / "guide") for folder in (run, more))
     assert all(w.shape[0] == 2 or w.shape[1] == 2 for w in adapter_weights(second.model))
@@ -339,6 +344,19 @@ def test_the_command_fits_saves_and_goes_on_with_an_adapter(tmp_path):
     call("diagnose", tmp_path / "further", "--num-samples", "128")
     third = prior.adapted(tmp_path / "further" / "guide")
     assert float((scores(third, x) - scores(first, x)).abs().max()) > 0
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        (["--guide", "finetuned", "--rank", "4"], "has no adapter"),
+        (["--guide", "lora", "--rank", "4096"], "is 128 wide"),
+    ],
+)
+def test_a_rank_that_would_have_no_effect_is_refused(tmp_path, how, why):
+    said = CliRunner().invoke(app, ["fit", "tilted", *how, "--max-steps", "1", "--output-dir", str(tmp_path / "run")])
+    assert said.exit_code == 2 and why in " ".join(said.output.split())
+    assert not (tmp_path / "run").exists()
 
 
 def call(*args):

@@ -256,6 +256,12 @@ def test_a_step_gets_fewer_texts_where_that_makes_more_steps():
     assert free.steps > 2 * plan(speed, 600.0, 8, 16, 20, 819).steps
     kept = plan(speed, 600.0, 8, 16, 20, 819, (False, False))
     assert (kept.particles, kept.batch_size) == (8, 16)
+    half_fixed = Speed((3.2, 0.11), (0.0, 0.12), 64)  # as SmolLM2 on two cores: 16 texts 6.9 s, 32 10.6 s
+    many = plan(half_fixed, 600.0, 8, 16, 20, 819, (True, True))
+    assert many.particles * many.batch_size == 32, "half of the texts take 0.65 of the time"
+    for prompts, particles in ((5, 25), (20, 8)):
+        few = plan(half_fixed, 90.0, particles, min(16, prompts), prompts, 819, (True, True))
+        assert few.particles * few.batch_size <= 20, "where so few steps fit any that are more help"
     overhead = Speed((0.9, 1e-3), (0.0, 1e-3), 1000)  # no faster with fewer
     assert plan(overhead, 60.0, 128, 1, 1, 4096, (True, True)).particles == 128
 
@@ -435,3 +441,9 @@ def test_a_notebook_gets_a_bar_that_changes(monkeypatch):
         progress(0.25, "a <b> quarter")
         progress(1.0, "all")
     assert 'value="0.250"' in shown[0] and "a &lt;b&gt; quarter" in shown[0] and 'value="1.000"' in shown[1]
+
+
+def test_pieces_that_have_no_time_left_come_to_an_end():
+    told = []
+    assert sum(pieces(100, 3, 4, 0.0, on_progress=lambda share, words: told.append(share))) == 4
+    assert told == [1.0] * len(told) and told

@@ -79,7 +79,7 @@ def command(
     from ppl_lm.run.fitting.schedule import Schedule
     from ppl_lm.run.measuring import on_held_out
     from ppl_lm.run.outcome import in_words
-    from ppl_lm.run.programs import build, uncertainty
+    from ppl_lm.run.programs import build, require_adapter, uncertainty
     from ppl_lm.run.prompts_file import read_prompts
     from ppl_lm.run.run_folder import fitted_guide, going_on, new_folder, require_free, require_outside
     from ppl_lm.run.run_record import FailedFit
@@ -102,6 +102,8 @@ def command(
         )  # fmt: skip
         settings = going_on(settings, typed := {name for name in context.params if is_typed(context, name)})
         settings = as_chats(settings)
+        if "rank" in typed:
+            require_adapter(settings)
         if particles is None:
             particles = max(8, 128 // max(1, min(batch_size, len(settings.prompts))))
             settings = replace(settings, particles=particles)
@@ -138,7 +140,7 @@ def command(
                         writer.fit(FailedFit(kept))
 
                 def on_prior(draws: Draws) -> None:
-                    if advice := no_fit_needed(draws, settings):
+                    if advice := no_fit_needed(draws, settings, prompts):
                         progress.say(advice)
 
                 fitted = fit(
@@ -152,15 +154,18 @@ def command(
             raise KeyboardInterrupt
         writer.fit(fitted)
         out.print(in_words(fitted), markup=False)
+        ending = ""
         if fitted.outcome != "interrupted":
             with ProgressBar("measuring", out) as progress:
                 measurement = schedule.measure(num_samples, progress)
             if measurement is None:
-                out.print(f"not measured for lack of time; `ppl-lm diagnose {path}` does that", markup=False)
+                asked_for = shlex.join(["ppl-lm", "diagnose", str(path), "--num-samples", str(schedule.least)])
+                out.print(f"not measured for lack of time; `{asked_for}` does that", markup=False)
             else:
                 measurement = measurement.after(fitted)
                 write_measurement(path, measurement, programs)
                 for part in measured(measurement):
                     out.print(part)
-        out.print(f"written: {path}; `{shlex.join(['ppl-lm', 'report', str(path)])}` makes a page of it", markup=False)
+                ending = f"; `{shlex.join(['ppl-lm', 'report', str(path)])}` makes a page of it"
+        out.print(f"written: {path}{ending}", markup=False)
     raise typer.Exit({"finished": GOOD, "interrupted": INTERRUPTED}.get(fitted.outcome, FAILED))

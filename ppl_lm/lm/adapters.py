@@ -122,7 +122,10 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
 def _require_adaptable(base: nn.Module) -> None:
     name = type(base).__name__
     if adapter_weights(base) or hasattr(base, "peft_config"):
-        raise ValueError(f"this {name} has an adapter of its own; merge it into its base first (merge_and_unload())")
+        raise ValueError(
+            f"this {name} has an adapter of its own; merge it into its base first (merge_and_unload()), "
+            "or go on with the run that fitted it (--init-from)"
+        )
     if any(weight.requires_grad for weight in base.parameters()):
         raise ValueError(
             f"this {name} is being trained, and an adapter would share its weights; adapt the frozen prior"

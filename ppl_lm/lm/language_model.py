@@ -27,6 +27,7 @@ from ppl_lm.lm.checking.precision import noise_between
 from ppl_lm.lm.network import Network
 from ppl_lm.lm.token_sequence import TokenSequence
 from ppl_lm.lm.trainable_weights import frozen_weights
+from ppl_lm.lm.vocabulary import text_config
 
 
 class LanguageModel(Network):
@@ -178,14 +179,18 @@ class LanguageModel(Network):
         :param adapter: a `peft.PeftConfig`; a folder that holds a fitted adapter of this network; or None: LoRA in every linear
             layer but the head, with the scale 2 (α = 2 · rank).
         :param rank: of that LoRA.
-        :raises ValueError: if this network has an adapter already or is being trained, or a forward was put on it; if the
-            adapter would train or change this network's own weights, begins elsewhere than at the prior, or is none of it.
+        :raises ValueError: if this network has an adapter already or is being trained, or a forward was put on it; if the rank
+            is higher than the network is wide; if the adapter would train or change this network's own weights, begins
+            elsewhere than at the prior, or is none of it.
         :raises ImportError: without `peft`: `pip install 'ppl_lm[peft]'`.
         """
         if isinstance(adapter, str | Path):
             require_base(Path(adapter), base_fingerprint(self.model))
             twin = self._around(load_adapter(self.model, Path(adapter)))
         else:
+            widest = getattr(text_config(self.model.config), "hidden_size", rank)  # pyright: ignore
+            if adapter is None and type(rank) is int and rank > widest:
+                raise ValueError(f"rank={rank}; this network is {widest} wide, and a higher rank adds nothing")
             twin = self._around(with_adapter(self.model, lora_config(rank) if adapter is None else adapter))
             require_same_start(self, twin)
         shared = {id(weight) for weight in self.model.parameters()}

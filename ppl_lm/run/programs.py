@@ -151,6 +151,12 @@ def guide_arguments(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in settings.arguments.items() if name in own}
 
 
+def require_adapter(settings: Settings) -> None:
+    """:raises ValueError: if a rank is given, and the guide takes no adapter."""
+    if "adapted" not in inspect.signature(resolve(settings.guide, "guides")).parameters:
+        raise ValueError(f"rank={settings.rank}; the guide {settings.guide!r} has no adapter, give --guide lora")
+
+
 def bind_named(
     program: Callable[..., Any], available: dict[str, Callable[[], Any]], what: str, own: dict[str, Any]
 ) -> Bound:

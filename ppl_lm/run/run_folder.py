@@ -82,7 +82,7 @@ def read_config(folder: Path) -> Config:
 def going_on(settings: Settings, given: Collection[str]) -> Settings:
     """Settings of a fit that begins with an earlier run's guide, `init_from`: the run's own, but for those that are `given`.
 
-    :raises ValueError: if `init_from` is no run, or fitted another kind of guide than the one that is given."""
+    :raises ValueError: if `init_from` is no run or fitted another kind of guide than the one that is given, or a rank is."""
     if settings.init_from is None:
         return settings
     theirs = read_config(Path(settings.init_from)).settings
@@ -90,8 +90,12 @@ def going_on(settings: Settings, given: Collection[str]) -> Settings:
         raise ValueError(
             f"init-from={settings.init_from!r} fitted the guide {theirs.guide!r}; give --guide {theirs.guide}"
         )
+    if "rank" in given:
+        raise ValueError(f"rank={settings.rank}; init-from={settings.init_from!r} goes on with the adapter as it is")
     kept = {
-        name for name in ("guide", "lm", "dtype", "reward", "beta", "prompts", "max_new_tokens") if name not in given
+        name
+        for name in ("guide", "rank", "lm", "dtype", "reward", "beta", "prompts", "max_new_tokens")
+        if name not in given
     }
     kept |= {"columns"} if "prompts" in kept else set()
     kept |= {"reward_weights"} if not {"reward", "reward_weights"} & {*given} else set()

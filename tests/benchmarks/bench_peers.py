@@ -128,7 +128,7 @@ def bare(model, tokenizer, texts, tokens):
 def genlm(folder, texts, tokens):
     from genlm.control import SMC, Potential, PromptedLLM, direct_token_sampler
 
-    llm = PromptedLLM.from_name(str(folder), backend="hf", llm_opts={"batch_size": texts})
+    llm = PromptedLLM.from_name(str(folder), backend="hf", batch_size=texts)
     llm.set_prompt_from_str(PROMPT)
 
     class Shorter(Potential):

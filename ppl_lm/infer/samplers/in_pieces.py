@@ -53,4 +53,6 @@ def pieces(
         yield n
         done += n
         if on_progress is not None:
-            on_progress(max(done / most, min(1.0, (clock() - began) / seconds)), f"{done} draws of each prompt")
+            on_progress(
+                max(done / most, min(1.0, (clock() - began) / max(seconds, 1e-9))), f"{done} draws of each prompt"
+            )

@@ -3,9 +3,12 @@
 import math
 import shlex
 import sys
+from pathlib import Path
 
 import torch
 
+from ppl_lm.criticism.diagnoses.diagnosis import least_draws
+from ppl_lm.criticism.diagnoses.pooling import POOLED
 from ppl_lm.criticism.weights import ess_se
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.log_weights import kong_ess
@@ -48,8 +51,9 @@ def warnings(plan: Plan, limit: float, prompts: int) -> list[str]:
         said.append(f"{plan.steps:.0f} steps are too few for a sensible fit: {would}")
     if plan.num_samples is None:
         said.append(
-            "no verdict: the least number of draws for one takes more than half of the limit; `ppl-lm diagnose` can give it "
-            "afterwards"
+            f"no verdict: the least number of draws for one, {least_draws(prompts)} of each prompt, takes more than half of "
+            "the limit; `ppl-lm diagnose` can give it afterwards"
+            + (f", and of {POOLED} prompts or more 64 draws in all are enough" if prompts < POOLED else "")
         )
     elif plan.measured < prompts:
         said.append(
@@ -58,16 +62,16 @@ def warnings(plan: Plan, limit: float, prompts: int) -> list[str]:
     return said
 
 
-def no_fit_needed(draws: Draws, settings: Settings) -> str:
+def no_fit_needed(draws: Draws, settings: Settings, prompts: Path | None = None) -> str:
     """What to do instead of a fit, where the prior's draws, weighted, are worth most of what was asked; else "".
 
-    :param draws: of the prior."""
+    :param draws: of the prior; `prompts`: the file that they were read from."""
     worth = worth_of_prior(draws)
     if worth is None or worth[0] - 2 * worth[1] < WORTH:
         return ""
     return (
         f"no fit is needed: 100 draws of the prior, weighted, are worth {100 * worth[0]:.0f} ± {100 * worth[1]:.0f} of the "
-        f"posterior's own; `{_instead(settings)}` gives them. The fit goes on"
+        f"posterior's own; `{_instead(settings, prompts)}` gives them. The fit goes on"
     )
 
 
@@ -93,7 +97,7 @@ def peak_memory() -> int | None:
     return used if sys.platform == "darwin" else 1024 * used
 
 
-def _instead(settings: Settings) -> str:
+def _instead(settings: Settings, prompts: Path | None) -> str:
     words = ["ppl-lm", "sample", settings.model]
     words += [word for name in settings.reward for word in ("--reward", name)]
     if settings.reward_weights is not None:
@@ -104,7 +108,9 @@ def _instead(settings: Settings) -> str:
     words += [] if settings.lm is None else ["--lm", settings.lm]
     words += [] if settings.dtype is None else ["--dtype", settings.dtype]
     words += ["--system", settings.system] if settings.system is not None else ["--chat"] if settings.chat else []
-    return shlex.join(words) + (" --prompts FILE" if settings.prompts != [""] else "")
+    if settings.prompts != [""]:
+        words += ["--prompts", "FILE" if prompts is None else str(prompts)]
+    return shlex.join(words)
 
 
 def _seconds(value: float) -> str:

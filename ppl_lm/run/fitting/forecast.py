@@ -24,6 +24,7 @@ MEASURING, MOST_MEASURING = (
 WISHED = 100  # steps, for which a step gets fewer texts
 FASTER = 0.6  # what half of the texts must make of a step's time, for noise falls with the texts that a second gives
 FEWEST = 16  # prompts that a verdict is of, where all are too many
+FASTER_OF_FEW, TELLS = 0.8, 25  # the same where not so many steps would fit
 LEAST_TEXTS = 16  # a step
 EACH = 4  # prompts, and texts of each, in steps of few texts
 SHOWN = 24  # texts that are shown, at the least: each is scored twice
@@ -218,11 +219,10 @@ def plan(
     for fewer in shrunk:  # fewer texts a step, as long as they make it faster
         if WISHED * speed.step(particles * batch_size) <= loop:
             break
-        if fewer[0] * fewer[1] == particles * batch_size:
-            continue
-        if speed.step(fewer[0] * fewer[1]) > speed.step(particles * batch_size) * FASTER:
-            break
-        particles, batch_size = fewer
+        texts, less = particles * batch_size, fewer[0] * fewer[1]
+        half = FASTER if TELLS * speed.step(texts) <= loop else FASTER_OF_FEW
+        if less < texts and speed.step(less) < speed.step(texts) * half ** math.log2(texts / less):
+            particles, batch_size = fewer
     step = speed.step(particles * batch_size)
     wanted = max(limit, WISHED * step / (1 - BEFORE - AFTER) / (1 - MEASURING))
     return Plan(particles, batch_size, loop / step, step, count, wished, least, fitting, measuring, wanted)

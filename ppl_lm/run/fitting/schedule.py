@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ppl_lm.criticism.diagnoses.diagnosis import least_draws
 from ppl_lm.criticism.weights import psis_khat
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.samplers.in_pieces import Progress
@@ -86,6 +87,11 @@ class Schedule:
         """Seconds that are left of all."""
         limit = self.programs.settings.time_limit
         return math.inf if limit is None else max(0.0, limit - (time.monotonic() - self.began))
+
+    @property
+    def least(self) -> int:
+        """Draws of each prompt that a verdict needs."""
+        return least_draws(len(self.programs.settings.measured[0]))
 
     def measure(self, num_samples: int | None, on_progress: Progress) -> Measurement | None:
         """In what is left of the time; None where too few draws for a verdict would fit."""
