@@ -13,6 +13,7 @@ from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.likelihood.reward import preserved_rng
 from ppl_lm.lm.network import Network
 from ppl_lm.lm.prompts import Prompts
+from ppl_lm.run.fitting.best_guide import WINDOW
 from ppl_lm.run.fitting.loop import AFTER, BEFORE
 
 PILOT = 4.0  # seconds, after which no more texts are timed
@@ -24,7 +25,7 @@ MEASURING, MOST_MEASURING = (
 WISHED = 100  # steps, for which a step gets fewer texts
 FASTER = 0.6  # what half of the texts must make of a step's time, for noise falls with the texts that a second gives
 FEWEST = 16  # prompts that a verdict is of, where all are too many
-FASTER_OF_FEW, TELLS = 0.8, 25  # the same where not so many steps would fit
+FASTER_OF_FEW = 0.8  # the same where fewer than `WINDOW` steps would fit
 LEAST_TEXTS = 16  # a step
 EACH = 4  # prompts, and texts of each, in steps of few texts
 SHOWN = 24  # texts that are shown, at the least: each is scored twice
@@ -220,7 +221,7 @@ def plan(
         if WISHED * speed.step(particles * batch_size) <= loop:
             break
         texts, less = particles * batch_size, fewer[0] * fewer[1]
-        half = FASTER if TELLS * speed.step(texts) <= loop else FASTER_OF_FEW
+        half = FASTER if WINDOW * speed.step(texts) <= loop else FASTER_OF_FEW
         if less < texts and speed.step(less) < speed.step(texts) * half ** math.log2(texts / less):
             particles, batch_size = fewer
     step = speed.step(particles * batch_size)
