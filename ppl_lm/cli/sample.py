@@ -26,9 +26,9 @@ def command(
     context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or a posterior as for fit.")],
     sampler: Annotated[str, typer.Option(help="importance: the guide's draws, each with its log weight; rejection: exact "
-                                         "posterior draws, from prior draws and the reward's bound; quasi_rejection, "
-                                         "best_of_n; independence_mh, suffix_mh, particle_gibbs: Markov chains; smc: "
-                                         "sequential Monte Carlo.")] = "importance",
+                                         "posterior draws, from prior draws and the reward's bound; adaptive_rejection: the "
+                                         "same under a Checker; quasi_rejection, best_of_n; independence_mh, suffix_mh, "
+                                         "particle_gibbs: Markov chains; smc: sequential Monte Carlo.")] = "importance",
     num_samples: Annotated[int, typer.Option(help="Draws for each prompt. Markov chains and smc make what their errors need "
                                              "(smc 1,024 or more), write all, and show so many.")] = 10,
     guide: Annotated[str | None, typer.Option(help="With MODEL: what proposes, as for fit or a RUN's fitted guide.",

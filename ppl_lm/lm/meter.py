@@ -2,19 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass
 class Cost:
     """`lm_tokens`: tokens forwarded through any language model, prompts and wasted ones included.
-    `reward_calls`: completions given to a reward."""
+    `reward_calls`: completions given to a reward. `checker_calls`: texts, whole or begun, that a `Checker`'s function was
+    asked of."""
 
     lm_tokens: int = 0
     reward_calls: int = 0
+    checker_calls: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.lm_tokens + other.lm_tokens, self.reward_calls + other.reward_calls)
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)))
 
 
 _open: list[Cost] = []
@@ -47,8 +49,9 @@ def unmeasured() -> Iterator[None]:
         _open[:] = kept
 
 
-def add(lm_tokens: int = 0, reward_calls: int = 0) -> None:
+def add(lm_tokens: int = 0, reward_calls: int = 0, checker_calls: int = 0) -> None:
     """Adds to every open `measure` block."""
     for cost in _open:
         cost.lm_tokens += lm_tokens
         cost.reward_calls += reward_calls
+        cost.checker_calls += checker_calls

@@ -8,6 +8,7 @@ import torch
 
 from ppl_lm.criticism.chains import r_hat
 from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.samplers.adaptive_rejection_sampling import adaptive_rejection, checkers_of
 from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.in_pieces import Progress
@@ -44,6 +45,19 @@ def _rejection(
     draws = rejection(model, None, prompts, num_samples=num_samples, on_progress=on_progress)
     assert draws.proposals is not None
     return draws, f"exact posterior draws, from {draws.proposals.num_samples} proposals of the prior for each prompt"
+
+
+def _adaptive_rejection(
+    model: Any, _: Any, prompts: Prompts, num_samples: int, on_progress: Progress | None = None
+) -> tuple[Draws, str]:
+    """exact posterior draws under a checker, by rejection that remembers what led nowhere"""
+    draws = adaptive_rejection(model, prompts, num_samples=num_samples, on_progress=on_progress)
+    assert draws.proposals is not None
+    lower, upper = (draws.stats[name][0, 0] for name in ("log_z_lower", "log_z_upper"))
+    return draws, (
+        f"exact posterior draws, from {draws.proposals.num_samples} trials for each prompt, left where the checker said no; "
+        f"{draws.cost.checker_calls:,} questions to it; log Z lies between {float(lower.min()):.2f} and {float(upper.max()):.2f}"
+    )
 
 
 def _quasi_rejection(*what: Any, num_samples: int, on_progress: Progress | None = None) -> tuple[Draws, str]:
@@ -86,12 +100,15 @@ def _smc(
     """texts that grow together: sequential Monte Carlo"""
     runs = max(RUNS, math.ceil(num_samples / PARTICLES))
     twist = None
+    checkers = checkers_of(model)
     if guide is None and not rules_out_texts(model, prompts[:1]) and not evidence_asks_a_network(model, prompts):
         twist = tempered(prefix_likelihood(model), text_law(model, prompts).event_shape[0])
-    settings = SMCSettings(twist=twist, threshold=THRESHOLD)
+    settings = SMCSettings(twist=twist, threshold=THRESHOLD, checker=checkers[0] if len(checkers) == 1 else None)
     draws = smc(model, guide, prompts, num_samples=PARTICLES, num_runs=runs, settings=settings, on_progress=on_progress)
     how = f"{runs} runs of {PARTICLES} texts"
-    if twist is not None:
+    if settings.checker is not None:
+        how += " that grew together by tokens that the checker allows"
+    elif twist is not None:
         how += " that grew together, resampled by the evidence of what is written, tempered"
     else:  # of half a text a yes or no says nothing, and a fitted guide knows more of what is to come than its reward
         how += ", none resampled as it grew: only whole texts are weighed here, as by importance"
@@ -109,6 +126,7 @@ def evidence_asks_a_network(model: Any, prompts: Prompts) -> bool:
 SAMPLERS: dict[str, Callable[..., tuple[Draws, str]]] = {
     "importance": _importance,
     "rejection": _rejection,
+    "adaptive_rejection": _adaptive_rejection,
     "quasi_rejection": _quasi_rejection,
     "best_of_n": _best_of_n,
     "independence_mh": _markov(independence),

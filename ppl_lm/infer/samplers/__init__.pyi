@@ -1,4 +1,5 @@
 from . import kernels as kernels, resampling as resampling
+from .adaptive_rejection_sampling import adaptive_rejection as adaptive_rejection
 from .best_of_n_sampling import best_of_n as best_of_n
 from .conditional import conditional_smc as conditional_smc
 from .importance_sampling import importance as importance

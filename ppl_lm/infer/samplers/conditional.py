@@ -58,6 +58,11 @@ def grow_around(
     """`conditional_smc` around any draws, also impossible ones, as a chain may begin at."""
     require_counts(num_samples, 1)
     settings.require_fits(guide)
+    if settings.checker is not None:
+        raise ValueError(
+            "a checker's weights are random, and around a planted text they would have another law; leave checker= out, or use "
+            "smc() or adaptive_rejection()"
+        )
     (name,) = only_text(planted)
     prompts = planted.prompts
     x = planted.latents[name].flatten(0, 1)  # (S, B, T)

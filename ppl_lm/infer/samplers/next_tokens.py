@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from ppl_lm.infer.samplers.allowed_tokens import Allowed, draw_allowed
 from ppl_lm.infer.samplers.twist import Twist
+from ppl_lm.likelihood.checker import Checker
 from ppl_lm.lm.decoder import Decoder, invert
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.scoring.teacher_forcing import normalise
@@ -44,9 +46,11 @@ class Laws:
         twist: Twist | None,
         candidates: int | None,
         rows: Int[Tensor, "n"],
+        checker: Checker | None = None,
     ):
         self.vocabulary: Vocabulary = prior.lm.vocabulary
         self.prompts, self.rows, self.twist, self.candidates = prior.prompts, rows, twist, candidates
+        self.checker = checker
         self.prior = Decoder.of(prior.lm, prior.prompts, rows)
         self.proposal = None
         if proposal is not None:
@@ -90,7 +94,12 @@ class Laws:
         log_p = self.prior.log_probs()  # (n, V)
         log_psi = None if self.network is None else self.network.logits()
         log_q = self._proposal(log_p, log_psi, x, t)
-        tokens = choose(log_q, population, many)  # (n, M)
+        log_allowed = torch.zeros((), dtype=torch.float64, device=log_q.device)  # of which estimate the tokens come with
+        if self.checker is None:
+            tokens = choose(log_q, population, many)  # (n, M)
+        else:
+            one = draw_allowed(log_q, self._allowed(x, t), lambda law, rows: choose(law, population[rows], 1)[:, 0])
+            tokens, log_allowed = (v.unsqueeze(-1) for v in one)
         if forced is not None:
             tokens = torch.where(forced >= 0, forced, tokens)
         lp, lq = log_p.gather(-1, tokens).double(), log_q.gather(-1, tokens).double()
@@ -98,12 +107,12 @@ class Laws:
         if bool(((lq == -torch.inf) & (lp > -torch.inf)).any()):
             raise ValueError(IMPOSSIBLE)
         if self.twist is None:  # the guide's own law, or the prior's, is the intermediate target
-            return Tokens(tokens, lp, before + lq, torch.zeros_like(lq))
+            return Tokens(tokens, lp, before + lq, torch.zeros_like(lq) + log_allowed)
         psi = self._log_psi(x, t, tokens) if log_psi is None else log_psi.gather(-1, tokens).double()
         after = log_p0.unsqueeze(-1) + lp + psi
         after = torch.where((lp == -torch.inf) | (psi == -torch.inf), -torch.inf, after)
         increment = torch.where((before == -torch.inf) | (after == -torch.inf), -torch.inf, after - before - lq)
-        return Tokens(tokens, lp, after, increment)
+        return Tokens(tokens, lp, after, increment + log_allowed)
 
     def _proposal(
         self, log_p: Float[Tensor, "n V"], log_psi: Float[Tensor, "n V"] | None, x: Int[Tensor, "n T"], t: int
@@ -135,6 +144,18 @@ class Laws:
                 f"them NaN and {int((answer == torch.inf).sum())} infinite; it needs one log ψ for each, finite or -inf"
             )
         return answer.double().reshape(-1, many)
+
+
+    def _allowed(self, x: Int[Tensor, "n T"], t: int) -> Allowed:
+        """Which tokens the checker lets some of these texts go on with at position t."""
+
+        def allowed(rows: Int[Tensor, "m"], tokens: Int[Tensor, "m"]) -> Bool[Tensor, "m"]:
+            grown = x[rows]
+            grown[:, t] = tokens
+            assert self.checker is not None
+            return self.checker.allows(self.prompts.take(self.rows[rows]), grown, torch.full_like(tokens, t + 1))
+
+        return allowed
 
 
 def choose(log_q: Float[Tensor, "n V"], population: Int[Tensor, "n"], many: int) -> Int[Tensor, "n M"]:

@@ -81,7 +81,7 @@ def grow(
         token_log_p=zeros.unsqueeze(-1).repeat(1, 1, length),
         slot=None if planted is None else _anywhere(count, populations, device),
     )
-    laws = Laws(prior, proposal, settings.twist, settings.candidates, prompt.flatten())
+    laws = Laws(prior, proposal, settings.twist, settings.candidates, prompt.flatten(), settings.checker)
     steps: list[StepInfo] = []
     for t in range(length):
         state, info = _step(state, laws, settings, planted, t)

@@ -113,16 +113,7 @@ def finish(model: Any, prompts: Any, population: Population, history: History, b
     with TextIs(x.reshape(plates), token_log_p.reshape(plates)):
         particles = run(model, None, (prompts,), {}, count * runs, nesting)
     draws = as_draws(particles)
-    if len(draws.latents) != 1:
-        raise ValueError(
-            f"SMC grows one text a prompt; this program has the latent sites {sorted(draws.latents)}: use importance() or "
-            "mcmc(kernel=independence), which move them all"
-        )
-    if not draws.is_local:
-        raise ValueError(
-            "SMC weighs each prompt's texts for themselves; this program has a site outside the prompts' plate, so that only "
-            "the joint weight of all prompts exists: use importance() or mcmc(kernel=independence)"
-        )
+    require_text_alone(draws)
     log_joint = draws.log_prior[0] + draws.log_likelihood[0]
     before = by_particle(population.log_w)
     log_w = before + log_joint - by_particle(population.log_target)
@@ -138,6 +129,20 @@ def finish(model: Any, prompts: Any, population: Population, history: History, b
     )
     draws = draws.map(lambda v: v[0].unflatten(0, (count, runs)).transpose(0, 1))
     return replace(draws, stats=draws.stats | _by_token(population.log_w, log_w.reshape(count, -1), history, batch))
+
+
+def require_text_alone(draws: Draws) -> None:
+    """:raises ValueError: unless each prompt's text is the only latent site, with a weight of its own."""
+    if len(draws.latents) != 1:
+        raise ValueError(
+            f"this sampler grows one text a prompt; this program has the latent sites {sorted(draws.latents)}: use importance() "
+            "or mcmc(kernel=independence), which move them all"
+        )
+    if not draws.is_local:
+        raise ValueError(
+            "this sampler weighs each prompt's texts for themselves; this program has a site outside the prompts' plate, so that "
+            "only the joint weight of all prompts exists: use importance() or mcmc(kernel=independence)"
+        )
 
 
 def _by_token(before: Tensor, after: Tensor, history: History, batch: int) -> dict[str, Tensor]:

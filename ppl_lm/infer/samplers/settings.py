@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ppl_lm.infer.samplers.resampling import Rule, systematic
 from ppl_lm.infer.samplers.twist import Twist
+from ppl_lm.likelihood.checker import Checker
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,26 @@ class SMCSettings:
         steering, with resample=without_replacement (Lew et al. 2023).
     :param resample: multinomial, stratified, systematic or without_replacement, from `ppl_lm.resampling`.
     :param threshold: resample where the effective sample size is below this share of the particles: 0 never, above 1 always.
-    :raises ValueError: on numbers out of range, or candidates without a twist."""
+    :param checker: the proposal's next tokens are those that it allows, by adaptive weighted rejection: it is asked of a few
+        tokens of each text and never of the whole vocabulary. Weights stay right for the model as it is: the checker
+        may be one of its constraints, or say only earlier what its evidence rules out.
+    :raises ValueError: on numbers out of range, candidates without a twist, or a checker with `expand`."""
 
     twist: Twist | None = None
     candidates: int | None = None
     expand: int = 1
     resample: Rule = systematic
     threshold: float = 0.5
+    checker: Checker | None = None
 
     def __post_init__(self) -> None:
         if self.expand < 1:
             raise ValueError(f"expand={self.expand}; give at least 1")
+        if self.checker is not None and (self.expand > 1 or not isinstance(self.checker, Checker)):
+            raise ValueError(
+                f"checker={self.checker!r} with expand={self.expand}; give a ppl_lm.likelihood.Checker, and expand=1: it finds one "
+                "next token of each text"
+            )
         if not self.threshold >= 0:
             raise ValueError(
                 f"threshold={self.threshold}; give a share of the particles: 0 never resamples, above 1 always"
