@@ -16,6 +16,8 @@ from .reward_frontier import reward_kl_frontier as reward_kl_frontier
 from .sensitivity import Sensitivity as Sensitivity, power_scale as power_scale
 from .summaries import summary as summary
 from .text_diversity import diversity as diversity
+from .law_tests.token_quantiles import NextTokenCalibration as NextTokenCalibration, next_token_calibration as next_token_calibration
+from .law_tests.two_sample_tests import TwoSample as TwoSample, two_sample as two_sample
 from .weights import (
     ess_se as ess_se,
     khat_se as khat_se,
