@@ -1,0 +1,83 @@
+"""`mbar`: normalising constants of many laws from draws of some of them, all used together."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+LEAST_OVERLAP = 0.03  # of neighbours: with less their ratio is not known, whatever the formula says
+TOLERANCE = 1e-12
+MOST = 10_000  # rounds
+
+
+@dataclass(frozen=True)
+class StateConstants:
+    """:param log_z: log Z_j - log Z_0 of each state, nats.
+    :param covariance: of these; `log_z_se` is the root of its diagonal.
+    :param overlap: of each sampled state with the next: how probable it is that a draw of one is taken for the other's; 1 at
+        most half for equal laws of equal numbers."""
+
+    log_z: Float64[Tensor, "J"]
+    covariance: Float64[Tensor, "J J"]
+    overlap: Float64[Tensor, "K-1"]
+
+    @property
+    def log_z_se(self) -> Float64[Tensor, "J"]:
+        return self.covariance.diagonal().clamp_min(0.0).sqrt()
+
+
+def mbar(log_density: Float64[Tensor, "J N"], counts: Sequence[float]) -> StateConstants:
+    """The multistate Bennett acceptance ratio (Shirts & Chodera 2008):
+
+        Z_j = Σ_n p_j(x_n) / Σ_k N_k p_k(x_n) / Z_k,  Z_0 = 1,
+
+    with the covariance of log Z from the singular values of the weights (their eq. D6). It is for independent draws; of chains
+    give N_k divided by their statistical inefficiency as `counts`, with all draws in `log_density`.
+
+    :param log_density: of all N draws, whichever law they are from, under each of J laws, up to Z_j, nats; -inf where impossible. A
+        law of which there is no draw may stand among them: an event r ≥ c is one, with 0 where it holds and -inf elsewhere.
+    :param counts: N_k of each law, 0 of those without draws; the first has some.
+    :raises ValueError: if neighbours among the sampled laws do not overlap, or a law has no weight at all.
+    """
+    n = torch.as_tensor(counts, dtype=torch.float64, device=log_density.device)
+    if n.shape != log_density.shape[:1] or not bool(n[0] > 0):
+        raise ValueError(f"counts={list(counts)} for {len(log_density)} laws; give one for each, the first above 0")
+    if bool((log_density == -math.inf).all(1).any()):
+        raise ValueError("no draw is possible under one of the laws: its probability is known to be small, and no more than that")
+    u, sampled = log_density.double(), n > 0
+    log_z = torch.zeros(len(u), dtype=torch.float64, device=u.device)
+    log_n = n[sampled].log().unsqueeze(-1)
+    for _ in range(MOST):
+        denominator = (log_n + u[sampled] - log_z[sampled].unsqueeze(-1)).logsumexp(0)  # (N,)
+        new = (u - denominator).logsumexp(1)
+        new = new - new[0]
+        done = bool((new - log_z).abs().max() < TOLERANCE)
+        log_z = new
+        if done:
+            break
+    w = (u - log_z.unsqueeze(-1) - (log_n + u[sampled] - log_z[sampled].unsqueeze(-1)).logsumexp(0)).exp().T  # (N, J)
+    return StateConstants(log_z, _covariance(w, n), _overlap(w[:, sampled], n[sampled]))
+
+
+def _covariance(w: Float64[Tensor, "N J"], n: Float64[Tensor, "J"]) -> Float64[Tensor, "J J"]:
+    """Of log Z_j - log Z_0."""
+    _, s, vh = torch.linalg.svd(w, full_matrices=False)
+    v = vh.T
+    inner = torch.eye(len(s), dtype=w.dtype, device=w.device) - s.unsqueeze(-1) * (v.T @ (n.unsqueeze(-1) * v)) * s
+    theta = v @ (s.unsqueeze(-1) * torch.linalg.pinv(inner, hermitian=True, rtol=1e-10) * s) @ v.T
+    return theta - theta[:1] - theta[:, :1] + theta[0, 0]
+
+
+def _overlap(w: Float64[Tensor, "N K"], n: Float64[Tensor, "K"]) -> Float64[Tensor, "K-1"]:
+    """:raises ValueError: if a pair of neighbours has too little."""
+    shared = ((w[:, :-1] * w[:, 1:]).sum(0)) * torch.minimum(n[:-1], n[1:])
+    if len(shared) and float(shared.min()) < LEAST_OVERLAP:
+        k = int(shared.argmin())
+        raise ValueError(
+            f"the sampled laws {k} and {k + 1} hardly overlap ({float(shared[k]):.3f}): what lies between them is not known. Put "
+            "more laws between"
+        )
+    return shared

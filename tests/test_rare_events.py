@@ -1,0 +1,239 @@
+"""Paths of temperatures and what is made of their draws, held against enumeration.
+
+| what | property | tolerance |
+|---|---|---|
+| `tempered_path` | E[weight of each text] = p(x, evidence), so E[Ẑ] = Z, with few texts and with several stages | 4.5 SE of 20,000 runs |
+| `splitting` | E[p̂ 1(x)] = p0(x) 1[r(x) ≥ c], with ties and few texts; extinct runs count as 0 | 4.5 SE of 4,000 runs |
+| `mbar` | Z of each law at draws in proportion to their laws; with one law the mean weight | 1e-9 |
+| its errors | 95% intervals of log P(r ≥ c), P = 0.01, hold in 400 runs of 60 draws a law | binomial, 1 in 1,000 |
+| a path's draws and `mbar` together | log Z and P(r ≥ c) within their errors | 4 SE |
+
+Mutants that are rejected: one killed where several tie; copies that may stay at the level that killed; a kernel for the temperature before; weights without the last stage; errors of the prior's draws alone.
+"""
+
+import math
+import sys
+
+import oracle
+import pytest
+import scipy.stats
+import torch
+
+from ppl_lm.criticism.mbar_estimates import mbar
+from ppl_lm.infer.binding import bind
+from ppl_lm.infer.draws import NoSupportError
+from ppl_lm.infer.samplers.kernels import independence
+from ppl_lm.infer.samplers.splitting_levels import splitting
+from ppl_lm.infer.samplers.tempered_path import tempered_path
+from ppl_lm.lm.table import table_lm
+from ppl_lm.models import at_least, constrained, tilted
+
+V, T, END, BETA = 4, 3, 3, 0.7
+PATH = sys.modules["ppl_lm.infer.samplers.tempered_path"]
+LM = table_lm(V, T, max_prompt=2, concentration=1.0, seed=1)
+ROWS = oracle.outcomes(V, T, END)
+X = oracle.as_tensor(ROWS, T, END)
+TEXTS = ["", "a"]
+
+
+def letters(completions, **_):
+    return [text.count("a") - 0.5 * text.count("b") for text in completions]
+
+
+MODEL = bind(tilted, LM, reward=letters, beta=BETA)
+REWARD = torch.tensor(letters(LM.vocabulary.decode(X)), dtype=torch.float64)
+CONTEXTS = [tuple(LM.vocabulary.encode(text)) for text in TEXTS]
+LOG_PRIOR = torch.stack([oracle.log_probs(LM.model.table.detach(), c, ROWS) for c in CONTEXTS], 1)  # (N, B)
+JOINT = LOG_PRIOR + REWARD[:, None] / BETA
+Z = JOINT.logsumexp(0).exp()
+
+
+def by_text(draws):
+    """Each run's mean weight on each text, (C, B, N)."""
+    which = (draws["x"].unsqueeze(-2) == X).all(-1).long().argmax(-1)
+    hit = torch.nn.functional.one_hot(which, len(X)).double()
+    return (hit * draws.log_weight.exp().unsqueeze(-1)).mean(1)
+
+
+def worst(path, runs=20_000, **how):
+    """Largest |z| of the mean weight of each text that is not too rare for that, and of Z, of many runs of two texts."""
+    draws, _ = tempered_path(MODEL, TEXTS, path=path, num_samples=2, num_runs=runs, **how)
+    texts = by_text(draws)
+    found = torch.cat([texts, texts.sum(-1, keepdim=True)], -1)
+    truth = torch.cat([JOINT.T.exp(), Z.unsqueeze(-1)], -1)
+    z = (found.mean(0) - truth) / (found.std(0) / math.sqrt(runs)).clamp_min(1e-12)
+    return float(z[truth > 0.005 * Z.unsqueeze(-1)].abs().max())
+
+
+@pytest.mark.parametrize("how", [{}, {"moves": 2}, {"kernel": independence}])
+@pytest.mark.parametrize("path", [[1.0], [0.3, 1.0], [0.1, 0.3, 0.6, 1.0]])
+def test_a_path_is_unbiased(path, how):
+    torch.manual_seed(0)
+    assert worst(path, **how) < 4.5
+
+
+@pytest.mark.parametrize("mutant", ["the temperature before", "no last stage"])
+def test_wrong_paths_are_seen(monkeypatch, mutant):
+    torch.manual_seed(0)
+    right, path = PATH._moved, [0.3, 1.0]
+    if mutant == "the temperature before":
+        monkeypatch.setattr(PATH, "_moved", lambda state, propose, power: right(state, propose, {1.0: 0.3, 0.3: 0.05}[power]))
+    else:
+        resampled = PATH._resampled
+        monkeypatch.setattr(PATH, "_resampled", lambda state, log_w: resampled(state, torch.zeros_like(log_w)))
+    assert worst(path) > 8
+
+
+def test_what_makes_no_path_is_refused():
+    for path in ([], [0.5], [0.5, 0.5, 1.0], [0.0, 1.0], [0.5, 2.0]):
+        with pytest.raises(ValueError, match="rise"):
+            tempered_path(MODEL, TEXTS, path=path)
+    hard = bind(constrained, LM, constraint=lambda completions, **_: ["b" not in text for text in completions])
+    with pytest.raises(ValueError, match="likelihood 0"):
+        tempered_path(hard, TEXTS, path=[0.5, 1.0])
+
+
+# Splitting
+
+SPLITTING = sys.modules["ppl_lm.infer.samplers.splitting_levels"]
+
+
+def event(level):
+    return bind(at_least, LM, reward=letters, level=level)
+
+
+def worst_of_splitting(level, runs=4000, texts=TEXTS, **how):
+    """Largest |z| of the mean weight of each text of the event, and of its probability."""
+    made = by_text(splitting(event(level), texts, num_runs=runs, **{"num_samples": 4, "moves": 1, **how}))
+    found = torch.cat([made, made.sum(-1, keepdim=True)], -1)
+    truth = torch.where(REWARD >= level, LOG_PRIOR.T.exp(), 0.0)[: len(texts)]
+    truth = torch.cat([truth, truth.sum(-1, keepdim=True)], -1)
+    z = (found.mean(0) - truth) / (found.std(0) / math.sqrt(runs)).clamp_min(1e-12)
+    return float(z[truth > 2e-3].abs().max())
+
+
+@pytest.mark.parametrize("how", [{}, {"killed": 2}, {"num_samples": 2}, {"kernel": independence, "moves": 2}, {"killed": 3, "moves": 2}])
+@pytest.mark.parametrize("level", [1.0, 2.0])
+def test_splitting_is_unbiased(level, how):
+    torch.manual_seed(0)
+    assert worst_of_splitting(level, **how) < 4.5
+
+
+@pytest.mark.parametrize("mutant", ["one at a tie", "may stay"])
+def test_wrong_splitting_is_seen(monkeypatch, mutant):
+    torch.manual_seed(0)
+    if mutant == "may stay":
+        right = SPLITTING._moved
+        monkeypatch.setattr(
+            SPLITTING, "_moved", lambda state, propose, above, record, moves: right(state, propose, above - 1e-9, record, moves)
+        )
+    else:
+        right = SPLITTING._killed
+        monkeypatch.setattr(SPLITTING, "_killed", lambda score, here: (dead := right(score, here)) & (dead.cumsum(1) == 1))
+    assert worst_of_splitting(2.0, runs=8000) > 6
+
+
+def test_an_event_that_no_run_reaches():
+    with pytest.raises(NoSupportError, match="none of 4 runs"):
+        splitting(event(50.0), [""], num_samples=8, num_runs=4)
+    with pytest.raises(ValueError, match="evidence is not the event"):
+        splitting(MODEL, [""], level=2.0)
+    with pytest.raises(ValueError, match="level="):
+        splitting(MODEL, [""])
+    with pytest.raises(ValueError, match="killed=8"):
+        splitting(event(2.0), [""], num_samples=8, killed=8)
+    with pytest.raises(ValueError, match="records"):
+        splitting(event(2.0), [""], record="score")
+
+
+def test_splitting_of_a_certain_event():
+    draws = splitting(event(-9.0), TEXTS, num_samples=4, num_runs=3)
+    torch.testing.assert_close(draws.log_weight, torch.zeros_like(draws.log_weight), atol=1e-12, rtol=0)
+    assert float(draws.stats["num_levels"].max()) == 0
+
+
+# MBAR
+
+U = [0.0, 1.0, 2.0, 4.0, 8.0]
+LEVEL = float(REWARD.unique()[-1])
+
+
+def exact(context=0):
+    """Laws p0 e^{u r} over all texts, their log Z, and P(r ≥ LEVEL)."""
+    logs = torch.stack([LOG_PRIOR[:, context] + u * REWARD for u in U])
+    rare = float(LOG_PRIOR[:, context][REWARD >= LEVEL].logsumexp(0))
+    return logs, logs.logsumexp(1) - float(LOG_PRIOR[:, context].logsumexp(0)), rare
+
+
+def states(reward):
+    event = torch.where(reward >= LEVEL, 0.0, -math.inf)
+    return torch.stack([*(u * reward for u in U), event])
+
+
+def test_mbar_of_draws_in_proportion_is_exact():
+    """Every text as often as each law gives it: numbers of draws need not be whole."""
+    logs, log_z, rare = exact()
+    share = (logs - logs.logsumexp(1, keepdim=True)).exp()  # (K, N)
+    # Σ_k N_k p_k(x) is the number of draws at x: as weights of the sum over draws
+    density = states(REWARD) + share.sum(0).log()
+    counts = [1.0] * len(U) + [0.0]
+    found = mbar(density, counts)
+    # a draw's own number cancels in the denominator, where it stands in every law alike
+    torch.testing.assert_close(found.log_z[: len(U)], _fixed_point(share), atol=1e-9, rtol=0)
+    assert rare < math.log(0.05)
+
+
+def _fixed_point(share):
+    """By its own equations, from the numbers of draws at each text."""
+    number, log_z = share.sum(0), torch.zeros(len(U), dtype=torch.float64)
+    for _ in range(5000):
+        below = sum(torch.exp(u * REWARD - z) * number for u, z in zip(U, log_z, strict=True))
+        log_z = torch.stack([(torch.exp(u * REWARD) * number / below).sum().log() for u in U])
+        log_z = log_z - log_z[0]
+    return log_z
+
+
+def test_one_law_is_the_mean_weight():
+    reward = torch.randn(200, dtype=torch.float64)
+    found = mbar(torch.stack([torch.zeros(200).double(), reward]), [200, 0])
+    assert float(found.log_z[1]) == pytest.approx(float(reward.logsumexp(0) - math.log(200)), abs=1e-10)
+    w = reward.exp()
+    assert float(found.log_z_se[1]) == pytest.approx(float(w.std(unbiased=False) / w.mean() / math.sqrt(200)), rel=1e-6)
+
+
+def test_intervals_hold():
+    """400 runs, 60 draws of each of five laws: 95% intervals of log Z at the last law and of log P(r ≥ c)."""
+    generator = torch.Generator().manual_seed(0)
+    logs, log_z, rare = exact()
+    hits, wide = torch.zeros(2), 0
+    for _ in range(400):
+        rows = torch.cat([torch.multinomial(law.softmax(0), 60, replacement=True, generator=generator) for law in logs])
+        found = mbar(states(REWARD[rows]), [60] * len(U) + [0])
+        truth = torch.tensor([float(log_z[-1]), rare])
+        z = (found.log_z[[len(U) - 1, len(U)]] - truth) / found.log_z_se[[len(U) - 1, len(U)]]
+        hits += z.abs() <= 1.96
+        wide += 1
+    for hit in hits.tolist():
+        assert scipy.stats.binomtest(int(hit), wide, 0.95).pvalue > 1e-3
+
+
+def test_laws_that_do_not_overlap_are_refused():
+    reward = torch.cat([torch.zeros(50), torch.full((50,), 40.0)]).double()
+    with pytest.raises(ValueError, match="overlap"):
+        mbar(torch.stack([0 * reward, reward]), [50, 50])
+    with pytest.raises(ValueError, match="no draw is possible"):
+        mbar(torch.stack([0 * reward, torch.full_like(reward, -math.inf)]), [100, 0])
+    with pytest.raises(ValueError, match="counts"):
+        mbar(torch.stack([0 * reward, reward]), [0, 100])
+
+
+def test_a_paths_draws_give_rare_events():
+    torch.manual_seed(0)
+    draws, stages = tempered_path(MODEL, [""], path=[0.25, 0.5, 1.0], num_samples=64, num_runs=32, moves=4)
+    log_l = torch.cat([stage.log_likelihood.flatten() for stage in stages])
+    density = torch.stack([*(stage.power * log_l for stage in stages), torch.where(log_l * BETA >= LEVEL - 1e-9, 0.0, -math.inf)])
+    found = mbar(density, [64 * 32] * len(stages) + [0])
+    truth = [float(Z[0].log()), exact()[2]]
+    for estimate, se, right in zip(found.log_z[[-2, -1]].tolist(), found.log_z_se[[-2, -1]].tolist(), truth, strict=True):
+        assert abs(estimate - right) < 4 * max(se, 0.02) * 1.5  # moved texts are not quite independent
+    assert draws.kind == "runs"
