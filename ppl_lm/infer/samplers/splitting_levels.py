@@ -111,7 +111,7 @@ def _climbed(state: Draws, propose: Propose, level: float, record: str, runs: in
         levels = levels + open_.double()
         open_ = open_ & (number < count)
         dead = dead & open_.unsqueeze(1)
-        alive = (~dead).double() * torch.where(open_.unsqueeze(1), score > here.unsqueeze(1), 1.0)
+        alive = (~dead).double()
         rows = dead.flatten().nonzero()[:, 0]
         if not len(rows):
             continue
