@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
+
+from ppl_lm.infer.draws import Draws
 
 LEAST_OVERLAP = 0.03  # of neighbours: with less their ratio is not known, whatever the formula says
 TOLERANCE = 1e-12
@@ -60,6 +62,36 @@ def mbar(log_density: Float64[Tensor, "J N"], counts: Sequence[float]) -> StateC
             break
     w = (u - log_z.unsqueeze(-1) - (log_n + u[sampled] - log_z[sampled].unsqueeze(-1)).logsumexp(0)).exp().T  # (N, J)
     return StateConstants(log_z, _covariance(w, n), _overlap(w[:, sampled], n[sampled]))
+
+
+def path_constants(draws: Draws, levels: Sequence[float] = ()) -> list[StateConstants]:
+    """Of each prompt, from all the texts that `annealed_smc` met on its path: log Z at each of its powers, the last of them that of
+    the posterior, and then log P(log-likelihood ≥ level) under the prior for each level, nats. Texts of a run depend on each
+    other, at one stage and from stage to stage, so the covariance is not `mbar`'s but the jackknife's over runs.
+
+    :param levels: of the log-likelihood, nats: for `tilted` of reward / β.
+    :raises ValueError: of other draws, of one run, and as `mbar`."""
+    if "path_log_likelihood" not in draws.stats:
+        raise ValueError("these draws came along no path; give annealed_smc's")
+    met = draws.stats["path_log_likelihood"].double()  # (C, N, B, K)
+    if len(met) < 2:
+        raise ValueError("one run does not tell how far runs differ; give num_runs of at least 2")
+    found = []
+    for b, power in enumerate(draws.stats["power"][0, 0].double()):
+        whole = _of_runs(met[:, :, b], power, levels)
+        runs = range(len(met))
+        others = torch.stack([_of_runs(met[[r for r in runs if r != out], :, b], power, levels).log_z for out in runs])
+        apart = others - others.mean(0)
+        covariance = (len(met) - 1) / len(met) * apart.T @ apart
+        found.append(replace(whole, covariance=covariance))
+    return found
+
+
+def _of_runs(met: Float64[Tensor, "C N K"], power: Float64[Tensor, "K"], levels: Sequence[float]) -> StateConstants:
+    log_l = met.permute(2, 0, 1).flatten()
+    events = [torch.where(log_l >= level, 0.0, -math.inf).double().unsqueeze(0) for level in levels]
+    counts = [float(met[..., 0].numel())] * len(power) + [0.0] * len(events)
+    return mbar(torch.cat([power.unsqueeze(-1) * log_l, *events]), counts)
 
 
 def _covariance(w: Float64[Tensor, "N J"], n: Float64[Tensor, "J"]) -> Float64[Tensor, "J J"]:

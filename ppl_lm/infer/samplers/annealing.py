@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,19 +21,8 @@ from ppl_lm.infer.traces.structure import nesting_of
 from ppl_lm.lm import meter
 
 
-@dataclass(frozen=True)
-class Stage:
-    """The texts of all runs after the moves at one place of the path.
-
-    :param power: u; the texts' law is near prior · likelihood^u.
-    :param log_likelihood: of each text, nats, float64, (C, N, B)."""
-
-    power: float
-    log_likelihood: Float64[Tensor, "C N B"]
-
-
 @torch.no_grad()
-def tempered_path(
+def annealed_smc(
     model: Callable[..., Any],
     prompts: Any,
     *,
@@ -44,13 +33,15 @@ def tempered_path(
     kernel: Kernel = suffix,
     max_plate_nesting: int | None = None,
     on_progress: Progress | None = None,
-) -> tuple[Draws, list[Stage]]:
-    """Weighted texts that came along p0 · likelihood^u, 0 = u_0 < ... < u_K = 1 (Neal 2001; Del Moral et al. 2006), and what the
-    likelihood was at each stage, for `mbar`.
+) -> Draws:
+    """Weighted texts that came along p0 · likelihood^u, 0 = u_0 < ... < u_K = 1 (Neal 2001; Del Moral et al. 2006).
 
     At each stage a text is weighted by exp((u_k - u_{k-1}) log-likelihood), the population resampled, and each text moved by a
     kernel that leaves p0 · likelihood^{u_k}, the *new* law, invariant. The product of the mean weights of a run is an unbiased
     estimate of Z, for any path that was fixed beforehand; a path found by the same texts would bias it.
+
+    `stats` holds the path, `power`, (C, 1, B, K + 1), and the log-likelihood of the texts that were there after the moves of each
+    stage, `path_log_likelihood`, nats, (C, S, B, K + 1): `path_constants` makes log Z and tail probabilities of all of them.
 
     :param path: u_1 to u_K, rising, of which the last is 1.
     :param num_samples: texts of a run; `num_runs`: independent runs, the chains of the draws.
@@ -72,20 +63,21 @@ def tempered_path(
         if bool((state.log_likelihood == -math.inf).any()):
             raise ValueError("a text of the prior has likelihood 0, which no power softens: use rejection(), or splitting for rare events")
         log_z = torch.zeros(num_runs, state.log_likelihood.shape[-1], dtype=torch.float64, device=state.log_likelihood.device)
-        stages = [Stage(0.0, state.log_likelihood[0].unflatten(0, (num_runs, num_samples)))]
+        stages = [state.log_likelihood[0].unflatten(0, (num_runs, num_samples))]
         for k, (before, power) in enumerate(zip(powers, powers[1:], strict=False)):
-            log_w = (power - before) * stages[-1].log_likelihood  # (C, N, B)
+            log_w = (power - before) * stages[-1]  # (C, N, B)
             log_z = log_z + log_w.logsumexp(1) - math.log(num_samples)
             state = _resampled(state, log_w)
             for _ in range(moves):
                 state = _moved(state, propose, power)
-            stages.append(Stage(power, state.log_likelihood[0].unflatten(0, (num_runs, num_samples))))
+            stages.append(state.log_likelihood[0].unflatten(0, (num_runs, num_samples)))
             if on_progress is not None:
                 on_progress((k + 1) / (len(powers) - 1), f"stage {k + 1} of {len(powers) - 1}")
     runs = state.map(lambda v: v[0].unflatten(0, (num_runs, num_samples)))
     log_joint = runs.log_prior + runs.log_likelihood
-    draws = replace(runs, log_guide=log_joint - log_z.unsqueeze(1), kind="runs", cost=cost, stats={})
-    return draws, stages
+    power = torch.tensor(powers, dtype=torch.float64, device=log_z.device).expand(num_runs, 1, log_z.shape[1], -1)
+    stats = {"power": power, "path_log_likelihood": torch.stack(stages, -1)}
+    return replace(runs, log_guide=log_joint - log_z.unsqueeze(1), kind="runs", cost=cost, stats=stats)
 
 
 def _resampled(state: Draws, log_w: Float64[Tensor, "C N B"]) -> Draws:
