@@ -3,8 +3,8 @@
 | what | property | tolerance |
 |---|---|---|
 | a token by adaptive weighted rejection | E[ŵ 1(x)] = q(x) 1[x ∈ C]; mean number of questions at most its bound | 1e-12 |
-| `smc` with a checker | E[weight of each text] = p(x, evidence): twists, guides, thresholds, checkers that know little | 1e-10 |
-| `adaptive_rejection`, trial after trial | given any past what is accepted has the posterior's law, and E[(1 - p0(B)) 1[accepted]] = Z | 1e-10 |
+| `smc` with a checker | E[weight of each text] = p(x, evidence): twists, guides, thresholds | 1e-10 |
+| `adaptive_rejection`, trials | given any past the accepted text is the posterior's; E[(1 - p0(B)) 1[accepted]] = Z | 1e-10 |
 | its bounds | Σ of the distinct accepted ≤ Z ≤ (1 - p0(B)) · bound, after every outcome | exact |
 | `DeadPrefixes` | p0(B) and p0(B given a beginning) against sums over all texts | 1e-12 |
 | regular expressions and JSON schemas | the same law as their automata, on every outcome | exact |
@@ -33,16 +33,16 @@ from ppl_lm.guides import finetuned
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError
 from ppl_lm.infer.enumeration import enumerate_posterior
-from ppl_lm.infer.samplers.adaptive_rejection_sampling import adaptive_rejection
-from ppl_lm.infer.samplers.allowed_tokens import draw_allowed
 from ppl_lm.infer.samplers.conditional import conditional_smc
-from ppl_lm.infer.samplers.dead_prefixes import DeadPrefixes
+from ppl_lm.infer.samplers.constraints.adaptive_rejection_sampling import adaptive_rejection
+from ppl_lm.infer.samplers.constraints.allowed_tokens import draw_allowed
+from ppl_lm.infer.samplers.constraints.dead_prefixes import DeadPrefixes
+from ppl_lm.infer.samplers.constraints.trials import run_trials
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.resampling import stratified, systematic
 from ppl_lm.infer.samplers.sequential import smc
 from ppl_lm.infer.samplers.settings import SMCSettings
-from ppl_lm.infer.samplers.trials import run_trials
 from ppl_lm.infer.twists.functions import prefix_likelihood
 from ppl_lm.likelihood.automata import Automaton
 from ppl_lm.likelihood.checker import Checker
@@ -55,7 +55,13 @@ from ppl_lm.models import constrained, tilted
 
 NEXT, POPULATION, SMC, TRIALS, SEARCH = (
     sys.modules[f"ppl_lm.infer.samplers.{name}"]
-    for name in ("next_tokens", "population", "sequential", "trials", "adaptive_rejection_sampling")
+    for name in (
+        "next_tokens",
+        "population",
+        "sequential",
+        "constraints.trials",
+        "constraints.adaptive_rejection_sampling",
+    )
 )
 P = torch.tensor([0.34, 0.25, 0.18, 0.12, 0.07, 0.04], dtype=torch.float64)
 ALLOWED = torch.tensor([False, True, False, False, True, True])
@@ -139,7 +145,9 @@ def both(prompts, prior, reward, constraint, beta):
     with pyro.plate("prompts", len(prompts)):
         x = pyro.sample("x", prior(prompts))
         holds = constraint(prompts, x)
-        pyro.sample("satisfied", Optimality(holds.log()), obs=torch.ones(holds.shape), infer={"log_bound": 0.0, "hard": True})
+        pyro.sample(
+            "satisfied", Optimality(holds.log()), obs=torch.ones(holds.shape), infer={"log_bound": 0.0, "hard": True}
+        )
         score = reward(prompts, x)
         pyro.sample("optimal", Optimality(score / beta, 1.0 / beta), obs=torch.ones(score.shape))
     return x
@@ -185,7 +193,9 @@ class World:
 
 SMALL = World()
 WHOLE_ONLY = World(function=lambda text: "b" not in text, cut_off=False)
-SELDOM = World(size=3, steps=2, function=lambda text, whole: squeezed(text) == "b" if whole else squeezed(text) in ("", "b"))
+SELDOM = World(
+    size=3, steps=2, function=lambda text, whole: squeezed(text) == "b" if whole else squeezed(text) in ("", "b")
+)
 
 
 def expected_weights(monkeypatch, world, guide=None, resample=systematic, count=2, **settings):
@@ -286,7 +296,9 @@ def outcomes_of_trials(monkeypatch, world, count, teach=None, without=None):
                 done = run_trials(law, world.checker, dead, rows)
                 for i in range(len(rows)):
                     row, chance = world.which(done.x[i]), world.score[world.which(done.x[i])]
-                    tossed = bool(done.allowed[i]) and w.pick(i, [1 - (p := float(((chance - 1.0) / BETA).exp())), p]) == 1
+                    tossed = (
+                        bool(done.allowed[i]) and w.pick(i, [1 - (p := float(((chance - 1.0) / BETA).exp())), p]) == 1
+                    )
                     made[i].append((known[i], tossed, int(row) if tossed else -1))
                     for begun in done.dead[i]:
                         dead[i].add(*begun)
@@ -351,7 +363,9 @@ def test_wrong_ways_to_learn_are_seen(monkeypatch):
                     log_q[i, v] = -math.inf
         return log_q
 
-    world = World(size=3, steps=3, function=lambda text, whole: not squeezed(text).startswith("aa") and (not whole or bool(text)))
+    world = World(
+        size=3, steps=3, function=lambda text, whole: not squeezed(text).startswith("aa") and (not whole or bool(text))
+    )
     law_off, mean_off = worst_of(world, outcomes_of_trials(monkeypatch, world, 2, without=local), 2)
     assert max(law_off, mean_off) > 0.02
 
@@ -451,7 +465,6 @@ def test_two_latents_are_refused():
 
 
 def test_an_optional_second_argument_is_not_whether_it_is_whole():
-    lm = SMALL.lm
     assert not Checker(lambda text, strict=True: bool(text)).reads_beginnings
     assert Checker(lambda text, whole=True: bool(text)).reads_beginnings
     assert not Checker(str.isalpha).reads_beginnings
@@ -470,7 +483,9 @@ def pieces_lm(pieces, steps):
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=pieces[0]))
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<end>", eos_token="<end>")
-    return LanguageModel(TableForCausalLM(TableConfig(len(words), 1 + steps, eos_token_id=len(pieces))), tokenizer, steps)
+    return LanguageModel(
+        TableForCausalLM(TableConfig(len(words), 1 + steps, eos_token_id=len(pieces))), tokenizer, steps
+    )
 
 
 @pytest.mark.parametrize("pattern", ["(ab)*", "a(b|ba)?", "[ab]{2}"])
@@ -499,7 +514,11 @@ def same_law(lm, pattern):
     draws = adaptive_rejection(models[1], [""], num_samples=50)
     assert all(re.fullmatch(pattern, text) for (texts,) in [draws.text()] for text in texts)
     # whatever begins an allowed text may begin one, and what the checker allows whole is allowed
-    allowed = {tuple(x) for x, j in zip(automaton.latents["x"][:, 0].tolist(), automaton.log_joint[:, 0], strict=True) if j > -math.inf}
+    allowed = {
+        tuple(x)
+        for x, j in zip(automaton.latents["x"][:, 0].tolist(), automaton.log_joint[:, 0], strict=True)
+        if j > -math.inf
+    }
     prompts = lm.prompts([""])
     for row in allowed:
         x = torch.tensor([row])
@@ -524,7 +543,11 @@ def test_control_tokens_are_no_text():
     plain, control = torch.tensor([[10, 11, 2, 0]]), torch.tensor([[10, 3, 2, 0]])
     assert checker.allows(lm.prompts([""]), plain, torch.tensor([3])).tolist() == [True]
     assert checker.allows(lm.prompts([""]), control, torch.tensor([3])).tolist() == [False]
-    assert checker(lm.prompts([""]), torch.tensor([[10, 2, 0, 0], [10, 11, 12, 13], [3, 2, 0, 0]])).tolist() == [1, 0, 0]
+    assert checker(lm.prompts([""]), torch.tensor([[10, 2, 0, 0], [10, 11, 12, 13], [3, 2, 0, 0]])).tolist() == [
+        1,
+        0,
+        0,
+    ]
 
 
 # A language model that was trained
@@ -538,11 +561,22 @@ def test_stories_with_a_checker(stories):
     draws = adaptive_rejection(model, ["Once upon a time"], num_samples=200)
     assert all("little" in text and "." not in text for text in draws.text()[0])
     plain = rejection(model, None, ["Once upon a time"], num_samples=200)
-    estimates = [log_evidence(importance(model, None, ["Once upon a time"], num_samples=64), exact=d) for d in (draws, plain)]
+    estimates = [
+        log_evidence(importance(model, None, ["Once upon a time"], num_samples=64), exact=d) for d in (draws, plain)
+    ]
     difference = float(estimates[0].log_z - estimates[1].log_z)
     assert abs(difference) < 4 * math.hypot(*(float(e.log_z_se) for e in estimates))
-    run = smc(model, None, ["Once upon a time"], num_samples=64, num_runs=32, settings=SMCSettings(checker=checker, threshold=0.5))
+    run = smc(
+        model,
+        None,
+        ["Once upon a time"],
+        num_samples=64,
+        num_runs=32,
+        settings=SMCSettings(checker=checker, threshold=0.5),
+    )
     log_z = run.log_weight.logsumexp(1).flatten() - math.log(64)
     mean, se = log_z.exp().mean(), log_z.exp().std() / math.sqrt(32)
-    assert abs(float(mean) - float(estimates[1].log_z.exp())) < 4 * math.hypot(float(se), float(estimates[1].log_z.exp() * estimates[1].log_z_se))
+    assert abs(float(mean) - float(estimates[1].log_z.exp())) < 4 * math.hypot(
+        float(se), float(estimates[1].log_z.exp() * estimates[1].log_z_se)
+    )
     assert replace(draws, proposals=None).kind == "exact"

@@ -2,13 +2,14 @@
 
 | what | property | tolerance |
 |---|---|---|
-| `annealed_smc` | E[weight of each text] = p(x, evidence), so E[Ẑ] = Z, with few texts and with several stages | 4.5 SE of 20,000 runs |
+| `annealed_smc` | E[weight of each text] = p(x, evidence), so E[Ẑ] = Z, with few texts | 4.5 SE of 20,000 runs |
 | `splitting` | E[p̂ 1(x)] = p0(x) 1[r(x) ≥ c], with ties and few texts; extinct runs count as 0 | 4.5 SE of 4,000 runs |
 | `mbar` | Z of each law at draws in proportion to their laws; with one law the mean weight | 1e-9 |
 | its errors | 95% intervals of log P(r ≥ c), P = 0.01, hold in 400 runs of 60 draws a law | binomial, 1 in 1,000 |
 | a path's draws and `mbar` together | log Z and P(r ≥ c) within their errors | 4 SE |
 
-Mutants that are rejected: one killed where several tie; copies that may stay at the level that killed; a kernel for the temperature before; weights without the last stage; errors of the prior's draws alone.
+Mutants that are rejected: one killed where several tie; copies that may stay at the level that killed; a kernel for the
+temperature before; weights without the last stage; errors of the prior's draws alone.
 """
 
 import math
@@ -19,13 +20,13 @@ import pytest
 import scipy.stats
 import torch
 
-from ppl_lm.criticism.mbar_estimates import mbar, path_constants
+from ppl_lm.criticism.path_estimates import mbar, path_constants
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError
+from ppl_lm.infer.samplers.annealing import annealed_smc
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.kernels import independence
 from ppl_lm.infer.samplers.splitting_levels import splitting
-from ppl_lm.infer.samplers.annealing import annealed_smc
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import at_least, constrained, tilted
 
@@ -78,7 +79,9 @@ def test_wrong_paths_are_seen(monkeypatch, mutant):
     torch.manual_seed(0)
     right, path = PATH._moved, [0.3, 1.0]
     if mutant == "the temperature before":
-        monkeypatch.setattr(PATH, "_moved", lambda state, propose, power: right(state, propose, {1.0: 0.3, 0.3: 0.05}[power]))
+        monkeypatch.setattr(
+            PATH, "_moved", lambda state, propose, power: right(state, propose, {1.0: 0.3, 0.3: 0.05}[power])
+        )
     else:
         resampled = PATH._resampled
         monkeypatch.setattr(PATH, "_resampled", lambda state, log_w: resampled(state, torch.zeros_like(log_w)))
@@ -107,13 +110,15 @@ def worst_of_splitting(level, runs=4000, texts=TEXTS, **how):
     """Largest |z| of the mean weight of each text of the event, and of its probability."""
     made = by_text(splitting(event(level), texts, num_runs=runs, **{"num_samples": 4, "moves": 1, **how}))
     found = torch.cat([made, made.sum(-1, keepdim=True)], -1)
-    truth = torch.where(REWARD >= level, LOG_PRIOR.T.exp(), 0.0)[: len(texts)]
+    truth = torch.where(level <= REWARD, LOG_PRIOR.T.exp(), 0.0)[: len(texts)]
     truth = torch.cat([truth, truth.sum(-1, keepdim=True)], -1)
     z = (found.mean(0) - truth) / (found.std(0) / math.sqrt(runs)).clamp_min(1e-12)
     return float(z[truth > 2e-3].abs().max())
 
 
-@pytest.mark.parametrize("how", [{}, {"killed": 2}, {"num_samples": 2}, {"kernel": independence, "moves": 2}, {"killed": 3, "moves": 2}])
+@pytest.mark.parametrize(
+    "how", [{}, {"killed": 2}, {"num_samples": 2}, {"kernel": independence, "moves": 2}, {"killed": 3, "moves": 2}]
+)
 @pytest.mark.parametrize("level", [1.0, 2.0])
 def test_splitting_is_unbiased(level, how):
     torch.manual_seed(0)
@@ -126,11 +131,15 @@ def test_wrong_splitting_is_seen(monkeypatch, mutant):
     if mutant == "may stay":
         right = SPLITTING._moved
         monkeypatch.setattr(
-            SPLITTING, "_moved", lambda state, propose, above, record, moves: right(state, propose, above - 1e-9, record, moves)
+            SPLITTING,
+            "_moved",
+            lambda state, propose, above, record, moves: right(state, propose, above - 1e-9, record, moves),
         )
     else:
         right = SPLITTING._killed
-        monkeypatch.setattr(SPLITTING, "_killed", lambda score, here: (dead := right(score, here)) & (dead.cumsum(1) == 1))
+        monkeypatch.setattr(
+            SPLITTING, "_killed", lambda score, here: (dead := right(score, here)) & (dead.cumsum(1) == 1)
+        )
     assert worst_of_splitting(2.0, runs=8000) > 6
 
 

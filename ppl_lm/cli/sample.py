@@ -28,7 +28,8 @@ def command(
     sampler: Annotated[str, typer.Option(help="importance: the guide's draws, each with its log weight; rejection: exact "
                                          "posterior draws, from prior draws and the reward's bound; adaptive_rejection: the "
                                          "same under a Checker; quasi_rejection, best_of_n; independence_mh, suffix_mh, "
-                                         "particle_gibbs: Markov chains; smc: sequential Monte Carlo.")] = "importance",
+                                         "particle_gibbs: Markov chains; smc: sequential Monte Carlo; annealed_smc: along a "
+                                         "path of temperatures; splitting: a rare event, for at_least.")] = "importance",
     num_samples: Annotated[int, typer.Option(help="Draws for each prompt. Markov chains and smc make what their errors need "
                                              "(smc 1,024 or more), write all, and show so many.")] = 10,
     guide: Annotated[str | None, typer.Option(help="With MODEL: what proposes, as for fit or a RUN's fitted guide.",

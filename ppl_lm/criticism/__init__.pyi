@@ -11,12 +11,16 @@ from .evidence import Evidence as Evidence, log_evidence as log_evidence
 from .expectations import Expectation as Expectation, expectation as expectation
 from .gains import token_gains as token_gains
 from .model_comparison import ComparedModel as ComparedModel, compare_models as compare_models
+from .path_estimates import StateConstants as StateConstants, mbar as mbar, path_constants as path_constants
 from .predictive_checks import PredictiveCheck as PredictiveCheck, predictive_check as predictive_check
 from .reward_frontier import reward_kl_frontier as reward_kl_frontier
 from .sensitivity import Sensitivity as Sensitivity, power_scale as power_scale
 from .summaries import summary as summary
 from .text_diversity import diversity as diversity
-from .law_tests.token_quantiles import NextTokenCalibration as NextTokenCalibration, next_token_calibration as next_token_calibration
+from .law_tests.token_quantiles import (
+    NextTokenCalibration as NextTokenCalibration,
+    next_token_calibration as next_token_calibration,
+)
 from .law_tests.two_sample_tests import TwoSample as TwoSample, two_sample as two_sample
 from .weights import (
     ess_se as ess_se,

@@ -22,14 +22,14 @@ class Checker(Reward):
     """A set of whole texts, told by a function: a parser, a schema, a compiler, whatever can look at a text.
 
     As evidence it is a constraint, `bind(constrained, prior, constraint=checker)`; `adaptive_rejection` and `smc` with
-    `SMCSettings(checker=...)` ask it while texts grow. Its law is that of an `Automaton` for the same texts. A text that holds a
-    control token is not one of them.
+    `SMCSettings(checker=...)` ask it while texts grow. Its law is that of an `Automaton` for the same texts. A text that holds
+    a control token is not one of them.
 
-    :param function: `function(text, whole)`. Of a whole text it says whether that is in the set: True or False. Of the beginning
-        of one (`whole` is False) it says False where no text that begins so is in the set, and anything else where one may be:
-        True, or None for "not yet known". What it rules out early is not written on; what it rules out wrongly would
-        change the law, and is refused where it is seen. A function of the text alone is asked of whole texts only. The text
-        is what the completion adds to its prompt's.
+    :param function: `function(text, whole)`. Of a whole text it says whether that is in the set: True or False. Of the
+        beginning of one (`whole` is False) it says False where no text that begins so is in the set, and anything else where
+        one may be: True, or None for "not yet known". What it rules out early is not written on; what it rules out wrongly
+        would change the law, and is refused where it is seen. A function of the text alone is asked of whole texts only. The
+        text is what the completion adds to its prompt's.
     :param cut_off: whether a text that `max_new_tokens` cut off counts as whole. If not it is never in the set, as with
         an `Automaton`.
 

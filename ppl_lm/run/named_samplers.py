@@ -8,8 +8,9 @@ import torch
 
 from ppl_lm.criticism.chains import r_hat
 from ppl_lm.infer.draws import Draws
-from ppl_lm.infer.samplers.adaptive_rejection_sampling import adaptive_rejection, checkers_of
+from ppl_lm.infer.samplers.annealing import annealed_smc
 from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
+from ppl_lm.infer.samplers.constraints.adaptive_rejection_sampling import adaptive_rejection, checkers_of
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.in_pieces import Progress
 from ppl_lm.infer.samplers.kernels import Kernel, independence, particle_gibbs, suffix
@@ -18,6 +19,7 @@ from ppl_lm.infer.samplers.quasi_rejection_sampling import quality, quasi_reject
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
 from ppl_lm.infer.samplers.settings import SMCSettings
+from ppl_lm.infer.samplers.splitting_levels import splitting
 from ppl_lm.infer.traces.observations import rules_out_texts
 from ppl_lm.infer.traces.text_site import text_law
 from ppl_lm.infer.twists.functions import prefix_likelihood, tempered
@@ -29,6 +31,7 @@ PILOT = 1000  # draws by which quasi-rejection chooses its bound: their largest 
 RUNS, PARTICLES = 16, 64  # of SMC
 THRESHOLD = 0.25  # not 0.5: what is written says little of what will be, and resampling by it costs more than it gives
 GIBBS = 16  # particles of particle Gibbs
+PATH = (0.125, 0.25, 0.5, 1.0)  # of annealed SMC
 LEAST = 128  # bests of n, from whose draws their own law is estimated
 
 
@@ -56,7 +59,8 @@ def _adaptive_rejection(
     lower, upper = (draws.stats[name][0, 0] for name in ("log_z_lower", "log_z_upper"))
     return draws, (
         f"exact posterior draws, from {draws.proposals.num_samples} trials for each prompt, left where the checker said no; "
-        f"{draws.cost.checker_calls:,} questions to it; log Z lies between {float(lower.min()):.2f} and {float(upper.max()):.2f}"
+        f"{draws.cost.checker_calls:,} questions to it; log Z lies between {float(lower.min()):.2f} and "
+        f"{float(upper.max()):.2f}"
     )
 
 
@@ -115,6 +119,33 @@ def _smc(
     return draws, f"{how}; the log weight (nats) makes them the posterior's"
 
 
+def _annealed_smc(
+    model: Any, _: Any, prompts: Prompts, num_samples: int, on_progress: Progress | None = None
+) -> tuple[Draws, str]:
+    """texts that come along a path of temperatures from the prior"""
+    runs = max(RUNS, math.ceil(num_samples / PARTICLES))
+    draws = annealed_smc(model, prompts, path=PATH, num_samples=PARTICLES, num_runs=runs, on_progress=on_progress)
+    steps = ", ".join(f"{power:g}" for power in PATH)
+    return draws, (
+        f"{runs} runs of {PARTICLES} whole texts along likelihood^u, u = {steps}, resampled and moved at each; the log weight "
+        "(nats) makes them the posterior's"
+    )
+
+
+def _splitting(
+    model: Any, _: Any, prompts: Prompts, num_samples: int, on_progress: Progress | None = None
+) -> tuple[Draws, str]:
+    """texts of a rare event, by way of less rare ones"""
+    runs = max(RUNS, math.ceil(num_samples / PARTICLES))
+    draws = splitting(model, prompts, num_samples=PARTICLES, num_runs=runs, on_progress=on_progress)
+    levels = float(draws.stats["num_levels"].mean())
+    return draws, (
+        f"{runs} runs of {PARTICLES} texts that climbed {levels:.1f} levels on average; their log weight (nats) is each "
+        f"run's estimate "
+        "of how probable the event is"
+    )
+
+
 def evidence_asks_a_network(model: Any, prompts: Prompts) -> bool:
     """Whether a text's likelihood takes a forward pass: too much to ask of every text at every token."""
     some = text_law(model, prompts[:1]).sample((1,))[:, 0]
@@ -133,4 +164,6 @@ SAMPLERS: dict[str, Callable[..., tuple[Draws, str]]] = {
     "suffix_mh": _markov(suffix),
     "particle_gibbs": _markov(particle_gibbs(GIBBS), 30, 10),
     "smc": _smc,
+    "annealed_smc": _annealed_smc,
+    "splitting": _splitting,
 }

@@ -21,9 +21,9 @@ ROWS = 64  # texts at a time
 class NextTokenCalibration:
     """Over all prompts together:
 
-    :param z: Σ (log q_t + H_t) / √Σ Var_t over all tokens, q_t = q(x_t | x_<t), H_t the entropy of that conditional and Var_t the
-        variance of its log: near a standard normal if the texts are drawn from q. Above 0: they are more probable than q's own
-        draws, as at a lower temperature; below 0: less.
+    :param z: Σ (log q_t + H_t) / √Σ Var_t over all tokens, q_t = q(x_t | x_<t), H_t the entropy of that conditional and Var_t
+        the variance of its log: near a standard normal if the texts are drawn from q. Above 0: they are more probable than q's
+        own draws, as at a lower temperature; below 0: less.
     :param p_value: of |z|, two-sided.
     :param uniform_p_value: Kolmogorov-Smirnov, of the tokens' quantiles F_<(x_t) + V q_t, independent and uniform under q.
     :param num_tokens: that were compared, end tokens among them.
@@ -35,7 +35,8 @@ class NextTokenCalibration:
     num_tokens: int
 
     def __str__(self) -> str:
-        return f"z = {self.z:+.2f} (p = {self.p_value:.3g}), uniform: p = {self.uniform_p_value:.3g}; {self.num_tokens:,} tokens"
+        uniform = f"uniform: p = {self.uniform_p_value:.3g}; {self.num_tokens:,} tokens"
+        return f"z = {self.z:+.2f} (p = {self.p_value:.3g}), {uniform}"
 
 
 @torch.no_grad()

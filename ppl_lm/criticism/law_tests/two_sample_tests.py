@@ -25,8 +25,8 @@ class TwoSample:
         that one counted among them: at most α with probability at most α if the laws are equal.
     :param mmd2: unbiased estimate of the squared maximum mean discrepancy, no unit; 0 for equal laws, and below it by chance.
     :param num_draws: texts of the first and of the second set.
-    :param blind_below: nats. If KL(first ‖ second) is less, no test whatever with so many draws and α = 0.05 finds the difference
-        with a chance of one half: by Pinsker its power is at most α + √(num_draws · KL / 2). This one needs more.
+    :param blind_below: nats. If KL(first ‖ second) is less, no test whatever with so many draws and α = 0.05 finds the
+        difference with a chance of one half: by Pinsker its power is at most α + √(num_draws · KL / 2). This one needs more.
     """
 
     p_value: Float64[Tensor, "B"]
@@ -36,10 +36,13 @@ class TwoSample:
 
     def __str__(self) -> str:
         rows = [f"p = {p:.3f}, MMD² = {v:.2e}" for p, v in zip(self.p_value.tolist(), self.mmd2.tolist(), strict=True)]
-        return f"{'; '.join(rows)} ({self.num_draws[0]} and {self.num_draws[1]} draws; blind to a KL below {self.blind_below:.2g} nats)"
+        m, n = self.num_draws
+        return f"{'; '.join(rows)} ({m} and {n} draws; blind to a KL below {self.blind_below:.2g} nats)"
 
 
-def two_sample(draws: Draws, exact: Draws, num_permutations: int = 999, name: str | None = None, seed: int = 0) -> TwoSample:
+def two_sample(
+    draws: Draws, exact: Draws, num_permutations: int = 999, name: str | None = None, seed: int = 0
+) -> TwoSample:
     """Tests of each prompt whether the texts of `draws` have the law of those of `exact`: a maximum mean discrepancy under a
     kernel of strings with a permutation p-value (Gretton et al. 2012).
 
@@ -59,7 +62,9 @@ def two_sample(draws: Draws, exact: Draws, num_permutations: int = 999, name: st
     require_count("num_permutations", num_permutations)
     sides = [_texts(each, what, name) for each, what in ((draws, "draws"), (exact, "exact"))]  # (B, S, T) each
     if len(sides[0]) != len(sides[1]):
-        raise ValueError(f"the draws are of {len(sides[0])} and {len(sides[1])} prompts; give the same prompts on both sides")
+        raise ValueError(
+            f"the draws are of {len(sides[0])} and {len(sides[1])} prompts; give the same prompts on both sides"
+        )
     random = np.random.default_rng(seed)
     first = sides[0].shape[1]
     p_values, statistics = [], []
@@ -82,7 +87,8 @@ def two_sample(draws: Draws, exact: Draws, num_permutations: int = 999, name: st
 def _texts(draws: Draws, what: str, name: str | None) -> Int[Tensor, "B S T"]:
     if draws.kind == "chains" or draws.kind in TOGETHER:
         raise ValueError(
-            f"{what}= holds {draws.kind}, whose texts depend on each other: a test that takes them for independent finds differences "
+            f"{what}= holds {draws.kind}, whose texts depend on each other: a test that takes them for independent finds "
+            f"differences "
             "that are not there. Give exact draws, or a guide's own (importance)"
         )
     name = name or draws.text_site

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.counts import require_count
-from ppl_lm.infer.draws import Draws, concatenate
+from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
 from ppl_lm.infer.samplers.in_pieces import Progress
 from ppl_lm.infer.samplers.kernels import Kernel, Propose, suffix
@@ -40,8 +40,9 @@ def annealed_smc(
     kernel that leaves p0 · likelihood^{u_k}, the *new* law, invariant. The product of the mean weights of a run is an unbiased
     estimate of Z, for any path that was fixed beforehand; a path found by the same texts would bias it.
 
-    `stats` holds the path, `power`, (C, 1, B, K + 1), and the log-likelihood of the texts that were there after the moves of each
-    stage, `path_log_likelihood`, nats, (C, S, B, K + 1): `path_constants` makes log Z and tail probabilities of all of them.
+    `stats` holds the path, `power`, (C, 1, B, K + 1), and the log-likelihood of the texts that were there after the moves of
+    each stage, `path_log_likelihood`, nats, (C, S, B, K + 1): `path_constants` makes log Z and tail probabilities of all of
+    them.
 
     :param path: u_1 to u_K, rising, of which the last is 1.
     :param num_samples: texts of a run; `num_runs`: independent runs, the chains of the draws.
@@ -61,8 +62,12 @@ def annealed_smc(
     with meter.measure() as cost:
         state = draw(model, None, prompts, num_samples * num_runs, nesting)
         if bool((state.log_likelihood == -math.inf).any()):
-            raise ValueError("a text of the prior has likelihood 0, which no power softens: use rejection(), or splitting for rare events")
-        log_z = torch.zeros(num_runs, state.log_likelihood.shape[-1], dtype=torch.float64, device=state.log_likelihood.device)
+            raise ValueError(
+                "a text of the prior has likelihood 0, which no power softens: use rejection(), or splitting for rare events"
+            )
+        log_z = torch.zeros(
+            num_runs, state.log_likelihood.shape[-1], dtype=torch.float64, device=state.log_likelihood.device
+        )
         stages = [state.log_likelihood[0].unflatten(0, (num_runs, num_samples))]
         for k, (before, power) in enumerate(zip(powers, powers[1:], strict=False)):
             log_w = (power - before) * stages[-1]  # (C, N, B)

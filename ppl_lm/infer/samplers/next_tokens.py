@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from ppl_lm.infer.samplers.allowed_tokens import Allowed, draw_allowed
+from ppl_lm.infer.samplers.constraints.allowed_tokens import Allowed, draw_allowed
 from ppl_lm.infer.samplers.twist import Twist
 from ppl_lm.likelihood.checker import Checker
 from ppl_lm.lm.decoder import Decoder, invert
@@ -94,7 +94,9 @@ class Laws:
         log_p = self.prior.log_probs()  # (n, V)
         log_psi = None if self.network is None else self.network.logits()
         log_q = self._proposal(log_p, log_psi, x, t)
-        log_allowed = torch.zeros((), dtype=torch.float64, device=log_q.device)  # of which estimate the tokens come with
+        log_allowed = torch.zeros(
+            (), dtype=torch.float64, device=log_q.device
+        )  # of which estimate the tokens come with
         if self.checker is None:
             tokens = choose(log_q, population, many)  # (n, M)
         else:
@@ -144,7 +146,6 @@ class Laws:
                 f"them NaN and {int((answer == torch.inf).sum())} infinite; it needs one log ψ for each, finite or -inf"
             )
         return answer.double().reshape(-1, many)
-
 
     def _allowed(self, x: Int[Tensor, "n T"], t: int) -> Allowed:
         """Which tokens the checker lets some of these texts go on with at position t."""

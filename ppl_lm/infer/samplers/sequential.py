@@ -135,12 +135,14 @@ def require_text_alone(draws: Draws) -> None:
     """:raises ValueError: unless each prompt's text is the only latent site, with a weight of its own."""
     if len(draws.latents) != 1:
         raise ValueError(
-            f"this sampler grows one text a prompt; this program has the latent sites {sorted(draws.latents)}: use importance() "
+            f"this sampler grows one text a prompt; this program has the latent sites {sorted(draws.latents)}: use "
+            f"importance() "
             "or mcmc(kernel=independence), which move them all"
         )
     if not draws.is_local:
         raise ValueError(
-            "this sampler weighs each prompt's texts for themselves; this program has a site outside the prompts' plate, so that "
+            "this sampler weighs each prompt's texts for themselves; this program has a site outside the prompts' plate, so "
+            "that "
             "only the joint weight of all prompts exists: use importance() or mcmc(kernel=independence)"
         )
 

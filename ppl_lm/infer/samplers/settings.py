@@ -37,7 +37,8 @@ class SMCSettings:
             raise ValueError(f"expand={self.expand}; give at least 1")
         if self.checker is not None and (self.expand > 1 or not isinstance(self.checker, Checker)):
             raise ValueError(
-                f"checker={self.checker!r} with expand={self.expand}; give a ppl_lm.likelihood.Checker, and expand=1: it finds one "
+                f"checker={self.checker!r} with expand={self.expand}; give a ppl_lm.likelihood.Checker, and expand=1: it "
+                f"finds one "
                 "next token of each text"
             )
         if not self.threshold >= 0:

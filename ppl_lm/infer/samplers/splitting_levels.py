@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,13 +36,13 @@ def splitting(
     max_plate_nesting: int | None = None,
     on_progress: Progress | None = None,
 ) -> Draws:
-    """Weighted texts of the rare event r ≥ level, whose mean weight in a run is an unbiased estimate of P(r ≥ level), with ties or
-    without (Bréhier et al. 2016).
+    """Weighted texts of the rare event r ≥ level, whose mean weight in a run is an unbiased estimate of P(r ≥ level), with
+    ties or without (Bréhier et al. 2016).
 
-    Of N texts of the prior those at or below the k-th smallest reward r_(k) are killed, *all* that tie with it too; copies of the
-    others take their places, each moved by a kernel that leaves the prior among the texts of r > r_(k) invariant. So it goes on
-    until all rewards reach the level: the estimate is Π (1 - K_i / N), K_i being how many were killed, and 0 of a run in which
-    all are.
+    Of N texts of the prior those at or below the k-th smallest reward r_(k) are killed, *all* that tie with it too; copies of
+    the others take their places, each moved by a kernel that leaves the prior among the texts of r > r_(k) invariant. So it
+    goes on until all rewards reach the level: the estimate is Π (1 - K_i / N), K_i being how many were killed, and 0 of a run
+    in which all are.
 
     `stats["num_levels"]`, (C, 1, B), says in how many steps each run came there.
 
@@ -77,8 +78,12 @@ def splitting(
             if record not in state.records:
                 raise ValueError(f"record={record!r}, but the model records {sorted(state.records) or 'nothing'}")
             event = torch.where(state.records[record] >= level, 0.0, -math.inf)
-            if state.records[record].shape != state.log_likelihood.shape or not torch.equal(event, state.log_likelihood):
-                raise ValueError(f"the model's evidence is not the event {record} ≥ {level:g}: bind at_least, with this level")
+            if state.records[record].shape != state.log_likelihood.shape or not torch.equal(
+                event, state.log_likelihood
+            ):
+                raise ValueError(
+                    f"the model's evidence is not the event {record} ≥ {level:g}: bind at_least, with this level"
+                )
             parts.append(_climbed(state, propose, level, record, num_runs, k, moves))
             if on_progress is not None:
                 on_progress((b + 1) / len(prompts), f"{b + 1} of {len(prompts)} prompts")
@@ -86,7 +91,8 @@ def splitting(
     lost = (draws.log_weight == -math.inf).all(1).all(0)
     if bool(lost.any()):
         raise NoSupportError(
-            f"prompt {int(lost.nonzero()[0])}: none of {num_runs} runs came to {record} ≥ {level:g}; how improbable it is is not "
+            f"prompt {int(lost.nonzero()[0])}: none of {num_runs} runs came to {record} ≥ {level:g}; how improbable it is "
+            f"is not "
             "known. Give more num_samples, or more moves"
         )
     return draws
@@ -117,15 +123,18 @@ def _climbed(state: Draws, propose: Propose, level: float, record: str, runs: in
             continue
         run = rows // count
         parent = torch.multinomial(alive[run], 1)[:, 0] + run * count
-        moved = _moved(state.map(lambda v: v[:, parent]), propose, here[run], record, moves)
+        moved = _moved(state.map(partial(_rows, rows=parent)), propose, here[run], record, moves)
         index = torch.arange(state.num_samples, device=rows.device)
         index[rows] = state.num_samples + torch.arange(len(rows), device=rows.device)
-        both = concatenate([state, moved])
-        state = both.map(lambda v: v[:, index])
+        state = concatenate([state, moved]).map(partial(_rows, rows=index))
     draws = state.map(lambda v: v[0].unflatten(0, (runs, count)))
     log_p = torch.where((draws.records[record].reshape(runs, count) >= level).all(1), log_p, -math.inf)
     log_guide = torch.where(log_p == -math.inf, torch.inf, -log_p).reshape(-1, 1, 1) + draws.log_prior
     return replace(draws, log_guide=log_guide, kind="runs", stats={"num_levels": levels.reshape(-1, 1, 1)})
+
+
+def _rows(value: Tensor, rows: Tensor) -> Tensor:
+    return value[:, rows]
 
 
 def _killed(score: Float64[Tensor, "C N"], here: Float64[Tensor, "C"]) -> Bool[Tensor, "C N"]:

@@ -12,10 +12,10 @@ from torch import Tensor
 from ppl_lm.infer.binding import Bound, read_once
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import TOLERANCE, Draws, NoSupportError, as_draws
-from ppl_lm.infer.samplers.dead_prefixes import DeadPrefixes
+from ppl_lm.infer.samplers.constraints.dead_prefixes import DeadPrefixes
+from ppl_lm.infer.samplers.constraints.trials import Trials, run_trials
 from ppl_lm.infer.samplers.in_pieces import Progress, texts_a_piece
 from ppl_lm.infer.samplers.sequential import laws, require_text_alone
-from ppl_lm.infer.samplers.trials import Trials, run_trials
 from ppl_lm.infer.traces.observations import likelihood_bound, log_likelihood_of_text
 from ppl_lm.infer.traces.particles import run
 from ppl_lm.infer.traces.structure import nesting_of
@@ -40,8 +40,8 @@ def adaptive_rejection(
     max_plate_nesting: int | None = None,
     on_progress: Progress | None = None,
 ) -> Draws:
-    """`num_samples` exact, independent posterior draws for each prompt, by rejection that remembers which beginnings lead nowhere
-    (constrained adaptive rejection: Parys et al. 2025).
+    """`num_samples` exact, independent posterior draws for each prompt, by rejection that remembers which beginnings lead
+    nowhere (constrained adaptive rejection: Parys et al. 2025).
 
     With B the texts whose beginnings are known to be dead, a trial draws x from the prior without B, token by token, and is
     left at the first token that the checker does not allow; that beginning then joins B, with the likeliest other tokens in its
@@ -50,8 +50,8 @@ def adaptive_rejection(
     constraint, rises.
 
     `stats` holds bounds of log Z that are certain, nats, (1, 1, B): `log_z_lower`, from the distinct texts that were accepted,
-    and `log_z_upper` = log(1 - p0(B)) + the likelihood's bound. `proposals` are the trials, weighted: their mean weight estimates
-    Z without bias for a given number of trials.
+    and `log_z_upper` = log(1 - p0(B)) + the likelihood's bound. `proposals` are the trials, weighted: their mean weight
+    estimates Z without bias for a given number of trials.
 
     :param checker: None: the one that the model is bound to. The model must rule out what it rules out.
     :param max_proposals: trials for each prompt.
@@ -67,23 +67,26 @@ def adaptive_rejection(
         law, _ = laws(model, None, prompts)
         bound = likelihood_bound(model, prompts)
         if bound is None:
-            raise ValueError("adaptive_rejection needs a bound of the likelihood: declare the reward's r_max, or use smc()")
+            raise ValueError(
+                "adaptive_rejection needs a bound of the likelihood: declare the reward's r_max, or use smc()"
+            )
         search = _Search(model, law, checker, bound, nesting_of(max_plate_nesting, model, None, prompts))
         done, size = 0, max(1, texts_a_piece(prompts, model) // len(law.prompts))
         while (least := int(search.accepted.min())) < num_samples:
             if done >= max_proposals:
                 worst = int(search.accepted.argmin())
                 raise NoSupportError(
-                    f"prompt {worst}: {least} of {done} trials were accepted, {num_samples} are needed; raise max_proposals, or let "
-                    "the checker tell sooner where a text leads nowhere"
+                    f"prompt {worst}: {least} of {done} trials were accepted, {num_samples} are needed; raise "
+                    "max_proposals, or let the checker tell sooner where a text leads nowhere"
                 )
             wanted = FIRST if not done else 1.1 * done * ((num_samples + 1) / (least + 1) - 1)
             n = max(1, min(max(FIRST, round(wanted)), size, max_proposals - done, max(FIRST, done)))
             search.go_on(n)
             done += n
             if on_progress is not None:
-                words = f"{float(search.accepted.sum()) / (done * len(search.accepted)):.2%} of {done} trials of each prompt accepted"
-                on_progress(max(min(1.0, int(search.accepted.min()) / num_samples), done / max_proposals), words)
+                rate = float(search.accepted.sum()) / (done * len(search.accepted))
+                share = max(min(1.0, int(search.accepted.min()) / num_samples), done / max_proposals)
+                on_progress(share, f"{rate:.2%} of {done} trials of each prompt accepted")
         draws = search.draws(num_samples)
     proposals = search.proposals(draws)
     return replace(draws, cost=cost, proposals=replace(proposals, cost=cost))
@@ -91,7 +94,9 @@ def adaptive_rejection(
 
 def checkers_of(model: Any) -> list[Checker]:
     """Those that a model is bound to."""
-    return [value for value in model.arguments.values() if isinstance(value, Checker)] if isinstance(model, Bound) else []
+    return (
+        [value for value in model.arguments.values() if isinstance(value, Checker)] if isinstance(model, Bound) else []
+    )
 
 
 def _only_checker(model: Any) -> Checker:
@@ -113,7 +118,9 @@ class _Search:
         self.accepted = torch.zeros(batch, dtype=torch.int64)
         self.texts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(batch)]  # accepted: tokens, log p0 of each
         self.distinct: list[dict[tuple[int, ...], float]] = [{} for _ in range(batch)]  # and their log p(x, evidence)
-        self.terms: list[tuple[Tensor, Tensor, Tensor]] = []  # of each trial log p0, log-likelihood, log(1 - p0(B)); (n, B)
+        self.terms: list[
+            tuple[Tensor, Tensor, Tensor]
+        ] = []  # of each trial log p0, log-likelihood, log(1 - p0(B)); (n, B)
         empty = torch.full((2, batch, *law.event_shape), law.lm.vocabulary.pad_id, device=law.prompts.ids.device)
         empty[..., 0] = law.lm.vocabulary.end_ids[0]
         with unasked():

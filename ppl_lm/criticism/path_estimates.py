@@ -39,8 +39,9 @@ def mbar(log_density: Float64[Tensor, "J N"], counts: Sequence[float]) -> StateC
     with the covariance of log Z from the singular values of the weights (their eq. D6). It is for independent draws; of chains
     give N_k divided by their statistical inefficiency as `counts`, with all draws in `log_density`.
 
-    :param log_density: of all N draws, whichever law they are from, under each of J laws, up to Z_j, nats; -inf where impossible. A
-        law of which there is no draw may stand among them: an event r ≥ c is one, with 0 where it holds and -inf elsewhere.
+    :param log_density: of all N draws, whichever law they are from, under each of J laws, up to Z_j, nats; -inf where
+        impossible. A law of which there is no draw may stand among them: an event r ≥ c is one, with 0 where it holds and -inf
+        elsewhere.
     :param counts: N_k of each law, 0 of those without draws; the first has some.
     :raises ValueError: if neighbours among the sampled laws do not overlap, or a law has no weight at all.
     """
@@ -48,7 +49,9 @@ def mbar(log_density: Float64[Tensor, "J N"], counts: Sequence[float]) -> StateC
     if n.shape != log_density.shape[:1] or not bool(n[0] > 0):
         raise ValueError(f"counts={list(counts)} for {len(log_density)} laws; give one for each, the first above 0")
     if bool((log_density == -math.inf).all(1).any()):
-        raise ValueError("no draw is possible under one of the laws: its probability is known to be small, and no more than that")
+        raise ValueError(
+            "no draw is possible under one of the laws: its probability is known to be small, and no more than that"
+        )
     u, sampled = log_density.double(), n > 0
     log_z = torch.zeros(len(u), dtype=torch.float64, device=u.device)
     log_n = n[sampled].log().unsqueeze(-1)
@@ -65,9 +68,9 @@ def mbar(log_density: Float64[Tensor, "J N"], counts: Sequence[float]) -> StateC
 
 
 def path_constants(draws: Draws, levels: Sequence[float] = ()) -> list[StateConstants]:
-    """Of each prompt, from all the texts that `annealed_smc` met on its path: log Z at each of its powers, the last of them that of
-    the posterior, and then log P(log-likelihood ≥ level) under the prior for each level, nats. Texts of a run depend on each
-    other, at one stage and from stage to stage, so the covariance is not `mbar`'s but the jackknife's over runs.
+    """Of each prompt, from all the texts that `annealed_smc` met on its path: log Z at each of its powers, the last of them
+    that of the posterior, and then log P(log-likelihood ≥ level) under the prior for each level, nats. Texts of a run depend
+    on each other, at one stage and from stage to stage, so the covariance is not `mbar`'s but the jackknife's over runs.
 
     :param levels: of the log-likelihood, nats: for `tilted` of reward / β.
     :raises ValueError: of other draws, of one run, and as `mbar`."""
@@ -109,7 +112,8 @@ def _overlap(w: Float64[Tensor, "N K"], n: Float64[Tensor, "K"]) -> Float64[Tens
     if len(shared) and float(shared.min()) < LEAST_OVERLAP:
         k = int(shared.argmin())
         raise ValueError(
-            f"the sampled laws {k} and {k + 1} hardly overlap ({float(shared[k]):.3f}): what lies between them is not known. Put "
+            f"the sampled laws {k} and {k + 1} hardly overlap ({float(shared[k]):.3f}): what lies between them is not "
+            f"known. Put "
             "more laws between"
         )
     return shared

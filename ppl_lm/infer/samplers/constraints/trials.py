@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
-from ppl_lm.infer.samplers.dead_prefixes import DeadPrefixes, Node
+from ppl_lm.infer.samplers.constraints.dead_prefixes import DeadPrefixes, Node
 from ppl_lm.infer.samplers.next_tokens import choose
 from ppl_lm.likelihood.checker import Checker
 from ppl_lm.lm.decoder import Decoder
@@ -33,9 +33,7 @@ class Trials:
     dead: list[list[tuple[list[int], list[float]]]]
 
 
-def run_trials(
-    law: TokenSequence, checker: Checker, known: Sequence[DeadPrefixes], rows: Int[Tensor, "N"]
-) -> Trials:
+def run_trials(law: TokenSequence, checker: Checker, known: Sequence[DeadPrefixes], rows: Int[Tensor, "N"]) -> Trials:
     """A trial for each entry of `rows`, of prompt `rows[i]`, by p0(x | x is not in B): the next token in proportion to
     p0(v | s) (1 - p0(B | sv)).
 
@@ -62,7 +60,9 @@ def run_trials(
             allowed[live] = fine & whole
             died = (~fine).nonzero()[:, 0]
             prompts = law.prompts.take(rows[live[died]])
-            for j, tokens in zip(died.tolist(), _dead_siblings(checker, prompts, x[live[died]], t, log_p[died]), strict=True):
+            for j, tokens in zip(
+                died.tolist(), _dead_siblings(checker, prompts, x[live[died]], t, log_p[died]), strict=True
+            ):
                 i = int(live[j])
                 before, nats = x[i, :t].tolist(), token_log_p[i, :t].tolist()
                 dead[i] = [([*before, v], [*nats, float(log_p[j, v])]) for v in (int(token[j]), *tokens)]

@@ -7,7 +7,9 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 Allowed = Callable[[Int[Tensor, "m"], Int[Tensor, "m"]], Bool[Tensor, "m"]]  # of (rows, tokens)
-Draw = Callable[[Float64[Tensor, "m V"], Int[Tensor, "m"]], Int[Tensor, "m"]]  # of (log-probabilities up to a constant, rows)
+Draw = Callable[
+    [Float64[Tensor, "m V"], Int[Tensor, "m"]], Int[Tensor, "m"]
+]  # of (log-probabilities up to a constant, rows)
 
 
 def draw_allowed(
