@@ -106,9 +106,10 @@ def run(repeats):
                 seconds = time.perf_counter() - began
                 found[name].append((seconds / worth, math.nan if tokens is None else tokens / worth, asked / worth))
     medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
+    a_text = {name: dict(zip(("seconds", "tokens", "questions"), row, strict=True)) for name, row in medians.items()}
     machine = platform.processor() or platform.machine()
-    return {"machine": machine, "torch": torch.__version__, "threads": torch.get_num_threads(), "texts": TEXTS,
-            "a text": {name: dict(zip(("seconds", "tokens", "questions"), row, strict=True)) for name, row in medians.items()}}  # fmt: skip
+    threads = torch.get_num_threads()
+    return {"machine": machine, "torch": torch.__version__, "threads": threads, "texts": TEXTS, "a text": a_text}
 
 
 def test_checkers():
@@ -121,7 +122,9 @@ def test_checkers():
 def show(made):
     print(f"\n{made['machine']}, {made['threads']} threads, torch {made['torch']}: no {BANNED!r} in {TOKENS} tokens")
     for name, row in made["a text"].items():
-        print(f"  {name:20} {row['seconds']:9.3f} s {row['tokens']:12,.0f} tokens {row['questions']:10,.1f} questions a text")
+        print(
+            f"  {name:20} {row['seconds']:9.3f} s {row['tokens']:12,.0f} tokens {row['questions']:10,.1f} questions a text"
+        )
 
 
 if __name__ == "__main__":

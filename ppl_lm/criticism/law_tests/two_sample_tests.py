@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -118,7 +119,8 @@ def string_kernel(texts: Sequence[tuple[Hashable, ...]]) -> Float[np.ndarray, "N
     scaled = scipy.sparse.diags(1 / lengths) @ counts
     number: dict[tuple[Hashable, ...], int] = {}
     of = np.array([number.setdefault(text, len(number)) for text in texts])
-    return (scaled @ scaled.T).toarray() + SAME * (of[:, None] == of)
+    cosine: Any = scaled @ scaled.T
+    return cosine.toarray() + SAME * (of[:, None] == of)
 
 
 def mmd2(kernel: Float[np.ndarray, "N N"], first: Int[np.ndarray, "P m"]) -> Float[np.ndarray, "P"]:
