@@ -389,7 +389,7 @@ def test_prompts_from_files(tmp_path):
 
 
 BAD = {
-    "unknown model": (["fit", "tilterd"], "model 'tilterd' is unknown; give constrained, power, tilted"),
+    "unknown model": (["fit", "tilterd"], "model 'tilterd' is unknown; give at_least, constrained, power, tilted"),
     "unknown guide": (
         ["fit", "tilted", "--guide", "x"],
         "guide 'x' is unknown; give finetuned, lora, mixture, prior, tabular",

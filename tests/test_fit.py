@@ -5,9 +5,10 @@ import math
 
 import pyro
 import pytest
+import tiny
 import torch
 
-from ppl_lm.guides import finetuned, prior
+from ppl_lm.guides import finetuned, lora, prior
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.elbo import SequenceELBO
 from ppl_lm.infer.enumeration import enumerate_posterior
@@ -16,7 +17,7 @@ from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 from ppl_lm.run.fitting.gain import Gain
-from ppl_lm.run.fitting.learning_rate import MOST_MOVED, Rate, peak
+from ppl_lm.run.fitting.learning_rate import ADAPTER, MOST_MOVED, SCALE, Rate, peak
 from ppl_lm.run.fitting.loop import fit
 from ppl_lm.run.fitting.step_metrics import guide_metrics
 
@@ -88,6 +89,21 @@ def test_a_run_of_few_steps_has_a_short_warmup_where_its_rate_is_found():
     assert rates[0] < 1e-4 < peak(1e6) and max(rates) == rates[1] > 0.97 * peak(1e6)
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert Rate(1e-3, 15)(5, 0.5) < 0.5e-3
+
+
+def test_an_adapters_rate_is_bounded(monkeypatch):
+    """By 1e-3, where a step at first moves it so little that it would get more; a rate that is given is taken."""
+    rate = Rate(None, 15, ADAPTER)
+    rate.measured.append(57.0)
+    assert peak(57.0) > 2 * ADAPTER and rate(15, 0.0) == pytest.approx(ADAPTER) and rate.peak == ADAPTER
+    assert Rate(5e-3, 1, ADAPTER)(5, 0.0) == pytest.approx(5e-3)
+    module, most = importlib.import_module("ppl_lm.run.fitting.loop"), []
+    monkeypatch.setattr(module, "Rate", lambda *args: most.append(args[2]) or Rate(*args))
+    prior = tiny.language_model("llama", max_new_tokens=3)
+    target = bind(tilted, prior, reward=letters, beta=1.0)
+    for guide in (bind(lora, prior.adapted(rank=2)), bind(finetuned, prior.copy())):
+        fit(target, guide, ["the"], SequenceELBO(4), max_steps=1)
+    assert most == [ADAPTER, SCALE]
 
 
 def moved(problem, rows_of):

@@ -21,9 +21,10 @@ from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.meter import measure
 from ppl_lm.lm.network import DivergedError
 from ppl_lm.lm.prompts import shuffled
+from ppl_lm.lm.trainable_weights import adapter_weights
 from ppl_lm.run.fitting.best_guide import WINDOW, BestGuide, keep_best
 from ppl_lm.run.fitting.gain import Gain
-from ppl_lm.run.fitting.learning_rate import Rate
+from ppl_lm.run.fitting.learning_rate import ADAPTER, SCALE, Rate
 from ppl_lm.run.fitting.step_metrics import StepMetrics, guide_metrics
 
 BEFORE, AFTER = 0.1, 0.1  # shares of a fit's time: for the prior's draws, and for those by which the guide is chosen
@@ -125,7 +126,8 @@ def fit(
             )
         size = len(batch)
     optimiser = torch.optim.Adam(weights, betas=(0.9, 0.99))
-    schedule = Rate(learning_rate, warmup)
+    adapted = any(adapter_weights(network) for network in guide.networks.values())
+    schedule = Rate(learning_rate, warmup, ADAPTER if adapted else SCALE)
     guides = BestGuide(weights)
     metrics: list[StepMetrics] = []
     tokens = 0
