@@ -37,7 +37,10 @@ from ppl_lm.criticism.expectations import expectation
 from ppl_lm.criticism.gains import token_gains
 from ppl_lm.criticism.inference_data.arviz_groups import to_arviz
 from ppl_lm.criticism.inference_data.arviz_reading import from_arviz
+from ppl_lm.criticism.law_tests.token_quantiles import next_token_calibration
+from ppl_lm.criticism.law_tests.two_sample_tests import two_sample
 from ppl_lm.criticism.model_comparison import compare_models
+from ppl_lm.criticism.path_estimates import path_constants
 from ppl_lm.criticism.predictive_checks import predictive_check
 from ppl_lm.criticism.prefix_trees import prefix_tree
 from ppl_lm.criticism.reward_frontier import reward_kl_frontier
@@ -56,8 +59,10 @@ from ppl_lm.infer.objectives.divergences import forward_kl
 from ppl_lm.infer.off_policy import Proposal, Replay, Reuse
 from ppl_lm.infer.prediction import predictive
 from ppl_lm.infer.samplers import resampling
+from ppl_lm.infer.samplers.annealing import annealed_smc
 from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
 from ppl_lm.infer.samplers.conditional import conditional_smc
+from ppl_lm.infer.samplers.constraints.adaptive_rejection_sampling import adaptive_rejection
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.kernels import independence, particle_gibbs, suffix
 from ppl_lm.infer.samplers.markov_chains import mcmc
@@ -66,6 +71,7 @@ from ppl_lm.infer.samplers.quasi_rejection_sampling import quality, quasi_reject
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
 from ppl_lm.infer.samplers.settings import SMCSettings
+from ppl_lm.infer.samplers.splitting_levels import splitting
 from ppl_lm.infer.twists import losses
 from ppl_lm.infer.twists.fitting import fit_twist
 from ppl_lm.infer.twists.functions import exact_twist, prefix_likelihood, tempered
@@ -73,6 +79,7 @@ from ppl_lm.infer.twists.networks import twist_like
 from ppl_lm.likelihood import rewards
 from ppl_lm.likelihood.automata import Automaton
 from ppl_lm.likelihood.best_of import BestOfN
+from ppl_lm.likelihood.checker import Checker
 from ppl_lm.likelihood.reward import Reward
 from ppl_lm.lm import decoder
 from ppl_lm.lm.decoder import Decoder
@@ -83,7 +90,7 @@ from ppl_lm.lm.network import DivergedError
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.table import table_like, table_lm
 from ppl_lm.lm.text_mixture import mixture as mixture_of
-from ppl_lm.models import constrained, power, tilted
+from ppl_lm.models import at_least, constrained, power, tilted
 from ppl_lm.run.fitting.loop import fit
 
 TEXTS = ["", "a"]
@@ -238,6 +245,27 @@ def automata(device):
     yield smc(target, None, TEXTS, num_samples=8, settings=SMCSettings(twist=rule.mask(lm)))
     guide = bind(finetuned, product([lm.copy(), rule.mask(lm)]))
     yield steps(target, guide, SequenceELBO(8, objective=forward_kl), TEXTS)
+
+
+def checkers(device):
+    lm = table(device)
+    checker = Checker(lambda text, whole: "b" not in text and (bool(text) or not whole), cut_off=True)
+    target = bind(constrained, lm, constraint=checker)
+    yield adaptive_rejection(target, TEXTS, num_samples=20)
+    yield smc(target, None, TEXTS, num_samples=8, num_runs=2, settings=SMCSettings(checker=checker))
+
+
+def rare_events(device):
+    lm = table(device)
+    along = annealed_smc(problem(device)[0], TEXTS, path=[0.5, 1.0], num_samples=8, num_runs=3)
+    yield along, path_constants(along, [0.0])
+    yield splitting(bind(at_least, lm, reward=letters, level=1.0), TEXTS, num_samples=8, num_runs=2)
+
+
+def of_which_law(device):
+    target, guide = problem(device)
+    draws, exact = importance(target, guide, TEXTS, num_samples=20), rejection(target, None, TEXTS, num_samples=20)
+    yield two_sample(draws, exact, num_permutations=19), next_token_calibration(guide, draws)
 
 
 # ----- fits -----
@@ -421,6 +449,7 @@ def diagnosing(device):
 PATHS = {
     **{path.__name__: path for path in (drawing_and_scoring, prompts, products_and_mixtures, adapters, saving)},
     **{path.__name__: path for path in (rewards_of_all_kinds, automata, estimates_and_sources, mixed_program, fitting)},
+    **{path.__name__: path for path in (checkers, rare_events, of_which_law)},
     **{path.__name__: path for path in (samplers, chains, sequential, learned_twists, enumeration, diagnosing)},
     **{name: by(name) for name in OBJECTIVES},
 }
