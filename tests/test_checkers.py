@@ -451,6 +451,12 @@ def test_wrong_checkers_are_refused():
         Checker(lambda text: {}[text])(lm.prompts([""]), torch.tensor([[0, 3]]))
 
 
+def test_smc_needs_the_checker_as_evidence():
+    plain = bind(tilted, SMALL.lm, reward=letters, beta=1.0)
+    with pytest.raises(ValueError, match="not bound to the checker"):
+        smc(plain, None, [""], num_samples=4, settings=SMCSettings(checker=SMALL.checker))
+
+
 def test_two_latents_are_refused():
     def two(prompts, prior, constraint):
         with pyro.plate("prompts", len(prompts)):

@@ -10,7 +10,8 @@ from ppl_lm.criticism.chains import r_hat
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.samplers.annealing import annealed_smc
 from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
-from ppl_lm.infer.samplers.constraints.adaptive_rejection_sampling import adaptive_rejection, checkers_of
+from ppl_lm.infer.samplers.constraints.adaptive_rejection_sampling import adaptive_rejection
+from ppl_lm.infer.samplers.constraints.bound_checkers import checkers_of
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.in_pieces import Progress
 from ppl_lm.infer.samplers.kernels import Kernel, independence, particle_gibbs, suffix

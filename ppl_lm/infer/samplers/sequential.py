@@ -11,6 +11,7 @@ from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError, as_draws, concatenate
 from ppl_lm.infer.log_weights import kong_ess
+from ppl_lm.infer.samplers.constraints.bound_checkers import require_bound
 from ppl_lm.infer.samplers.importance_sampling import require_prompts
 from ppl_lm.infer.samplers.in_pieces import Progress, texts_a_piece
 from ppl_lm.infer.samplers.population import History, Population, grow, log_z_increment
@@ -55,10 +56,13 @@ def smc(
     :param settings: the twist, and when and how to resample.
     :param on_progress: called after each few runs with the share that is done, 0 to 1, and words.
     :raises NoSupportError: if every text of a prompt is impossible under the posterior in all runs.
-    :raises ValueError: if the model has another latent site than one text a prompt, or a weight is NaN.
+    :raises ValueError: if the model has another latent site than one text a prompt, or a weight is NaN; or if it is not bound
+        to the settings' checker.
     """
     require_counts(num_samples, num_runs)
     settings.require_fits(guide)
+    if settings.checker is not None:
+        require_bound(model, settings.checker)
     prompts = read_once(prompts, model, guide)
     with meter.measure() as cost:
         prior, proposal = laws(model, guide, prompts)

@@ -21,8 +21,8 @@ class SMCSettings:
     :param resample: multinomial, stratified, systematic or without_replacement, from `ppl_lm.resampling`.
     :param threshold: resample where the effective sample size is below this share of the particles: 0 never, above 1 always.
     :param checker: the proposal's next tokens are those that it allows, by adaptive weighted rejection: it is asked of a few
-        tokens of each text and never of the whole vocabulary. Weights stay right for the model as it is: the checker
-        may be one of its constraints, or say only earlier what its evidence rules out.
+        tokens of each text and never of the whole vocabulary. The model must have the
+        checker as evidence.
     :raises ValueError: on numbers out of range, candidates without a twist, or a checker with `expand`."""
 
     twist: Twist | None = None

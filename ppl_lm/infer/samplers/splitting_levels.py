@@ -65,7 +65,9 @@ def splitting(
     if level is None:
         level = model.arguments.get("level") if isinstance(model, Bound) else None
         if level is None:
-            raise ValueError("the model is bound to no level; give level=, in the reward's unit")
+            raise ValueError(
+                "the model is bound to no level; give one in the reward's unit, level=0.9 (--set level=0.9)"
+            )
     prompts = read_once(prompts, model)
     require_prompts(prompts)
     nesting = nesting_of(max_plate_nesting, model, None, prompts)

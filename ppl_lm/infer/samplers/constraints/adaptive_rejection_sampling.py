@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from ppl_lm.infer.binding import Bound, read_once
+from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import TOLERANCE, Draws, NoSupportError, as_draws
+from ppl_lm.infer.samplers.constraints.bound_checkers import checkers_of
 from ppl_lm.infer.samplers.constraints.dead_prefixes import DeadPrefixes
 from ppl_lm.infer.samplers.constraints.trials import Trials, run_trials
 from ppl_lm.infer.samplers.in_pieces import Progress, texts_a_piece
@@ -26,6 +27,7 @@ from ppl_lm.lm import meter
 from ppl_lm.lm.token_sequence import TokenSequence
 
 FIRST = 16  # trials of each prompt at first: what they learn helps those that follow
+LEAST = 1e-15  # of 1 - p0(B): less is rounding
 CHECKED = 64  # texts that the checker left, written to their ends
 
 
@@ -92,13 +94,6 @@ def adaptive_rejection(
     return replace(draws, cost=cost, proposals=replace(proposals, cost=cost))
 
 
-def checkers_of(model: Any) -> list[Checker]:
-    """Those that a model is bound to."""
-    return (
-        [value for value in model.arguments.values() if isinstance(value, Checker)] if isinstance(model, Bound) else []
-    )
-
-
 def _only_checker(model: Any) -> Checker:
     if len(found := checkers_of(model)) != 1:
         raise ValueError(
@@ -130,7 +125,7 @@ class _Search:
         """n more trials of each prompt, all without what was known to be dead before them.
 
         :raises NoSupportError: if nothing is left of a prompt."""
-        left = [1.0 - each.probability for each in self.dead]
+        left = [max(1.0 - each.probability, LEAST) for each in self.dead]
         if (worst := next((b for b, each in enumerate(self.dead) if each.root.is_dead), None)) is not None:
             raise NoSupportError(f"prompt {worst}: the checker allows no text that the prior can draw")
         batch, prompts = len(left), self.law.prompts
@@ -196,7 +191,7 @@ class _Search:
         x, token_log_p = (torch.stack([parts[k] for parts in each], 1) for k in (0, 1))  # (S, B, T)
         draws = self._draws(*((v.repeat(2, 1, 1) if num_samples == 1 else v) for v in (x, token_log_p)))
         draws = draws.map(lambda v: v[:, :num_samples])
-        left = torch.tensor([1.0 - each.probability for each in self.dead], dtype=torch.float64).clamp_min(0.0)
+        left = torch.tensor([max(1.0 - each.probability, LEAST) for each in self.dead], dtype=torch.float64)
         lower = torch.stack([torch.tensor([*known.values()]).double().logsumexp(0) for known in self.distinct])
         log_z = {"log_z_lower": lower, "log_z_upper": left.log() + self.bound}
         return replace(draws, kind="exact", stats={k: v.to(x.device).expand(1, 1, -1) for k, v in log_z.items()})
