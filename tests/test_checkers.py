@@ -52,6 +52,7 @@ from ppl_lm.lm import meter
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
+from ppl_lm.run.named_samplers import SAMPLERS
 
 NEXT, POPULATION, SMC, TRIALS, SEARCH = (
     sys.modules[f"ppl_lm.infer.samplers.{name}"]
@@ -431,7 +432,7 @@ def test_wrong_checkers_are_refused():
 
     lm = SMALL.lm
     wrong = bind(constrained, lm, constraint=Checker(of_wholes, cut_off=True))
-    with pytest.raises(ValueError, match="allows as a whole"):
+    with pytest.raises(ValueError, match="beginning of a text that it allows"):
         adaptive_rejection(wrong, [""], num_samples=3)
     other = bind(constrained, lm, constraint=Checker(lambda text: "b" not in text, cut_off=True))
     with pytest.raises(ValueError, match="model finds possible"):
@@ -453,8 +454,87 @@ def test_wrong_checkers_are_refused():
 
 def test_smc_needs_the_checker_as_evidence():
     plain = bind(tilted, SMALL.lm, reward=letters, beta=1.0)
-    with pytest.raises(ValueError, match="not bound to the checker"):
+    with pytest.raises(ValueError, match="model finds possible"):
         smc(plain, None, [""], num_samples=4, settings=SMCSettings(checker=SMALL.checker))
+
+
+def test_a_checker_that_is_no_hard_evidence_is_refused():
+    """Bound as a reward, so that what it does not allow is only less likely."""
+    soft = bind(tilted, SMALL.lm, reward=SMALL.checker, beta=1.0)
+    with pytest.raises(ValueError, match="model finds possible"):
+        smc(soft, None, [""], num_samples=4, settings=SMCSettings(checker=SMALL.checker))
+    draws, how = SAMPLERS["smc"](soft, None, SMALL.lm.prompts([""]), num_samples=8)
+    assert "checker" not in how and draws.cost.checker_calls > 0
+
+
+def test_a_scaled_prior_is_refused():
+    def scaled(prompts, prior, constraint):
+        with pyro.poutine.scale(scale=2.0):
+            return constrained(prompts, prior, constraint)
+
+    model = bind(scaled, SMALL.lm, constraint=SMALL.checker)
+    with pytest.raises(ValueError, match="another law"):
+        adaptive_rejection(model, [""], num_samples=3)
+
+
+def test_a_program_that_changes_its_prompts():
+    """The model is given the prompts as they came, and its own law draws."""
+
+    def longer(prompts, prior, constraint, reward):
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("x", prior(prior.prompts([f"{text} a" for text in prompts.texts])))
+            holds = constraint(prompts, x)
+            obs = torch.ones(holds.shape)
+            pyro.sample("satisfied", Optimality(holds.log()), obs=obs, infer={"log_bound": 0.0, "hard": True})
+            pyro.sample("optimal", Optimality(reward(prompts, x), 1.0), obs=obs)
+
+    def of_prompt(prompts, completions, **_):
+        return [
+            1.0 if prompt == "b" and "c" in text else 0.0 for prompt, text in zip(prompts, completions, strict=True)
+        ]
+
+    lm = table_lm(4, 2, max_prompt=3, concentration=1.0, seed=1)
+    model = bind(longer, lm, constraint=Checker(few_bs, cut_off=True), reward=of_prompt)
+    truth = enumerate_posterior(model, None, ["b"]).log_z
+    draws = adaptive_rejection(model, ["b"], num_samples=2000)
+    assert draws.prompts.texts == ["b"]
+    known = log_evidence(importance(model, None, ["b"], num_samples=64), exact=draws)
+    assert abs(float(known.log_z - truth)) < 4 * float(known.log_z_se)
+
+
+def test_an_end_token_that_writes_text():
+    """A letter ends the text, as "." may: of a text begun the checker is not told of an end."""
+    lm = tiny.table(4, 3, ends=2, pad=3, max_prompt=3, bos=3)
+    wanted = ("a b c", "b a c", "c")
+
+    def among(text, whole):
+        text = text.strip()
+        return text in wanted if whole else any(each.startswith(text) for each in wanted)
+
+    model = bind(constrained, lm, constraint=Checker(among))
+    truth = float(enumerate_posterior(model, None, [""]).log_z)
+    assert truth > -math.inf
+    run = smc(model, None, [""], num_samples=64, num_runs=64, settings=SMCSettings(checker=Checker(among), threshold=0))
+    z = run.log_weight.exp().mean(1).flatten()
+    assert abs(float(z.mean()) - math.exp(truth)) < 4 * float(z.std()) / 8
+    draws = adaptive_rejection(model, [""], num_samples=20)
+    assert {text.strip() for text in draws.text()[0]} <= set(wanted)
+
+
+def test_tokens_of_no_probability():
+    """They are never drawn, and what has nothing else left is dead."""
+    token, log_w = draw_allowed(
+        torch.tensor([[0.0, -1.0, -1e9]]),
+        lambda rows, tokens: torch.zeros(len(rows), dtype=torch.bool),
+        lambda left, rows: left.argmax(-1),
+    )
+    assert float(log_w) == -math.inf and int(token) in (0, 1)
+    lm = table_lm(4, 2, max_prompt=2, concentration=1.0, seed=1).copy()
+    with torch.no_grad():
+        lm.model.table[:, 2] = -1e9
+    nothing = bind(constrained, lm.requires_grad_(False), constraint=Checker(lambda text: False, cut_off=True))
+    with pytest.raises(NoSupportError):
+        adaptive_rejection(nothing, [""], num_samples=3, max_proposals=2000)
 
 
 def test_two_latents_are_refused():

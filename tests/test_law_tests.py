@@ -136,6 +136,18 @@ def test_the_same_prompts_give_the_same_answer():
     assert "p = " in str(one) and one.blind_below == pytest.approx(2 * 0.45**2 / 40)
 
 
+def test_padding_is_no_text():
+    """Laws that write only the empty text, in tensors of different lengths, are equal."""
+    sides = []
+    for steps in (2, 5):
+        lm = table_lm(V, steps, max_prompt=2).copy()
+        with torch.no_grad():
+            lm.model.table[:, END] = 50.0
+        model = bind(tilted, lm.requires_grad_(False), reward=letters, beta=1.0)
+        sides.append(importance(model, None, [""], num_samples=20))
+    assert float(two_sample(*sides, num_permutations=99).p_value) == 1.0
+
+
 # Token by token
 
 

@@ -16,6 +16,7 @@ import math
 import sys
 
 import oracle
+import pyro
 import pytest
 import scipy.stats
 import torch
@@ -25,8 +26,9 @@ from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError
 from ppl_lm.infer.samplers.annealing import annealed_smc
 from ppl_lm.infer.samplers.importance_sampling import importance
-from ppl_lm.infer.samplers.kernels import independence
+from ppl_lm.infer.samplers.kernels import independence, particle_gibbs
 from ppl_lm.infer.samplers.splitting_levels import splitting
+from ppl_lm.likelihood.reward import Reward
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import at_least, constrained, tilted
 
@@ -86,6 +88,21 @@ def test_wrong_paths_are_seen(monkeypatch, mutant):
         resampled = PATH._resampled
         monkeypatch.setattr(PATH, "_resampled", lambda state, log_w: resampled(state, torch.zeros_like(log_w)))
     assert worst(path) > 8
+
+
+def scaled(prompts, prior, reward):
+    with pyro.poutine.scale(scale=2.0):
+        return tilted(prompts, prior, reward, BETA)
+
+
+def test_what_would_move_by_another_law_is_refused():
+    for kernel in (particle_gibbs(2),):
+        with pytest.raises(ValueError, match="particle Gibbs"):
+            annealed_smc(MODEL, TEXTS, path=[1.0], kernel=kernel)
+        with pytest.raises(ValueError, match="particle Gibbs"):
+            splitting(event(1.0), TEXTS, kernel=kernel)
+    with pytest.raises(ValueError, match="another law"):
+        annealed_smc(bind(scaled, LM, reward=letters), TEXTS, path=[1.0])
 
 
 def test_what_makes_no_path_is_refused():
@@ -154,6 +171,17 @@ def test_an_event_that_no_run_reaches():
         splitting(event(2.0), [""], num_samples=8, killed=8)
     with pytest.raises(ValueError, match="records"):
         splitting(event(2.0), [""], record="score")
+
+
+def test_prompts_of_a_plain_function():
+    """Given as texts, to a program that is not bound."""
+
+    def plain(prompts):
+        return at_least(LM.prompts(prompts) if isinstance(prompts, list) else prompts, LM, Reward(letters), 1.0)
+
+    draws = splitting(plain, TEXTS, level=1.0, num_samples=8, num_runs=2)
+    assert draws.prompts.texts == TEXTS and len(draws.text()) == 2
+    assert draws.observed["reached"].shape == (2,) and draws.of_prompt(1).observed["reached"].shape == (1,)
 
 
 def test_splitting_of_a_certain_event():
@@ -225,6 +253,12 @@ def test_intervals_hold():
         wide += 1
     for hit in hits.tolist():
         assert scipy.stats.binomtest(int(hit), wide, 0.95).pvalue > 1e-3
+
+
+def test_many_equal_laws_overlap():
+    found = mbar(torch.zeros(60, 600, dtype=torch.float64), [10] * 60)
+    torch.testing.assert_close(found.overlap, torch.ones(59, dtype=torch.float64))
+    torch.testing.assert_close(found.log_z, torch.zeros(60, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
 def test_laws_that_do_not_overlap_are_refused():

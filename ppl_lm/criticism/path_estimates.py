@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppl_lm.infer.draws import Draws
 
-LEAST_OVERLAP = 0.03  # of neighbours: with less their ratio is not known, whatever the formula says
+LEAST_OVERLAP = 0.05  # of neighbours: with less their ratio is not known, whatever the formula says
 TOLERANCE = 1e-12
 MOST = 10_000  # rounds
 
@@ -19,12 +19,13 @@ MOST = 10_000  # rounds
 class StateConstants:
     """:param log_z: log Z_j - log Z_0 of each state, nats.
     :param covariance: of these; `log_z_se` is the root of its diagonal.
-    :param overlap: of each sampled state with the next: how probable it is that a draw of one is taken for the other's; 1 at
-        most half for equal laws of equal numbers."""
+    :param overlap: of each sampled state with the next: ∫ 2 p_k p_{k+1} / (p_k + p_{k+1}), 1 for equal laws, 0 for disjoint
+        ones.
+    """
 
     log_z: Float64[Tensor, "J"]
     covariance: Float64[Tensor, "J J"]
-    overlap: Float64[Tensor, "K-1"]
+    overlap: Float64[Tensor, "L"]
 
     @property
     def log_z_se(self) -> Float64[Tensor, "J"]:
@@ -59,12 +60,14 @@ def mbar(log_density: Float64[Tensor, "J N"], counts: Sequence[float]) -> StateC
         denominator = (log_n + u[sampled] - log_z[sampled].unsqueeze(-1)).logsumexp(0)  # (N,)
         new = (u - denominator).logsumexp(1)
         new = new - new[0]
-        done = bool((new - log_z).abs().max() < TOLERANCE)
+        done = bool((new - log_z).abs().max() < TOLERANCE * (1 + float(new.abs().max())))
         log_z = new
         if done:
             break
+    else:
+        raise ValueError(f"the equations were not solved in {MOST:,} rounds: the laws hardly overlap, put more between")
     w = (u - log_z.unsqueeze(-1) - (log_n + u[sampled] - log_z[sampled].unsqueeze(-1)).logsumexp(0)).exp().T  # (N, J)
-    return StateConstants(log_z, _covariance(w, n), _overlap(w[:, sampled], n[sampled]))
+    return StateConstants(log_z, _covariance(w, n), _overlap(w[:, sampled]))
 
 
 def path_constants(draws: Draws, levels: Sequence[float] = ()) -> list[StateConstants]:
@@ -106,9 +109,10 @@ def _covariance(w: Float64[Tensor, "N J"], n: Float64[Tensor, "J"]) -> Float64[T
     return theta - theta[:1] - theta[:, :1] + theta[0, 0]
 
 
-def _overlap(w: Float64[Tensor, "N K"], n: Float64[Tensor, "K"]) -> Float64[Tensor, "K-1"]:
+def _overlap(w: Float64[Tensor, "N K"]) -> Float64[Tensor, "L"]:
     """:raises ValueError: if a pair of neighbours has too little."""
-    shared = ((w[:, :-1] * w[:, 1:]).sum(0)) * torch.minimum(n[:-1], n[1:])
+    a, b = w[:, :-1], w[:, 1:]
+    shared = (2 * a * b / (a + b).clamp_min(1e-300)).sum(0)
     if len(shared) and float(shared.min()) < LEAST_OVERLAP:
         k = int(shared.argmin())
         raise ValueError(

@@ -15,7 +15,7 @@ from ppl_lm.likelihood.reward_values import RewardError, short
 from ppl_lm.lm import meter
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.tokens.chats import special_tokens
-from ppl_lm.lm.tokens.token_pieces import HALF
+from ppl_lm.lm.tokens.token_pieces import HALF, added
 
 
 class Checker(Reward):
@@ -77,16 +77,17 @@ class Checker(Reward):
         :param prompts: one for each text; n: at least 1, and no more than the text has, its end token included."""
         vocabulary, steps = prompts.vocabulary, x.shape[-1]
         position = torch.arange(steps, device=x.device)
-        begun = torch.where(position < n.unsqueeze(-1), x, vocabulary.pad_id)
         ended = vocabulary.is_end(x).logical_and(position < n.unsqueeze(-1)).any(-1)
         whole = ended | (n == steps)
-        shown = torch.where((position == n.unsqueeze(-1)) & ~whole.unsqueeze(-1), vocabulary.end_ids[0], begun)
         control = set(special_tokens(vocabulary.tokenizer)) - set(vocabulary.end_ids)
-        clean = [control.isdisjoint(row[:length]) for row, length in zip(x.tolist(), n.tolist(), strict=True)]
-        possible = torch.tensor(clean, device=x.device) & (ended | ~whole | self.cut_off)
+        ids = [row[:length] for row, length in zip(x.tolist(), n.tolist(), strict=True)]
+        clean = torch.tensor([control.isdisjoint(row) for row in ids], device=x.device)
+        possible = clean & (ended | ~whole | self.cut_off)
         rows = possible.nonzero()[:, 0]
-        if len(rows):  # a text begun is read as if it ended there
-            possible[rows] = self._answers(prompts.take(rows).decode(shown[rows]), whole[rows].tolist()).to(x.device)
+        if len(rows):
+            written = added(vocabulary, prompts.take(rows).contexts, [ids[i] for i in rows.tolist()])
+            answers = self._answers([text for _, text in written], whole[rows].tolist())
+            possible[rows] = answers.to(x.device)
         return possible
 
     def _answers(self, texts: Sequence[str], whole: Sequence[bool]) -> Bool[Tensor, "N"]:

@@ -105,8 +105,9 @@ def _smc(
     """texts that grow together: sequential Monte Carlo"""
     runs = max(RUNS, math.ceil(num_samples / PARTICLES))
     twist = None
-    checkers = checkers_of(model)
-    if guide is None and not rules_out_texts(model, prompts[:1]) and not evidence_asks_a_network(model, prompts):
+    hard = rules_out_texts(model, prompts[:1])
+    checkers = checkers_of(model) if hard else []
+    if guide is None and not hard and not evidence_asks_a_network(model, prompts):
         twist = tempered(prefix_likelihood(model), text_law(model, prompts).event_shape[0])
     settings = SMCSettings(twist=twist, threshold=THRESHOLD, checker=checkers[0] if len(checkers) == 1 else None)
     draws = smc(model, guide, prompts, num_samples=PARTICLES, num_runs=runs, settings=settings, on_progress=on_progress)

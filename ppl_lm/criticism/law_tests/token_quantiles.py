@@ -56,6 +56,10 @@ def next_token_calibration(
     name = name or draws.text_site
     if name not in draws.texts:
         raise ValueError(f"name={name!r}, but the sites that are text are {list(draws.texts)}")
+    if len(draws.texts) != 1 or draws[name].dim() != 4:
+        raise ValueError(
+            f"next_token_calibration is of one text a prompt; these draws have the texts {list(draws.texts)}"
+        )
     law = text_law(guide, read_once(draws.prompts, guide))
     x = draws[name].flatten(0, 1)  # (S, B, T)
     generator = torch.Generator().manual_seed(seed)

@@ -62,6 +62,9 @@ def two_sample(
     """
     require_count("num_permutations", num_permutations)
     sides = [_texts(each, what, name) for each, what in ((draws, "draws"), (exact, "exact"))]  # (B, S, T) each
+    draws.prompts.vocabulary.require_same(exact.prompts.vocabulary, "the draws and the exact ones")
+    if len(sides[0]) == len(sides[1]) and draws.prompts.identities() != exact.prompts.identities():
+        raise ValueError("the draws are of other prompts than the exact ones")
     if len(sides[0]) != len(sides[1]):
         raise ValueError(
             f"the draws are of {len(sides[0])} and {len(sides[1])} prompts; give the same prompts on both sides"
@@ -70,7 +73,7 @@ def two_sample(
     first = sides[0].shape[1]
     p_values, statistics = [], []
     for rows in zip(*sides, strict=True):
-        texts = [tuple(row) for side in rows for row in side.tolist()]
+        texts = [tuple(row) for side in rows for row in draws.prompts.vocabulary.completion_ids(side)]
         kernel = string_kernel(texts)
         picks = np.argsort(random.random((num_permutations, len(texts))), axis=1)[:, :first]
         seen = mmd2(kernel, np.arange(first)[None])[0]

@@ -14,9 +14,10 @@ from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
 from ppl_lm.infer.samplers.in_pieces import Progress
-from ppl_lm.infer.samplers.kernels import Kernel, Propose, suffix
+from ppl_lm.infer.samplers.kernels import Kernel, Propose, require_blind, suffix
 from ppl_lm.infer.samplers.markov_chains import step
 from ppl_lm.infer.samplers.resampling import systematic
+from ppl_lm.infer.samplers.sequential import require_own_law, require_text_alone
 from ppl_lm.infer.traces.structure import nesting_of
 from ppl_lm.lm import meter
 
@@ -46,7 +47,7 @@ def annealed_smc(
 
     :param path: u_1 to u_K, rising, of which the last is 1.
     :param num_samples: texts of a run; `num_runs`: independent runs, the chains of the draws.
-    :param moves: of each text at each stage.
+    :param moves: of each text at each stage, by `kernel`: `suffix` or `independence`, whose proposals are the prior's.
     :raises ValueError: on a path that does not rise from above 0 to 1, or a likelihood of 0, which no power softens.
     """
     require_count("num_samples", num_samples, 2)
@@ -55,12 +56,15 @@ def annealed_smc(
     powers = [0.0, *map(float, path)]
     if not all(a < b for a, b in zip(powers, powers[1:], strict=False)) or powers[-1] != 1.0:
         raise ValueError(f"path={list(path)}; give powers that rise from above 0 to 1, such as [0.25, 0.5, 1.0]")
+    require_blind(kernel)
     prompts = read_once(prompts, model)
     require_prompts(prompts)
     nesting = nesting_of(max_plate_nesting, model, None, prompts)
     propose = kernel(model, None, prompts, nesting)
     with meter.measure() as cost:
         state = draw(model, None, prompts, num_samples * num_runs, nesting)
+        require_text_alone(state)
+        require_own_law(state)
         if bool((state.log_likelihood == -math.inf).any()):
             raise ValueError(
                 "a text of the prior has likelihood 0, which no power softens: use rejection(), or splitting for rare events"

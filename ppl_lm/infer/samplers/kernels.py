@@ -83,4 +83,13 @@ def particle_gibbs(num_particles: int = 16, settings: SMCSettings = PLAIN) -> Ke
 
         return propose
 
+    kernel.asks_evidence = True  # pyright: ignore[reportFunctionMemberAccess]
     return kernel
+
+
+def require_blind(kernel: Kernel) -> None:
+    """:raises ValueError: of a kernel whose proposals know the evidence, where it is tempered or left out."""
+    if getattr(kernel, "asks_evidence", False):
+        raise ValueError(
+            "particle Gibbs moves by the model's evidence as it is, not tempered: give kernels.suffix or independence"
+        )

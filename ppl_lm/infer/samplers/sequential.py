@@ -11,7 +11,7 @@ from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError, as_draws, concatenate
 from ppl_lm.infer.log_weights import kong_ess
-from ppl_lm.infer.samplers.constraints.bound_checkers import require_bound
+from ppl_lm.infer.samplers.constraints.bound_checkers import prompts_of, require_evidence
 from ppl_lm.infer.samplers.importance_sampling import require_prompts
 from ppl_lm.infer.samplers.in_pieces import Progress, texts_a_piece
 from ppl_lm.infer.samplers.population import History, Population, grow, log_z_increment
@@ -56,16 +56,16 @@ def smc(
     :param settings: the twist, and when and how to resample.
     :param on_progress: called after each few runs with the share that is done, 0 to 1, and words.
     :raises NoSupportError: if every text of a prompt is impossible under the posterior in all runs.
-    :raises ValueError: if the model has another latent site than one text a prompt, or a weight is NaN; or if it is not bound
-        to the settings' checker.
+    :raises ValueError: if the model has another latent site than one text a prompt, or a weight is NaN; or if a text that
+        the settings' checker rules out is possible under it, or one that it allows begins as it says that none does.
     """
     require_counts(num_samples, num_runs)
     settings.require_fits(guide)
-    if settings.checker is not None:
-        require_bound(model, settings.checker)
     prompts = read_once(prompts, model, guide)
     with meter.measure() as cost:
         prior, proposal = laws(model, guide, prompts)
+        if settings.checker is not None:
+            require_evidence(model, prompts_of(prompts, prior), prior, settings.checker)
         nesting = nesting_of(max_plate_nesting, model, guide, prompts)
         batch, parts, done = len(prior.prompts), [], 0
         texts = texts_a_piece(prompts, model, guide)
@@ -148,6 +148,14 @@ def require_text_alone(draws: Draws) -> None:
             "this sampler weighs each prompt's texts for themselves; this program has a site outside the prompts' plate, so "
             "that "
             "only the joint weight of all prompts exists: use importance() or mcmc(kernel=independence)"
+        )
+
+
+def require_own_law(state: Draws) -> None:
+    """:raises ValueError: unless draws without a guide come from the model's prior as it weighs them."""
+    if not state.from_prior:
+        raise ValueError(
+            "a scale or mask makes another law of the model's prior than its text is drawn from: use importance() or smc()"
         )
 
 

@@ -13,11 +13,14 @@ from torch import Tensor
 from ppl_lm.infer.binding import Bound, read_once
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
+from ppl_lm.infer.samplers.constraints.bound_checkers import prompts_of
 from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
 from ppl_lm.infer.samplers.in_pieces import Progress
-from ppl_lm.infer.samplers.kernels import Kernel, Propose, suffix
+from ppl_lm.infer.samplers.kernels import Kernel, Propose, require_blind, suffix
 from ppl_lm.infer.samplers.markov_chains import step
+from ppl_lm.infer.samplers.sequential import require_own_law, require_text_alone
 from ppl_lm.infer.traces.structure import nesting_of
+from ppl_lm.infer.traces.text_site import text_law
 from ppl_lm.lm import meter
 
 
@@ -68,10 +71,11 @@ def splitting(
             raise ValueError(
                 "the model is bound to no level; give one in the reward's unit, level=0.9 (--set level=0.9)"
             )
+    require_blind(kernel)
     prompts = read_once(prompts, model)
     require_prompts(prompts)
+    prompts = prompts_of(prompts, text_law(model, prompts))
     nesting = nesting_of(max_plate_nesting, model, None, prompts)
-    propose = kernel(model, None, prompts[:1], nesting)
     parts = []
     with meter.measure() as cost:
         for b in range(len(prompts)):
@@ -79,6 +83,8 @@ def splitting(
             state = draw(model, None, prompts[b : b + 1], num_samples * num_runs, nesting)
             if record not in state.records:
                 raise ValueError(f"record={record!r}, but the model records {sorted(state.records) or 'nothing'}")
+            require_text_alone(state)
+            require_own_law(state)
             event = torch.where(state.records[record] >= level, 0.0, -math.inf)
             if state.records[record].shape != state.log_likelihood.shape or not torch.equal(
                 event, state.log_likelihood
@@ -89,7 +95,8 @@ def splitting(
             parts.append(_climbed(state, propose, level, record, num_runs, k, moves))
             if on_progress is not None:
                 on_progress((b + 1) / len(prompts), f"{b + 1} of {len(prompts)} prompts")
-    draws = replace(concatenate(parts, dim=2), prompts=prompts, cost=cost)
+    observed = {name: torch.cat([part.observed[name] for part in parts]) for name in parts[0].observed}
+    draws = replace(concatenate(parts, dim=2), prompts=prompts, observed=observed, cost=cost)
     lost = (draws.log_weight == -math.inf).all(1).all(0)
     if bool(lost.any()):
         raise NoSupportError(

@@ -12,9 +12,15 @@ from torch import Tensor
 from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import TOLERANCE, Draws, NoSupportError, as_draws
-from ppl_lm.infer.samplers.constraints.bound_checkers import checkers_of
+from ppl_lm.infer.samplers.constraints.bound_checkers import (
+    TEXTS,
+    checkers_of,
+    prompts_of,
+    require_dead,
+    require_evidence,
+)
 from ppl_lm.infer.samplers.constraints.dead_prefixes import DeadPrefixes
-from ppl_lm.infer.samplers.constraints.trials import Trials, run_trials
+from ppl_lm.infer.samplers.constraints.trials import run_trials
 from ppl_lm.infer.samplers.in_pieces import Progress, texts_a_piece
 from ppl_lm.infer.samplers.sequential import laws, require_text_alone
 from ppl_lm.infer.traces.observations import likelihood_bound, log_likelihood_of_text
@@ -24,11 +30,11 @@ from ppl_lm.infer.traces.text_site import TextIs
 from ppl_lm.likelihood.checker import Checker
 from ppl_lm.likelihood.reward import unasked
 from ppl_lm.lm import meter
+from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.token_sequence import TokenSequence
 
 FIRST = 16  # trials of each prompt at first: what they learn helps those that follow
-LEAST = 1e-15  # of 1 - p0(B): less is rounding
-CHECKED = 64  # texts that the checker left, written to their ends
+ROUNDING = 1e-6  # of float32 probabilities, in 1 - p0(B)
 
 
 @torch.no_grad()
@@ -57,8 +63,8 @@ def adaptive_rejection(
 
     :param checker: None: the one that the model is bound to. The model must rule out what it rules out.
     :param max_proposals: trials for each prompt.
-    :raises ValueError: if there is no checker or no bound of the likelihood, or if the checker ruled out a text that the model
-        allows, or the beginning of one that the checker itself allows.
+    :raises ValueError: if there is no checker or no bound of the likelihood, or if the checker is seen to rule out a text
+        that the model allows, or the beginning of one that it allows itself.
     :raises NoSupportError: if a prompt has too few draws after `max_proposals`, or no text is left.
     """
     require_count("num_samples", num_samples)
@@ -72,7 +78,9 @@ def adaptive_rejection(
             raise ValueError(
                 "adaptive_rejection needs a bound of the likelihood: declare the reward's r_max, or use smc()"
             )
-        search = _Search(model, law, checker, bound, nesting_of(max_plate_nesting, model, None, prompts))
+        given = prompts_of(prompts, law)
+        require_evidence(model, given, law, checker)
+        search = _Search(model, given, law, checker, bound, nesting_of(max_plate_nesting, model, None, prompts))
         done, size = 0, max(1, texts_a_piece(prompts, model) // len(law.prompts))
         while (least := int(search.accepted.min())) < num_samples:
             if done >= max_proposals:
@@ -106,38 +114,45 @@ def _only_checker(model: Any) -> Checker:
 class _Search:
     """The trials so far, and what they taught, for each of B prompts."""
 
-    def __init__(self, model: Any, law: TokenSequence, checker: Checker, bound: float, nesting: int):
-        self.model, self.law, self.checker, self.bound, self.nesting = model, law, checker, bound, nesting
+    def __init__(self, model: Any, given: Prompts, law: TokenSequence, checker: Checker, bound: float, nesting: int):
+        self.model, self.given, self.law = model, given, law
+        self.checker, self.bound, self.nesting = checker, bound, nesting
         batch = len(law.prompts)
         self.dead = [DeadPrefixes(law.lm.vocabulary.size) for _ in range(batch)]
         self.accepted = torch.zeros(batch, dtype=torch.int64)
         self.texts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(batch)]  # accepted: tokens, log p0 of each
         self.distinct: list[dict[tuple[int, ...], float]] = [{} for _ in range(batch)]  # and their log p(x, evidence)
-        self.terms: list[
-            tuple[Tensor, Tensor, Tensor]
-        ] = []  # of each trial log p0, log-likelihood, log(1 - p0(B)); (n, B)
+        self.terms: list[tuple[Tensor, ...]] = []  # of each trial log p0, log-likelihood, log q; (n, B)
         empty = torch.full((2, batch, *law.event_shape), law.lm.vocabulary.pad_id, device=law.prompts.ids.device)
         empty[..., 0] = law.lm.vocabulary.end_ids[0]
         with unasked():
-            require_text_alone(self._draws(empty, None))
+            dry = self._draws(empty, None)
+        require_text_alone(dry)
+        if float((dry.log_prior[0] - law.log_prob(empty)).abs().max()) > TOLERANCE:
+            raise ValueError(
+                "a scale or mask makes another law of the model's prior than its text is drawn from: use importance() or smc()"
+            )
+        self.seen = 0  # texts that the checker left, and that were looked at
 
     def go_on(self, n: int) -> None:
         """n more trials of each prompt, all without what was known to be dead before them.
 
         :raises NoSupportError: if nothing is left of a prompt."""
-        left = [max(1.0 - each.probability, LEAST) for each in self.dead]
         if (worst := next((b for b, each in enumerate(self.dead) if each.root.is_dead), None)) is not None:
             raise NoSupportError(f"prompt {worst}: the checker allows no text that the prior can draw")
-        batch, prompts = len(left), self.law.prompts
-        rows = torch.arange(batch, device=prompts.ids.device).repeat(n)
+        batch = len(self.dead)
+        rows = torch.arange(batch, device=self.law.prompts.ids.device).repeat(n)
         trials = run_trials(self.law, self.checker, self.dead * n, rows)
-        if not self.terms:
-            self._check(trials, rows)
+        died = (~trials.allowed).nonzero()[:, 0][: max(0, TEXTS - self.seen)]
+        if len(died):
+            self.seen += len(died)
+            length = trials.length[died]
+            require_dead(self.model, self.given, self.law, self.checker, trials.x[died], length, rows[died])
         allowed = trials.allowed.nonzero()[:, 0]
         log_prior = trials.token_log_p.sum(-1)
         log_l = torch.full_like(log_prior, -math.inf)
         if len(allowed):
-            log_l[allowed] = log_likelihood_of_text(self.model, prompts.take(rows[allowed]), trials.x[allowed])
+            log_l[allowed] = log_likelihood_of_text(self.model, self.given.take(rows[allowed]), trials.x[allowed])
         if float(log_l.max()) > self.bound + TOLERANCE:
             raise ValueError(
                 f"the likelihood's bound is {self.bound:.2f} nats, but a text reached {float(log_l.max()):.2f}: raise r_max"
@@ -148,42 +163,10 @@ class _Search:
             self.texts[b].append((trials.x[i], trials.token_log_p[i]))
             self.distinct[b][tuple(trials.x[i].tolist())] = float(log_prior[i] + log_l[i])
         self.accepted += kept.reshape(n, batch).cpu().sum(0)
-        share = torch.tensor(left, dtype=torch.float64, device=rows.device).log().expand(n, batch)
-        self.terms.append((log_prior.reshape(n, batch), log_l.reshape(n, batch), share))
+        self.terms.append(tuple(v.reshape(n, batch) for v in (log_prior, log_l, trials.log_q)))
         for i, b in enumerate(rows.tolist()):
             for tokens, log_p in trials.dead[i]:
                 self.dead[b].add(tokens, log_p)
-
-    def _check(self, trials: Trials, rows: Int[Tensor, "N"]) -> None:
-        """The first texts that the checker left are written to their ends: none may be the posterior's.
-
-        :raises ValueError: if one is."""
-        died = (~trials.allowed).nonzero()[:, 0]
-        if not len(died):
-            return
-        died = died[torch.arange(max(CHECKED, len(died)), device=died.device) % len(died)]
-        prompts, x, length = self.law.prompts.take(rows[died]), trials.x[died], trials.length[died]
-        with meter.unmeasured():
-            last = x.gather(-1, length.unsqueeze(-1) - 1)[:, 0]
-            open_ = ~self.law.lm.vocabulary.is_end(last) & (length < x.shape[-1])
-            if bool(open_.any()):
-                law = TokenSequence(self.law.lm, prompts.take(open_.nonzero()[:, 0]))
-                x[open_] = law.resume(x[open_], length[open_])
-            whole = self.law.lm.vocabulary.lengths(x)
-            contradicted = self.checker.allows(prompts, x, whole)
-            possible = log_likelihood_of_text(self.model, prompts, x) > -math.inf
-        for wrong, what in (
-            (contradicted, "ruled out the beginning of a text that it allows as a whole"),
-            (possible, "ruled out a text that the model finds possible"),
-        ):
-            if bool(wrong.any()):
-                i = int(wrong.nonzero()[0])
-                (text,) = prompts.take(torch.tensor([i], device=x.device)).decode(x[i : i + 1])
-                begun = "" if not bool(open_[i]) else f", of which {int(length[i])} tokens were written"
-                raise ValueError(
-                    f"checker {self.checker.name!r} {what}: {text[:80]!r}{begun}. Of a text begun it may say False only where "
-                    "nothing that begins so is allowed, and the model must be bound to it as a constraint"
-                )
 
     def draws(self, num_samples: int) -> Draws:
         """The first accepted texts of each prompt."""
@@ -191,19 +174,19 @@ class _Search:
         x, token_log_p = (torch.stack([parts[k] for parts in each], 1) for k in (0, 1))  # (S, B, T)
         draws = self._draws(*((v.repeat(2, 1, 1) if num_samples == 1 else v) for v in (x, token_log_p)))
         draws = draws.map(lambda v: v[:, :num_samples])
-        left = torch.tensor([max(1.0 - each.probability, LEAST) for each in self.dead], dtype=torch.float64)
+        left = torch.tensor([1.0 - each.probability + ROUNDING for each in self.dead], dtype=torch.float64)
         lower = torch.stack([torch.tensor([*known.values()]).double().logsumexp(0) for known in self.distinct])
         log_z = {"log_z_lower": lower, "log_z_upper": left.log() + self.bound}
         return replace(draws, kind="exact", stats={k: v.to(x.device).expand(1, 1, -1) for k, v in log_z.items()})
 
     def proposals(self, draws: Draws) -> Draws:
         """All trials, as weighted draws of the laws that they were drawn from."""
-        log_prior, log_l, share = (torch.cat(parts).unsqueeze(0) for parts in zip(*self.terms, strict=True))
+        log_prior, log_l, log_q = (torch.cat(parts).unsqueeze(0) for parts in zip(*self.terms, strict=True))
         plain = replace(draws, kind="weighted", latents={}, texts=(), records={}, log_likelihoods={}, stats={})
-        return replace(plain, log_prior=log_prior, log_likelihood=log_l, log_guide=log_prior - share)
+        return replace(plain, log_prior=log_prior, log_likelihood=log_l, log_guide=log_q)
 
     def _draws(self, x: Int[Tensor, "S B T"], token_log_p: Float64[Tensor, "S B T"] | None) -> Draws:
         plates = (len(x), *[1] * (self.nesting - 1), *x.shape[1:])
         known = None if token_log_p is None else token_log_p.reshape(plates)
         with TextIs(x.reshape(plates), known):
-            return as_draws(run(self.model, None, (self.law.prompts,), {}, len(x), self.nesting))
+            return as_draws(run(self.model, None, (self.given,), {}, len(x), self.nesting))

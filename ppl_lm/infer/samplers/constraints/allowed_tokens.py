@@ -27,6 +27,7 @@ def draw_allowed(
     the token is any.
     """
     left = torch.log_softmax(log_q.double(), -1)  # of what has not been drawn
+    left = torch.where(left.exp() > 0, left, -torch.inf)
     chosen = left.argmax(-1)
     weight = torch.zeros(len(left), dtype=torch.float64, device=left.device)
     found = torch.zeros_like(chosen, dtype=torch.bool)

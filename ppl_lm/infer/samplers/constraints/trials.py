@@ -23,12 +23,14 @@ class Trials:
 
     :param length: tokens of each, the last one included.
     :param token_log_p: log p0 of each token, nats, float64; 0 after the last.
+    :param log_q: how probable the trial found its tokens, nats.
     :param allowed: whether the checker lets it be, as a whole text.
     :param dead: for each text that is not, beginnings that lead nowhere: tokens, and the log-probability of each."""
 
     x: Int[Tensor, "N T"]
     length: Int[Tensor, "N"]
     token_log_p: Float64[Tensor, "N T"]
+    log_q: Float64[Tensor, "N"]
     allowed: Bool[Tensor, "N"]
     dead: list[list[tuple[list[int], list[float]]]]
 
@@ -41,6 +43,7 @@ def run_trials(law: TokenSequence, checker: Checker, known: Sequence[DeadPrefixe
     vocabulary, steps, device = law.lm.vocabulary, law.event_shape[0], rows.device
     x = torch.full((len(rows), steps), vocabulary.pad_id, device=device)
     token_log_p = torch.zeros(len(rows), steps, dtype=torch.float64, device=device)
+    log_q = torch.zeros(len(rows), dtype=torch.float64, device=device)
     length, allowed = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
     dead: list[list[tuple[list[int], list[float]]]] = [[] for _ in range(len(rows))]
     at: list[Node | None] = [each.root for each in known]  # where each text is among the known ones
@@ -50,15 +53,22 @@ def run_trials(law: TokenSequence, checker: Checker, known: Sequence[DeadPrefixe
         for t in range(steps):
             log_p = decoder.log_probs().double().log_softmax(-1)
             here = [at[i] for i in live.tolist()]
-            token = choose(_without(log_p, here), live, 1)[:, 0]
+            left = _without(log_p, here)
+            lost = ~(left.exp().sum(-1) > 0)  # whatever goes on from here is dead: so is what was written
+            for j in lost.nonzero()[:, 0].tolist():
+                i = int(live[j])
+                dead[i] = [(x[i, :t].tolist(), token_log_p[i, :t].tolist())]
+            token = choose(torch.where(lost.unsqueeze(-1), log_p, left), live, 1)[:, 0]
+            drawn = left.log_softmax(-1).gather(-1, token.unsqueeze(-1))[:, 0]
+            log_q[live] += torch.where(lost, 0.0, drawn)
             x[live, t], length[live] = token, t + 1
             token_log_p[live, t] = log_p.gather(-1, token.unsqueeze(-1))[:, 0]
             for i, v, node in zip(live.tolist(), token.tolist(), here, strict=True):
                 at[i] = None if node is None else node.children.get(v)
-            fine = checker.allows(law.prompts.take(rows[live]), x[live], length[live])
+            fine = checker.allows(law.prompts.take(rows[live]), x[live], length[live]) & ~lost
             whole = vocabulary.is_end(token) | (t == steps - 1)
             allowed[live] = fine & whole
-            died = (~fine).nonzero()[:, 0]
+            died = (~fine & ~lost).nonzero()[:, 0]
             prompts = law.prompts.take(rows[live[died]])
             for j, tokens in zip(
                 died.tolist(), _dead_siblings(checker, prompts, x[live[died]], t, log_p[died]), strict=True
@@ -73,7 +83,7 @@ def run_trials(law: TokenSequence, checker: Checker, known: Sequence[DeadPrefixe
                 decoder.reorder(on)
                 live, token = live[on], token[on]
             decoder.advance(token)
-    return Trials(x, length, token_log_p, allowed, dead)
+    return Trials(x, length, token_log_p, log_q, allowed, dead)
 
 
 def _dead_siblings(
