@@ -29,7 +29,7 @@ def power(prompts: Prompts, prior: LanguageModel, alpha: float = 4.0) -> Int[Ten
             "likely",
             Optimality(torch.where(log_p > -torch.inf, (alpha - 1) * log_p, 0.0)),  # the prior itself has the -inf
             obs=torch.ones(log_p.shape, device=log_p.device),
-            infer={"log_bound": 0.0 if alpha >= 1 else None},
+            infer={"log_bound": 0.0 if alpha >= 1 else None, "prior_power": alpha},
         )
     return x
 

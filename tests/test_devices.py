@@ -59,7 +59,6 @@ from ppl_lm.infer.objectives.divergences import forward_kl
 from ppl_lm.infer.off_policy import Proposal, Replay, Reuse
 from ppl_lm.infer.prediction import predictive
 from ppl_lm.infer.samplers import resampling
-from ppl_lm.infer.samplers.annealing import annealed_smc
 from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
 from ppl_lm.infer.samplers.conditional import conditional_smc
 from ppl_lm.infer.samplers.constraints.adaptive_rejection_sampling import adaptive_rejection
@@ -68,10 +67,11 @@ from ppl_lm.infer.samplers.kernels import independence, particle_gibbs, suffix
 from ppl_lm.infer.samplers.markov_chains import mcmc
 from ppl_lm.infer.samplers.pyro_mcmc import SequenceKernel
 from ppl_lm.infer.samplers.quasi_rejection_sampling import quality, quasi_rejection
+from ppl_lm.infer.samplers.rare_events.annealing import annealed_smc
+from ppl_lm.infer.samplers.rare_events.splitting_levels import splitting
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
 from ppl_lm.infer.samplers.settings import SMCSettings
-from ppl_lm.infer.samplers.splitting_levels import splitting
 from ppl_lm.infer.twists import losses
 from ppl_lm.infer.twists.fitting import fit_twist
 from ppl_lm.infer.twists.functions import exact_twist, prefix_likelihood, tempered

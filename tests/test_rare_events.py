@@ -24,16 +24,16 @@ import torch
 from ppl_lm.criticism.path_estimates import mbar, path_constants
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError
-from ppl_lm.infer.samplers.annealing import annealed_smc
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.kernels import independence, particle_gibbs
-from ppl_lm.infer.samplers.splitting_levels import splitting
+from ppl_lm.infer.samplers.rare_events.annealing import annealed_smc
+from ppl_lm.infer.samplers.rare_events.splitting_levels import splitting
 from ppl_lm.likelihood.reward import Reward
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import at_least, constrained, tilted
 
 V, T, END, BETA = 4, 3, 3, 0.7
-PATH = sys.modules["ppl_lm.infer.samplers.annealing"]
+PATH = sys.modules["ppl_lm.infer.samplers.rare_events.annealing"]
 LM = table_lm(V, T, max_prompt=2, concentration=1.0, seed=1)
 ROWS = oracle.outcomes(V, T, END)
 X = oracle.as_tensor(ROWS, T, END)
@@ -116,7 +116,7 @@ def test_what_makes_no_path_is_refused():
 
 # Splitting
 
-SPLITTING = sys.modules["ppl_lm.infer.samplers.splitting_levels"]
+SPLITTING = sys.modules["ppl_lm.infer.samplers.rare_events.splitting_levels"]
 
 
 def event(level):

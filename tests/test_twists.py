@@ -5,9 +5,12 @@
 | `ctl` | its gradient is that of Σ_t KL(σ(x_≤t) ‖ π_t), written out over prefixes | 1e-10 |
 | `sixo`, `soft_rl`, `fudge`, `log_variance` | value and gradient against sums written out over prefixes | 1e-10 |
 | all | gradient 0 at their optimum, and not elsewhere | 1e-10 |
+| `bellman_residuals` | as written out over prefixes; Σ δ = log weight of the twisted guide; both KLs by it | 1e-10 |
+| the same | CV² of the weights ≤ sinh²(½ Σ_t range of δ_t), of 200 twists; ended texts count 0 in it | exact |
 | `fit_twist` | KL(q ‖ p) of the twisted guide and the spread of SMC's log Ẑ fall | a tenth; a half |
 
-Mutants that are rejected: weights of the twist with their gradient; ended texts left out; values one step early.
+Mutants that are rejected: weights of the twist with their gradient; ended texts left out; values one step early; a
+bound of the spread without the half.
 """
 
 from dataclasses import replace
@@ -17,6 +20,7 @@ import pytest
 import tiny
 import torch
 
+from ppl_lm.criticism.diagnoses.diagnosis import diagnose
 from ppl_lm.guides import twisted
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError
@@ -26,6 +30,7 @@ from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.twists import fitting as twists
+from ppl_lm.infer.twists.bellman import bellman_residuals
 from ppl_lm.infer.twists.fitting import fit_twist, rollouts
 from ppl_lm.infer.twists.losses import ctl, fudge, log_variance, sixo, soft_rl
 from ppl_lm.infer.twists.networks import twist_like
@@ -165,6 +170,93 @@ def test_the_optimum_is_stationary_and_the_posterior(loss):
     assert float(gradient(loss, twist)[1].abs().max()) < 1e-10
     assert float(gradient(loss, random_twist())[1].abs().max()) > 1e-2
     assert float(closeness(twist).max()) < 1e-10
+
+
+def residuals_written_out(table, b):
+    """(N, T + 1), a row for each text."""
+    made = torch.zeros(len(ROWS), T + 1, dtype=torch.float64)
+    for i, row in enumerate(ROWS):
+        for t in range(len(row)):
+            made[i, t] = value_of(table, b, row[:t]) - (log_psi(table, b, row[:t]) if t else 0.0)
+        made[i, len(row)] = LOG_PHI[i] - log_psi(table, b, row)
+    return made
+
+
+def test_bellman_residuals_are_what_a_twisted_guide_weighs_its_texts_by():
+    twist = random_twist()
+    delta = bellman_residuals(MODEL, twist, all_texts())
+    assert delta.shape == (1, len(X), len(TEXTS), T + 1)
+    expected = torch.stack([residuals_written_out(twist.model.table.detach(), b) for b in range(len(TEXTS))], 1)
+    torch.testing.assert_close(delta[0], expected, atol=1e-10, rtol=0)
+    truth = enumerate_posterior(MODEL, bind(twisted, LM, twist), TEXTS)
+    order = (truth.latents["x"][:, 0].unsqueeze(1) == X).all(-1).long().argmax(-1)  # of enumerated texts among X
+    total = delta[0].sum(-1)[order]
+    torch.testing.assert_close(total, truth.log_joint - truth.log_q, atol=1e-10, rtol=0)
+    log_z = truth.log_joint.logsumexp(0)
+    below, above = ((law.exp() * total).sum(0) for law in (truth.log_q, truth.log_posterior))
+    torch.testing.assert_close(log_z - below, truth.kl_q_p, atol=1e-10, rtol=0)
+    torch.testing.assert_close(above - log_z, truth.kl_p_q, atol=1e-10, rtol=0)
+
+
+def test_the_exact_twist_has_no_residual_but_log_z():
+    delta = bellman_residuals(MODEL, optimum(ctl), all_texts())[0]
+    log_z = torch.stack([(log_p + LOG_PHI).logsumexp(0) for log_p in LOG_P])
+    torch.testing.assert_close(delta[..., 0], log_z.expand(len(X), -1), atol=1e-10, rtol=0)
+    assert float(delta[..., 1:].abs().max()) < 1e-10
+
+
+def test_residuals_bound_the_spread_of_the_weights():
+    broken = 0
+    for seed in range(200):
+        twist = random_twist(seed)
+        with torch.no_grad():  # from near the optimum to far from it
+            twist.model.table.mul_(seed / 100).add_(optimum(ctl).model.table)
+        delta = bellman_residuals(MODEL, twist, all_texts())[0]
+        log_q = torch.stack(LOG_P, 1) + LOG_PHI.unsqueeze(-1) - delta.sum(-1)
+        w = delta.sum(-1).exp()
+        z = (log_q.exp() * w).sum(0)
+        spread = (log_q.exp() * w.square()).sum(0) / z.square() - 1
+        later = delta[..., 1:]
+        osc = (later.amax(0) - later.amin(0)).sum(-1)
+        assert bool((spread <= (osc / 2).sinh().square() + 1e-12).all())
+        broken += int((spread > (osc / 4).sinh().square() + 1e-12).any())  # without the half
+    assert broken > 0
+
+
+def test_ended_texts_count_in_the_range_of_residuals():
+    """With ψ = 1 and an evidence of 1 for texts of one token and e for those of two: all open texts have one residual at each
+    token, and yet the weights are not even."""
+    lm = table_lm(V, 2, max_prompt=1)
+    with torch.no_grad():
+        lm.model.table.zero_()
+    model = bind(tilted, lm, reward=lambda completions: [float(len(text) > 0) for text in completions], beta=1.0)
+    draws = importance(model, None, [""], num_samples=200)
+    delta = bellman_residuals(model, table_like(lm), draws)[0, :, 0]
+    two = lm.vocabulary.lengths(draws["x"][0, :, 0]) == 2
+    assert float(delta[two, 2].std()) < 1e-12 and float(delta[two, 1].abs().max()) < 1e-12
+    assert float(draws.log_weight.exp().std()) > 0.1
+    assert float((delta[:, 1:].amax(0) - delta[:, 1:].amin(0)).sum()) == pytest.approx(float(draws.log_weight.max()))
+
+
+def test_a_diagnosis_reports_the_residuals_of_a_twist():
+    twist = random_twist()
+    found = diagnose(MODEL, bind(twisted, LM, twist), TEXTS, num_samples=400)
+    table = twist.model.table.detach()
+    for b, one in enumerate(found.prompts):
+        delta = residuals_written_out(table, b)
+        x = found.guide["x"][0, :, b]
+        which = (x.unsqueeze(1) == X).all(-1).long().argmax(-1)
+        alive = LM.vocabulary.alive(x)
+        here = delta[which, 1:]
+        assert one.bellman_rms == pytest.approx(float(here[alive].square().mean().sqrt()), abs=1e-10)
+        assert one.bellman_oscillation == pytest.approx(float((here.amax(0) - here.amin(0)).sum()), abs=1e-10)
+    mean = sum(one.bellman_rms for one in found.prompts) / len(TEXTS)
+    assert found.as_json()["bellman_rms"] == pytest.approx(mean)
+    assert type(found.average).from_json(found.as_json()).bellman_rms == found.average.bellman_rms
+    other = diagnose(MODEL, bind(lambda prompts, lm: twisted(prompts, lm, lm), LM), TEXTS, num_samples=100)
+    assert other.average.bellman_rms is None and "bellman_rms" not in other.as_json()
+    with pytest.raises(ValueError, match="give a network"):
+        bellman_residuals(MODEL, lambda *_: torch.zeros(1), all_texts())
 
 
 @pytest.mark.parametrize("mutant", ["weights with their gradient", "ended texts left out", "values one step early"])

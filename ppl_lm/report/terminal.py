@@ -65,6 +65,8 @@ def figures(average: GuideFigures, title: str) -> Table:
         prior, guide = _pm(means.prior, means.prior_se), _pm(means.guide, means.guide_se)
         posterior = _pm(means.posterior, means.posterior_se)
         table.add_row(clean(f"E({name})"), f"prior {prior}, guide {guide}, posterior {posterior}")
+    if f.bellman_rms is not None:
+        table.add_row("the twist's error", f"Bellman residual {f.bellman_rms:.2g} nats a token (root mean square)")
     table.add_row("posterior mass missed", f"{f.missing:.1%} ± {f.missing_se:.1%}")
     posterior = _pm(f.entropy_posterior, f.entropy_posterior_se)
     table.add_row("entropy", f"guide {_pm(f.entropy, f.entropy_se)}, posterior {posterior} nats")

@@ -8,7 +8,6 @@ import torch
 
 from ppl_lm.criticism.chains import r_hat
 from ppl_lm.infer.draws import Draws
-from ppl_lm.infer.samplers.annealing import annealed_smc
 from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
 from ppl_lm.infer.samplers.constraints.adaptive_rejection_sampling import adaptive_rejection
 from ppl_lm.infer.samplers.constraints.bound_checkers import checkers_of
@@ -17,13 +16,15 @@ from ppl_lm.infer.samplers.in_pieces import Progress
 from ppl_lm.infer.samplers.kernels import Kernel, independence, particle_gibbs, suffix
 from ppl_lm.infer.samplers.markov_chains import mcmc
 from ppl_lm.infer.samplers.quasi_rejection_sampling import quality, quasi_rejection
+from ppl_lm.infer.samplers.rare_events.annealing import annealed_smc
+from ppl_lm.infer.samplers.rare_events.splitting_levels import splitting
 from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
 from ppl_lm.infer.samplers.settings import SMCSettings
-from ppl_lm.infer.samplers.splitting_levels import splitting
-from ppl_lm.infer.traces.observations import rules_out_texts
+from ppl_lm.infer.samplers.twist import PriorPower, Twist
+from ppl_lm.infer.traces.observations import power_of_prior, rules_out_texts
 from ppl_lm.infer.traces.text_site import text_law
-from ppl_lm.infer.twists.functions import prefix_likelihood, tempered
+from ppl_lm.infer.twists.functions import prefix_likelihood, prior_power, tempered
 from ppl_lm.lm import meter
 from ppl_lm.lm.prompts import Prompts
 
@@ -104,16 +105,21 @@ def _smc(
 ) -> tuple[Draws, str]:
     """texts that grow together: sequential Monte Carlo"""
     runs = max(RUNS, math.ceil(num_samples / PARTICLES))
-    twist = None
+    twist: Twist | None = None
     hard = rules_out_texts(model, prompts[:1])
     checkers = checkers_of(model) if hard else []
-    if guide is None and not hard and not evidence_asks_a_network(model, prompts):
+    alpha = power_of_prior(model, prompts[:1])
+    if guide is None and alpha is not None:
+        twist = prior_power(alpha)
+    elif guide is None and not hard and not evidence_asks_a_network(model, prompts):
         twist = tempered(prefix_likelihood(model), text_law(model, prompts).event_shape[0])
     settings = SMCSettings(twist=twist, threshold=THRESHOLD, checker=checkers[0] if len(checkers) == 1 else None)
     draws = smc(model, guide, prompts, num_samples=PARTICLES, num_runs=runs, settings=settings, on_progress=on_progress)
     how = f"{runs} runs of {PARTICLES} texts"
     if settings.checker is not None:
         how += " that grew together by tokens that the checker allows"
+    elif isinstance(twist, PriorPower):
+        how += f" that grew together, each token proposed by its law to the power {twist.alpha:g}"
     elif twist is not None:
         how += " that grew together, resampled by the evidence of what is written, tempered"
     else:  # of half a text a yes or no says nothing, and a fitted guide knows more of what is to come than its reward

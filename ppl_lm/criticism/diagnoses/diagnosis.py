@@ -17,7 +17,7 @@ from ppl_lm.criticism.diagnoses.pooling import ALONE, POOLED, pooled_verdict
 from ppl_lm.criticism.diagnoses.verdicts import Verdict, judge, of_prompts
 from ppl_lm.criticism.evidence import Evidence, log_evidence
 from ppl_lm.criticism.weights import ess_se, khat_se, max_weight, psis_khat
-from ppl_lm.infer.binding import read_once
+from ppl_lm.infer.binding import Bound, read_once
 from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
 from ppl_lm.infer.log_weights import kong_ess, mean
 from ppl_lm.infer.samplers.importance_sampling import importance
@@ -25,9 +25,12 @@ from ppl_lm.infer.samplers.in_pieces import pieces, texts_a_piece
 from ppl_lm.infer.samplers.rejection_sampling import accept, select
 from ppl_lm.infer.tables import as_html
 from ppl_lm.infer.traces.observations import likelihood_bound
+from ppl_lm.infer.twists.bellman import bellman_residuals
+from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.prompt_names import readable
 
 SHOWN = ["verdict", "log_z", "log_z_se", "kl_q_p", "kl_q_p_se", "kl_p_q", "kl_p_q_se", "ess", "khat"]  # in a notebook
+RESIDUALS = 512  # draws of each prompt in which a twist's residuals are looked at
 MIN_EXACT = 20  # exact draws for a prompt, below which the reverse IWAE is the approximate one
 
 
@@ -128,12 +131,14 @@ def diagnose(
     if keep is not None:
         accepted = keep.reshape(from_prior.log_weight.shape).double()
         from_prior = replace(from_prior, stats=from_prior.stats | {"accepted": accepted})
+    residuals = _residuals(model, guide, from_guide)
     together = num_samples < ALONE and columns >= POOLED
     figures, verdicts = [], []
     for b in range(columns):
         p, q = from_prior.of_prompt(b), from_guide.of_prompt(b)
         exact = exact_among(p)
         figures_of_prompt, verdict = _figures(_scored(p), q, exact, log_evidence(q, exact), bound, 1 / columns)
+        figures_of_prompt |= residuals[b]
         code = "pooled" if together else verdict.code
         figures.append({"prompt": q.prompts.texts[0], **figures_of_prompt, "verdict": code})
         verdicts.append(verdict)
@@ -225,6 +230,26 @@ def _figures(
     cost = prior.cost + guide.cost  # of drawing for all prompts together
     figures["lm_tokens"], figures["reward_calls"] = round(cost.lm_tokens * share), round(cost.reward_calls * share)
     return figures, judge(**figures)
+
+
+def _residuals(model: Any, guide: Any, draws: Draws) -> list[dict[str, Any]]:
+    """Of each prompt, in some of the guide's draws, how far a network `twist` that the guide was bound with is from solving
+    Bellman's equation; nothing of other guides."""
+    twist = guide.networks["twist"] if isinstance(guide, Bound) and "twist" in guide.networks else None
+    batch = draws.log_guide.shape[-1]
+    if not isinstance(twist, LanguageModel) or len(draws.latents) != 1 or not draws.is_local:
+        return [{} for _ in range(batch)]
+    some = draws.map(lambda v: v[:, :RESIDUALS])
+    delta = bellman_residuals(model, twist, some).flatten(0, 1)[..., 1:]  # the first is a constant of the prompt
+    (x,) = some.latents.values()
+    alive = some.prompts.vocabulary.alive(x.flatten(0, 1))  # (S, B, T)
+    return [
+        {
+            "bellman_rms": float(delta[:, b][alive[:, b]].square().mean().sqrt()),
+            "bellman_oscillation": float((delta[:, b].amax(0) - delta[:, b].amin(0)).sum()),
+        }
+        for b in range(batch)
+    ]
 
 
 def _means(of_laws: list[Tensor], pool: Pool) -> dict[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
-OPTIONAL = ("elbo_gain", "khat", "log_likelihood", "reward")  # figures of a guide that there need not be
+OPTIONAL = ("bellman", "elbo_gain", "khat", "log_likelihood", "reward")  # figures of a guide that there need not be
 
 
 G = TypeVar("G", bound="GuideFigures")
@@ -32,6 +32,8 @@ class GuideFigures:
 
     :param reward: in the reward's own unit; likewise `reward_prior` and `reward_posterior`; None of models without one.
     :param recorded: of whatever else the model records, each in its own unit, by name: the parts of a sum of rewards.
+    :param bellman_rms: of a guide that a twist steers, the root of the mean square of its Bellman residuals after each token of
+        the guide's own texts; `bellman_oscillation`, the sum over tokens of their range in these texts. None of other guides.
     :param ess: draws; `missing`, `possible` and `max_weight`: shares."""
 
     elbo: float
@@ -77,6 +79,8 @@ class GuideFigures:
     reward_posterior: float | None = None
     reward_posterior_se: float | None = None
     recorded: dict[str, RecordedMeans] = field(default_factory=dict)
+    bellman_rms: float | None = None
+    bellman_oscillation: float | None = None
     ess: float
     ess_se: float
     khat: float | None
@@ -96,8 +100,8 @@ class GuideFigures:
         return cls(**known)
 
     def as_json(self) -> dict[str, Any]:
-        """Without the figures of a reward where there is none."""
-        return {k: v for k, v in asdict(self).items() if v is not None or not k.startswith("reward")}
+        """Without the figures of a reward or a twist where there is none."""
+        return {k: v for k, v in asdict(self).items() if v is not None or not k.startswith(("reward", "bellman"))}
 
 
 @dataclass(frozen=True, kw_only=True)

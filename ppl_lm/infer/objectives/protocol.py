@@ -66,8 +66,7 @@ def as_objective(value: Objective | ObjectiveFunction) -> Objective:
     :raises ValueError: if it is no function of `Terms`, or has some of the flags but not all."""
     if isinstance(value, type) or not callable(value):
         raise ValueError(
-            f"objective={value!r}; give a function of Terms, such as ppl_lm.objectives.forward_kl or "
-            "ppl_lm.objectives.SubTB()"
+            f"objective={value!r}; give a function of Terms, such as ppl_lm.objectives.forward_kl or ppl_lm.objectives.SubTB()"
         )
     if isinstance(value, Objective):
         return value

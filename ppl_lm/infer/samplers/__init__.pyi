@@ -1,6 +1,6 @@
 from . import kernels as kernels, resampling as resampling
 from .constraints.adaptive_rejection_sampling import adaptive_rejection as adaptive_rejection
-from .annealing import annealed_smc as annealed_smc
+from .rare_events.annealing import annealed_smc as annealed_smc
 from .best_of_n_sampling import best_of_n as best_of_n
 from .conditional import conditional_smc as conditional_smc
 from .importance_sampling import importance as importance
@@ -10,5 +10,5 @@ from .quasi_rejection_sampling import Quality as Quality, quality as quality, qu
 from .rejection_sampling import rejection as rejection
 from .sequential import smc as smc
 from .settings import SMCSettings as SMCSettings
-from .splitting_levels import splitting as splitting
+from .rare_events.splitting_levels import splitting as splitting
 from .twist import Twist as Twist

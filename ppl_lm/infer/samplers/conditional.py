@@ -63,6 +63,8 @@ def grow_around(
             "a checker's weights are random, and around a planted text they would have another law; leave checker= out, or use "
             "smc() or adaptive_rejection()"
         )
+    if settings.moves:
+        raise ValueError("a planted text has to stay, and moves would change it; leave moves= out, or use smc()")
     (name,) = only_text(planted)
     prompts = planted.prompts
     x = planted.latents[name].flatten(0, 1)  # (S, B, T)

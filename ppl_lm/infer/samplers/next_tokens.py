@@ -7,10 +7,11 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from ppl_lm.infer.samplers.constraints.allowed_tokens import Allowed, draw_allowed
-from ppl_lm.infer.samplers.twist import Twist
-from ppl_lm.likelihood.checker import Checker
+from ppl_lm.infer.samplers.settings import SMCSettings
+from ppl_lm.infer.samplers.twist import Function, PriorPower
 from ppl_lm.lm.decoder import Decoder, invert
 from ppl_lm.lm.language_model import LanguageModel
+from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.scoring.teacher_forcing import normalise
 from ppl_lm.lm.token_sequence import TokenSequence
 from ppl_lm.lm.vocabulary import Vocabulary
@@ -43,14 +44,12 @@ class Laws:
         self,
         prior: TokenSequence,
         proposal: TokenSequence | None,
-        twist: Twist | None,
-        candidates: int | None,
+        settings: SMCSettings,
         rows: Int[Tensor, "n"],
-        checker: Checker | None = None,
     ):
         self.vocabulary: Vocabulary = prior.lm.vocabulary
-        self.prompts, self.rows, self.twist, self.candidates = prior.prompts, rows, twist, candidates
-        self.checker = checker
+        self.prompts, self.rows, self.settings = prior.prompts, rows, settings
+        twist = settings.twist
         self.prior = Decoder.of(prior.lm, prior.prompts, rows)
         self.proposal = None
         if proposal is not None:
@@ -91,13 +90,14 @@ class Laws:
         :param log_target: log γ_t-1 of the texts so far; `log_p0` their log p0.
         :param population: that each belongs to.
         :param forced: what the next tokens have to be, where it is not -1."""
+        twist, due = self.settings.twist, self.settings.after(t + 1)
         log_p = self.prior.log_probs()  # (n, V)
         log_psi = None if self.network is None else self.network.logits()
-        log_q = self._proposal(log_p, log_psi, x, t)
+        log_q = self._proposal(log_p, log_psi, x, t, due)
         log_allowed = torch.zeros(
             (), dtype=torch.float64, device=log_q.device
         )  # of which estimate the tokens come with
-        if self.checker is None:
+        if self.settings.checker is None:
             tokens = choose(log_q, population, many)  # (n, M)
         else:
             one = draw_allowed(log_q, self._allowed(x, t), lambda law, rows: choose(law, population[rows], 1)[:, 0])
@@ -105,47 +105,62 @@ class Laws:
         if forced is not None:
             tokens = torch.where(forced >= 0, forced, tokens)
         lp, lq = log_p.gather(-1, tokens).double(), log_q.gather(-1, tokens).double()
-        before = log_target.unsqueeze(-1)
+        before, prefix = log_target.unsqueeze(-1), log_p0.unsqueeze(-1)
         if bool(((lq == -torch.inf) & (lp > -torch.inf)).any()):
             raise ValueError(IMPOSSIBLE)
-        if self.twist is None:  # the guide's own law, or the prior's, is the intermediate target
+        if twist is None:  # the guide's own law, or the prior's, is the intermediate target
             return Tokens(tokens, lp, before + lq, torch.zeros_like(lq) + log_allowed)
-        psi = self._log_psi(x, t, tokens) if log_psi is None else log_psi.gather(-1, tokens).double()
-        after = log_p0.unsqueeze(-1) + lp + psi
+        if log_psi is not None:
+            psi = log_psi.gather(-1, tokens).double()
+        elif isinstance(twist, PriorPower):
+            psi = (twist.alpha - 1) * (prefix + lp)
+        else:
+            psi = torch.where(before == -torch.inf, -torch.inf, before - prefix).expand_as(lp)  # as it was
+            asked = torch.ones_like(tokens, dtype=torch.bool)
+            if not due and t + 1 < x.shape[-1]:
+                asked = self.vocabulary.is_end(tokens)
+            psi = psi.masked_scatter(asked, self._log_psi(x, t, tokens, asked))
+        after = prefix + lp + psi
         after = torch.where((lp == -torch.inf) | (psi == -torch.inf), -torch.inf, after)
         increment = torch.where((before == -torch.inf) | (after == -torch.inf), -torch.inf, after - before - lq)
         return Tokens(tokens, lp, after, increment + log_allowed)
 
     def _proposal(
-        self, log_p: Float[Tensor, "n V"], log_psi: Float[Tensor, "n V"] | None, x: Int[Tensor, "n T"], t: int
+        self,
+        log_p: Float[Tensor, "n V"],
+        log_psi: Float[Tensor, "n V"] | None,
+        x: Int[Tensor, "n T"],
+        t: int,
+        due: bool,
     ) -> Float[Tensor, "n V"]:
-        """log q of every next token."""
+        """log q of every next token.
+
+        :param due: whether a twist that is a function is asked of open texts now."""
+        twist, candidates = self.settings.twist, self.settings.candidates
         if self.proposal is not None:
             return self.proposal.log_probs()
-        if self.candidates is not None:
-            likeliest = log_p.topk(min(self.candidates, log_p.shape[-1])).indices  # (n, c)
-            psi = self._log_psi(x, t, likeliest) if log_psi is None else log_psi.gather(-1, likeliest)
+        if isinstance(twist, PriorPower):
+            return normalise(twist.alpha * log_p)
+        if candidates is not None and (due or log_psi is not None):
+            likeliest = log_p.topk(min(candidates, log_p.shape[-1])).indices  # (n, c)
+            if log_psi is None:
+                psi = self._log_psi(x, t, likeliest, torch.ones_like(likeliest, dtype=torch.bool)).reshape(
+                    likeliest.shape
+                )
+            else:
+                psi = log_psi.gather(-1, likeliest)
             return _tilted_among(log_p, likeliest, psi.to(log_p.dtype))
         return log_p if log_psi is None else _tilted(log_p, log_p + log_psi)
 
-    def _log_psi(self, x: Int[Tensor, "n T"], t: int, tokens: Int[Tensor, "n M"]) -> Float64[Tensor, "n M"]:
-        """log ψ_t of each text with each of its tokens, by a twist that is a function."""
-        assert self.twist is not None
-        many, vocabulary = tokens.shape[-1], self.vocabulary
-        grown = x.repeat_interleave(many, 0)
-        grown[:, t] = tokens.flatten()
-        if t + 1 < grown.shape[-1]:  # an open text as if it ended here
-            open_ = ~vocabulary.is_end(grown[:, t])
-            grown[:, t + 1] = torch.where(open_, vocabulary.end_ids[0], vocabulary.pad_id)
-        prompts = self.prompts.take(self.rows.repeat_interleave(many))
-        length = torch.full((len(grown),), t + 1, device=x.device)
-        answer: Tensor = self.twist(prompts, grown, length)  # pyright: ignore[reportAssignmentType]
-        if answer.shape != (len(grown),) or bool(answer.isnan().any()) or bool((answer == torch.inf).any()):
-            raise ValueError(
-                f"the twist answered shape {tuple(answer.shape)} for {len(grown)} texts, {int(answer.isnan().sum())} of "
-                f"them NaN and {int((answer == torch.inf).sum())} infinite; it needs one log ψ for each, finite or -inf"
-            )
-        return answer.double().reshape(-1, many)
+    def _log_psi(
+        self, x: Int[Tensor, "n T"], t: int, tokens: Int[Tensor, "n M"], asked: Bool[Tensor, "n M"]
+    ) -> Float64[Tensor, "m"]:
+        """log ψ_t of each text with those of its tokens that are asked about, by a twist that is a function."""
+        row = asked.nonzero()[:, 0]
+        grown = x[row]
+        grown[:, t] = tokens[asked]
+        assert callable(self.settings.twist)
+        return ask(self.settings.twist, self.prompts.take(self.rows[row]), grown, torch.full_like(row, t + 1))
 
     def _allowed(self, x: Int[Tensor, "n T"], t: int) -> Allowed:
         """Which tokens the checker lets some of these texts go on with at position t."""
@@ -153,10 +168,30 @@ class Laws:
         def allowed(rows: Int[Tensor, "m"], tokens: Int[Tensor, "m"]) -> Bool[Tensor, "m"]:
             grown = x[rows]
             grown[:, t] = tokens
-            assert self.checker is not None
-            return self.checker.allows(self.prompts.take(self.rows[rows]), grown, torch.full_like(tokens, t + 1))
+            assert self.settings.checker is not None
+            return self.settings.checker.allows(
+                self.prompts.take(self.rows[rows]), grown, torch.full_like(tokens, t + 1)
+            )
 
         return allowed
+
+
+def ask(twist: Function, prompts: Prompts, x: Int[Tensor, "m T"], n: Int[Tensor, "m"]) -> Float64[Tensor, "m"]:
+    """log ψ_n of texts of which n tokens are known, padding after them, by a twist that is a function.
+
+    :raises ValueError: unless it answers one number for each text, finite or -inf."""
+    if not len(x):
+        return torch.zeros(0, dtype=torch.float64, device=x.device)
+    vocabulary, x = prompts.vocabulary, x.clone()
+    open_ = (~vocabulary.is_end(x.gather(-1, n.unsqueeze(-1) - 1)[:, 0]) & (n < x.shape[-1])).nonzero()[:, 0]
+    x[open_, n[open_]] = vocabulary.end_ids[0]  # as if they ended here
+    answer = twist(prompts, x, n)
+    if answer.shape != (len(x),) or bool(answer.isnan().any()) or bool((answer == torch.inf).any()):
+        raise ValueError(
+            f"the twist answered shape {tuple(answer.shape)} for {len(x)} texts, {int(answer.isnan().sum())} of "
+            f"them NaN and {int((answer == torch.inf).sum())} infinite; it needs one log ψ for each, finite or -inf"
+        )
+    return answer.double()
 
 
 def choose(log_q: Float[Tensor, "n V"], population: Int[Tensor, "n"], many: int) -> Int[Tensor, "n M"]:

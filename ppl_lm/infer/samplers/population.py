@@ -1,7 +1,6 @@
 """A population of texts that grows token by token and is resampled: the steps of SMC."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,52 +9,10 @@ from torch import Tensor
 
 from ppl_lm.infer.log_weights import kong_ess
 from ppl_lm.infer.samplers.next_tokens import Laws
+from ppl_lm.infer.samplers.population_state import History, Population, StepInfo
+from ppl_lm.infer.samplers.rejuvenation import rejuvenate
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.lm.token_sequence import TokenSequence
-
-
-@dataclass(frozen=True)
-class Population:
-    """K texts in each of P populations, a population being one run for one prompt: what the next step needs.
-
-    :param live: whether a text is still open.
-    :param log_w: γ_t(x_≤t) / q, whose mean over a population is an unbiased estimate of Σ γ_t; nats.
-    :param log_target: log γ_t(x_≤t), γ_t = p0(x_≤t) ψ_t(x_≤t) the intermediate target that the weight is for, nats.
-    :param token_log_p: log p0 of each token.
-    :param slot: where a planted text is, (P,); None where there is none.
-    """
-
-    x: Int[Tensor, "K P T"]
-    live: Bool[Tensor, "K P"]
-    log_w: Float[Tensor, "K P"]
-    log_target: Float[Tensor, "K P"]
-    token_log_p: Float[Tensor, "K P T"]
-    slot: Int[Tensor, "P"] | None = None
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What one step did: what a diagnostic needs.
-
-    :param ess: effective sample size (Σ w)² / Σ w² of the weights with the new token, before they are resampled; with `expand`,
-        of all continuations. 0 of a population without any weight.
-    :param resampled: whether the population was resampled then.
-    :param log_z_increment: log of its mean weight after the step less that before it, nats.
-    :param row: of each text that is still open, in order, which of the texts that were open before the step it goes on from."""
-
-    ess: Float[Tensor, "P"]
-    resampled: Bool[Tensor, "P"]
-    log_z_increment: Float[Tensor, "P"]
-    row: Int[Tensor, "n"]
-
-
-@dataclass(frozen=True)
-class History:
-    """`StepInfo` of every token; once all texts have ended, that of a step that changes nothing."""
-
-    ess: Float[Tensor, "P T"]
-    resampled: Bool[Tensor, "P T"]
-    log_z_increment: Float[Tensor, "P T"]
 
 
 def grow(
@@ -81,23 +38,41 @@ def grow(
         token_log_p=zeros.unsqueeze(-1).repeat(1, 1, length),
         slot=None if planted is None else _anywhere(count, populations, device),
     )
-    laws = Laws(prior, proposal, settings.twist, settings.candidates, prompt.flatten(), settings.checker)
+    laws = Laws(prior, proposal, settings, prompt.flatten())
     steps: list[StepInfo] = []
     for t in range(length):
-        state, info = _step(state, laws, settings, planted, t)
+        if bool(state.live.any()):
+            state, info = _step(state, laws, settings, planted, t)
+        else:  # all have ended, and some may be opened again by a move to come
+            info = _still(state)
+        row = info.row
         steps.append(info)
-        if t == length - 1 or not bool(state.live.any()):
+        if settings.moves and settings.after(t + 1):
+            state = rejuvenate(state, prior, settings, t + 1)
+            row = torch.arange(int(state.live.sum()), device=prompt.device)
+            if len(row):  # forwarded anew: which texts changed is as it falls
+                laws = Laws(prior, proposal, settings, prompt[state.live])
+                for before in range(t):
+                    laws.advance(row, state.x[..., before][state.live])
+        open_ = bool(state.live.any())
+        if t == length - 1 or not (open_ or settings.moves_later(t + 2)):
             break
-        laws.advance(info.row, state.x[..., t][state.live])
+        if open_:
+            laws.advance(row, state.x[..., t][state.live])
     return state, _history(steps, state, length)
 
 
+def _still(state: Population) -> StepInfo:
+    """Of a step in which no text is open."""
+    log_w = state.log_w
+    zeros = torch.zeros_like(log_w[0])
+    return StepInfo(kong_ess(log_w), zeros > 0, zeros, torch.zeros(0, dtype=torch.int64, device=log_w.device))
+
+
 def _history(steps: list[StepInfo], state: Population, length: int) -> History:
-    left = length - len(steps)
-    ess = [info.ess for info in steps] + [kong_ess(state.log_w)] * left
-    resampled = [info.resampled for info in steps] + [torch.zeros_like(steps[0].resampled)] * left
-    increment = [info.log_z_increment for info in steps] + [torch.zeros_like(steps[0].log_z_increment)] * left
-    return History(torch.stack(ess, -1), torch.stack(resampled, -1), torch.stack(increment, -1))
+    steps = steps + [_still(state)] * (length - len(steps))
+    columns = zip(*((info.ess, info.resampled, info.log_z_increment) for info in steps), strict=True)
+    return History(*(torch.stack(column, -1) for column in columns))
 
 
 def _step(
@@ -135,7 +110,7 @@ def _step(
     tokens = children(torch.zeros_like(live, dtype=torch.int64), 0, new.tokens)
     open_ = live.repeat_interleave(many, 0) & ~laws.vocabulary.is_end(tokens) & (t < state.x.shape[-1] - 1)
     ess = kong_ess(log_w)
-    index, log_w, slot, resampled = _select(log_w, open_, state, settings, place)
+    index, log_w, slot, resampled = _select(log_w, open_, state, settings, t, place)
     parent = index // many
     pick = lambda v: v.gather(0, parent if v.dim() == 2 else parent.unsqueeze(-1).expand(-1, -1, v.shape[-1]))  # noqa: E731
     grew = pick(live)
@@ -155,6 +130,7 @@ def _select(
     open_: Bool[Tensor, "N P"],
     state: Population,
     settings: SMCSettings,
+    t: int,
     place: Int[Tensor, "P"] | None = None,
 ) -> tuple[Int[Tensor, "K P"], Float[Tensor, "K P"], Int[Tensor, "P"] | None, Bool[Tensor, "P"]]:
     """Which of the continuations go on, their weights, where the planted text is, and which populations were resampled: those
@@ -164,7 +140,7 @@ def _select(
     count, many = len(state.live), settings.expand
     still = torch.arange(count, device=log_w.device).unsqueeze(-1).expand(count, log_w.shape[1]) * many
     index, kept, slot = still.clone(), log_w.gather(0, still), state.slot
-    needed = _needed(log_w, open_, state.live, settings)
+    needed = _needed(log_w, open_, state.live, settings) if settings.after(t + 1) else torch.zeros_like(open_[0])
     if not bool(needed.any()):
         return index, kept, slot, needed
     through = None if slot is None or place is None else (slot * many + place)[needed]

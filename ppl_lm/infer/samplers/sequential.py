@@ -14,7 +14,8 @@ from ppl_lm.infer.log_weights import kong_ess
 from ppl_lm.infer.samplers.constraints.bound_checkers import prompts_of, require_evidence
 from ppl_lm.infer.samplers.importance_sampling import require_prompts
 from ppl_lm.infer.samplers.in_pieces import Progress, texts_a_piece
-from ppl_lm.infer.samplers.population import History, Population, grow, log_z_increment
+from ppl_lm.infer.samplers.population import grow, log_z_increment
+from ppl_lm.infer.samplers.population_state import History, Population
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.traces.particles import run
 from ppl_lm.infer.traces.sites import lacks_support

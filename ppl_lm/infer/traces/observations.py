@@ -90,6 +90,13 @@ def rules_out_texts(model: Callable[..., Any], prompts: Any) -> bool:
     return any(site["infer"].get("hard") for site in sites_of(model, prompts).values())
 
 
+def power_of_prior(model: Callable[..., Any], prompts: Any) -> float | None:
+    """alpha, where the only observed site says that its likelihood is the prior's of the text to the power alpha - 1
+    (`infer={"prior_power": alpha}`), so that the posterior is the prior's power; else None."""
+    observed = [site for site in sites_of(model, prompts).values() if site["is_observed"] and not is_record(site)]
+    return observed[0]["infer"].get("prior_power") if len(observed) == 1 else None
+
+
 def log_likelihood_of_text(model: Callable[..., Any], prompts: Any, x: Int[Tensor, "B T"]) -> Float[Tensor, "B"]:
     """log p(evidence | x) of one text for each prompt, nats, float64, for exp(r/β)."""
     with TextIs(x):

@@ -1,5 +1,12 @@
+from .bellman import bellman_residuals as bellman_residuals
 from .fitting import fit_twist as fit_twist
-from .functions import exact_twist as exact_twist, prefix_likelihood as prefix_likelihood, tempered as tempered
+from .functions import (
+    exact_twist as exact_twist,
+    look_ahead as look_ahead,
+    prefix_likelihood as prefix_likelihood,
+    prior_power as prior_power,
+    tempered as tempered,
+)
 from .losses import (
     Rollouts as Rollouts,
     ctl as ctl,

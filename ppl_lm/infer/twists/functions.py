@@ -4,6 +4,7 @@ The intermediate targets are p0(x_≤t) ψ_t(x_≤t) / Z_t (Zhao et al. 2024). A
 every next token at once, or a function of texts begun.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppl_lm.infer.binding import read_once
+from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.enumeration import enumerate_posterior
-from ppl_lm.infer.samplers.twist import Function
+from ppl_lm.infer.samplers.twist import Function, PriorPower
 from ppl_lm.infer.traces.observations import log_likelihood_of_text
 from ppl_lm.infer.traces.text_site import text_law
+from ppl_lm.lm.decoder import sample
 from ppl_lm.lm.prompts import Prompts
 
 
@@ -37,6 +40,61 @@ def tempered(twist: Function, over: int) -> Function:
         return twist(prompts, x, n) * (n / over).clamp_max(1.0)
 
     return log_psi
+
+
+def prior_power(alpha: float) -> PriorPower:
+    """The twist of `power`: ψ_t(x_≤t) = p0(x_≤t)^(alpha - 1), for which no network is asked. With it the intermediate targets
+    are powers of the prior, and without a guide each token is proposed by its own law to that power.
+
+    :raises ValueError: unless alpha is above 0 and finite."""
+    return PriorPower(alpha)
+
+
+def look_ahead(model: Callable[..., Any], tokens: int, rollouts: int = 1) -> Function:
+    """ψ_t(x_≤t) = mean of p(evidence | x_≤t and so many further tokens of the prior) over some rollouts, each as if it ended
+    there: a random twist, and with as many tokens as there may be an unbiased one of the exact twist. A text that has ended is
+    its own rollout.
+
+    Each answer forwards the prompt, what is written and what is looked ahead at: ask it after a few numbers of tokens, by `at`
+    of `SMCSettings`.
+
+    :raises ValueError: unless both numbers are at least 1."""
+    require_count("tokens", tokens)
+    require_count("rollouts", rollouts)
+
+    @torch.no_grad()
+    def log_psi(prompts: Prompts, x: Int[Tensor, "N T"], n: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
+        vocabulary = prompts.vocabulary
+        open_ = (vocabulary.lengths(x) > n).nonzero()[:, 0]  # given as if they ended after n tokens
+        out = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        done = torch.ones_like(n, dtype=torch.bool).index_fill(0, open_, False).nonzero()[:, 0]
+        if len(done):
+            out[done] = log_likelihood_of_text(model, prompts.take(done), x[done]).double()
+        if len(open_):
+            rows = open_.repeat_interleave(rollouts)
+            ahead = _rollouts(model, prompts.take(rows), x[rows], n[rows], tokens)
+            each = log_likelihood_of_text(model, prompts.take(rows), ahead).double()
+            out[open_] = each.unflatten(0, (-1, rollouts)).logsumexp(-1) - math.log(rollouts)
+        return out
+
+    return log_psi
+
+
+def _rollouts(
+    model: Callable[..., Any], prompts: Prompts, x: Int[Tensor, "N T"], n: Int[Tensor, "N"], tokens: int
+) -> Int[Tensor, "N T"]:
+    """Texts that go on from their first n tokens by so many of the prior's, and then end."""
+    lm, vocabulary = text_law(model, prompts).lm, prompts.vocabulary
+    upto = (n + tokens).clamp_max(x.shape[-1])
+    length = int(upto.max())
+    u = torch.rand(len(x), length, dtype=torch.float64, device=x.device)
+    drawn, _ = sample(lm, prompts, torch.arange(len(x), device=x.device), u, begun=x[:, :length], start=n)
+    known = torch.arange(x.shape[-1], device=x.device) < upto.unsqueeze(-1)
+    ahead = torch.full_like(x, vocabulary.pad_id)
+    ahead[:, :length] = torch.where(known[:, :length], drawn, vocabulary.pad_id)
+    cut = (~(vocabulary.is_end(ahead) & known).any(-1) & (upto < x.shape[-1])).nonzero()[:, 0]
+    ahead[cut, upto[cut]] = vocabulary.end_ids[0]
+    return ahead
 
 
 def exact_twist(model: Callable[..., Any], prompts: Any) -> Function:

@@ -1,0 +1,1 @@
+"""Paths to what is rare: tempered posteriors, and levels of a reward."""
