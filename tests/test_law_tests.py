@@ -8,11 +8,13 @@
 | `next_token_calibration` | E[log q_t + H_t] = 0 at every token, E[(Σ)²] = E[Σ Var_t], quantiles uniform | 1e-10 |
 | both | size 0.05, power against a dropped mode and a temperature 0.8 | binomial, 1 in 1,000 |
 
-Mutants that are rejected: p-values that do not count ties; a kernel without equal texts; Markov chains taken for draws.
+Mutants that are rejected: p-values that do not count ties; a kernel without equal texts; Markov chains taken for draws;
+quantiles without their uniform part, scores without the entropy, variances that are second moments.
 """
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import oracle
@@ -33,6 +35,7 @@ from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 
 V, T, END = 4, 3, 3
+QUANTILES = sys.modules["ppl_lm.criticism.law_tests.token_quantiles"]
 LM = table_lm(V, T, max_prompt=2, concentration=1.0, seed=1)
 ROWS = oracle.outcomes(V, T, END)
 X = oracle.as_tensor(ROWS, T, END)
@@ -173,6 +176,27 @@ def test_calibration_has_its_size():
     assert binomial(sum(f.p_value <= 0.05 for f in found), 200, 0.05)
     assert binomial(sum(f.uniform_p_value <= 0.05 for f in found), 200, 0.05)
     assert scipy.stats.kstest([f.z for f in found], "norm").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("mutant", ["no V", "no entropy", "second moments"])
+def test_wrong_calibrations_are_rejected(mutant, monkeypatch):
+    """Quantiles without their uniform part; scores that are not centred; a variance that is a second moment."""
+    right = QUANTILES._tokens
+
+    def wrong(law, x, rows):
+        score, variance, below, mass = right(law, x, rows)
+        if mutant == "no V":
+            return score, variance, below, 0 * mass
+        if mutant == "no entropy":
+            return mass.log(), variance, below, mass
+        return score, variance + (mass.log() - score).square(), below, mass
+
+    monkeypatch.setattr(QUANTILES, "_tokens", wrong)
+    guide = bind(finetuned, LM)
+    found = [next_token_calibration(guide, importance(MODEL, guide, [""], num_samples=40), seed=s) for s in range(200)]
+    sound = binomial(sum(f.p_value <= 0.05 for f in found), 200, 0.05)
+    sound = sound and binomial(sum(f.uniform_p_value <= 0.05 for f in found), 200, 0.05)
+    assert not (sound and scipy.stats.kstest([f.z for f in found], "norm").pvalue > 1e-3)
 
 
 def test_a_temperature_is_seen():

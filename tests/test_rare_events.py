@@ -9,7 +9,8 @@
 | a path's draws and `mbar` together | log Z and P(r ≥ c) within their errors | 4 SE |
 
 Mutants that are rejected: one killed where several tie; copies that may stay at the level that killed; a kernel for the
-temperature before; weights without the last stage; errors of the prior's draws alone.
+temperature before; weights without the last stage; errors of the prior's draws alone; of a path's texts as if they were
+independent.
 """
 
 import math
@@ -59,14 +60,20 @@ def by_text(draws):
     return (hit * draws.log_weight.exp().unsqueeze(-1)).mean(1)
 
 
+def largest_z(draws, truth, least):
+    """|z| of the mean weight on each text, of those above `least`, and of their sum.
+
+    :param truth: (B, N)."""
+    found = by_text(draws)
+    found, truth = (torch.cat([v, v.sum(-1, keepdim=True)], -1) for v in (found, truth))
+    z = (found.mean(0) - truth) / (found.std(0) / math.sqrt(len(found))).clamp_min(1e-12)
+    return float(z[truth > least].abs().max())
+
+
 def worst(path, runs=20_000, **how):
-    """Largest |z| of the mean weight of each text that is not too rare for that, and of Z, of many runs of two texts."""
+    """Of many runs of two texts along a path, of the texts that are not too rare for that."""
     draws = annealed_smc(MODEL, TEXTS, path=path, num_samples=2, num_runs=runs, **how)
-    texts = by_text(draws)
-    found = torch.cat([texts, texts.sum(-1, keepdim=True)], -1)
-    truth = torch.cat([JOINT.T.exp(), Z.unsqueeze(-1)], -1)
-    z = (found.mean(0) - truth) / (found.std(0) / math.sqrt(runs)).clamp_min(1e-12)
-    return float(z[truth > 0.005 * Z.unsqueeze(-1)].abs().max())
+    return largest_z(draws, JOINT.T.exp(), 0.005 * float(Z.min()))
 
 
 @pytest.mark.parametrize("how", [{}, {"moves": 2}, {"kernel": independence}])
@@ -117,6 +124,7 @@ def test_what_makes_no_path_is_refused():
 # Splitting
 
 SPLITTING = sys.modules["ppl_lm.infer.samplers.rare_events.splitting_levels"]
+ESTIMATES = sys.modules["ppl_lm.criticism.path_estimates"]
 
 
 def event(level):
@@ -124,13 +132,9 @@ def event(level):
 
 
 def worst_of_splitting(level, runs=4000, texts=TEXTS, **how):
-    """Largest |z| of the mean weight of each text of the event, and of its probability."""
-    made = by_text(splitting(event(level), texts, num_runs=runs, **{"num_samples": 4, "moves": 1, **how}))
-    found = torch.cat([made, made.sum(-1, keepdim=True)], -1)
-    truth = torch.where(level <= REWARD, LOG_PRIOR.T.exp(), 0.0)[: len(texts)]
-    truth = torch.cat([truth, truth.sum(-1, keepdim=True)], -1)
-    z = (found.mean(0) - truth) / (found.std(0) / math.sqrt(runs)).clamp_min(1e-12)
-    return float(z[truth > 2e-3].abs().max())
+    """Of many runs of a few texts, and of the event's probability."""
+    draws = splitting(event(level), texts, num_runs=runs, **{"num_samples": 4, "moves": 1, **how})
+    return largest_z(draws, torch.where(level <= REWARD, LOG_PRIOR.T.exp(), 0.0)[: len(texts)], 2e-3)
 
 
 @pytest.mark.parametrize(
@@ -240,10 +244,11 @@ def test_one_law_is_the_mean_weight():
 
 
 def test_intervals_hold():
-    """400 runs, 60 draws of each of five laws: 95% intervals of log Z at the last law and of log P(r ≥ c)."""
+    """400 runs, 60 draws of each of five laws: 95% intervals of log Z at the last law and of log P(r ≥ c); and with the error
+    that log P(r ≥ c) would have of the prior's draws alone."""
     generator = torch.Generator().manual_seed(0)
     logs, log_z, rare = exact()
-    hits, wide = torch.zeros(2), 0
+    hits, wide, alone = torch.zeros(2), 0, 0
     for _ in range(400):
         rows = torch.cat([torch.multinomial(law.softmax(0), 60, replacement=True, generator=generator) for law in logs])
         found = mbar(states(REWARD[rows]), [60] * len(U) + [0])
@@ -251,8 +256,11 @@ def test_intervals_hold():
         z = (found.log_z[[len(U) - 1, len(U)]] - truth) / found.log_z_se[[len(U) - 1, len(U)]]
         hits += z.abs() <= 1.96
         wide += 1
+        of_prior = math.sqrt((1 - math.exp(rare)) / (math.exp(rare) * 60))
+        alone += int(abs(float(found.log_z[-1]) - rare) <= 1.96 * of_prior)
     for hit in hits.tolist():
         assert scipy.stats.binomtest(int(hit), wide, 0.95).pvalue > 1e-3
+    assert scipy.stats.binomtest(alone, wide, 0.95).pvalue < 1e-3
 
 
 def test_many_equal_laws_overlap():
@@ -272,16 +280,22 @@ def test_laws_that_do_not_overlap_are_refused():
 
 
 def test_a_paths_draws_give_rare_events():
-    """40 paths: 95% intervals of log Z and of log P(r ≥ c) from all texts of each."""
+    """40 paths: 95% intervals of log Z and of log P(r ≥ c) from all texts of each; and with `mbar`'s own errors, as if they
+    were independent."""
     torch.manual_seed(0)
     truth = torch.tensor([float(Z[0].log()), exact()[2]])
-    hits = torch.zeros(2)
+    hits, own = torch.zeros(2), torch.zeros(2)
     for _ in range(40):
         draws = annealed_smc(MODEL, [""], path=[0.25, 0.5, 1.0], num_samples=32, num_runs=16, moves=4)
         (found,) = path_constants(draws, [LEVEL / BETA - 1e-6])
-        hits += ((found.log_z - torch.tensor([0, 0, 0, *truth])) / found.log_z_se)[-2:].abs() <= 1.96
+        error = (found.log_z - torch.tensor([0, 0, 0, *truth]))[-2:].abs()
+        hits += error <= 1.96 * found.log_z_se[-2:]
+        met = draws.stats["path_log_likelihood"][:, :, 0]
+        plain = ESTIMATES._of_runs(met, draws.stats["power"][0, 0, 0], [LEVEL / BETA - 1e-6])
+        own += error <= 1.96 * plain.log_z_se[-2:]
     for hit in hits.tolist():
         assert scipy.stats.binomtest(int(hit), 40, 0.95).pvalue > 1e-3
+    assert min(scipy.stats.binomtest(int(hit), 40, 0.95).pvalue for hit in own.tolist()) < 1e-3
     assert draws.kind == "runs" and found.log_z.shape == (5,)
     with pytest.raises(ValueError, match="no path"):
         path_constants(importance(MODEL, None, [""], num_samples=4))

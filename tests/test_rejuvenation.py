@@ -6,6 +6,7 @@
 | a twist that is random | the same, over its own outcomes too | 1e-10 |
 | `prior_power` | the same of `power`; around planted texts E[1/Ẑ] = 1/Z | 1e-10 |
 | `moves` of open and ended texts, by functions, networks, powers and random twists | the same | 1e-10 |
+| `look_ahead` where no rollout is possible | mean Ẑ = Z | 4.5 standard errors of 2,000 runs |
 | `look_ahead` | mean over rollouts = E[evidence of the text and m more tokens] | 4.5 standard errors of 4,000 |
 | `frozen` | the tokens after which a pilot was resampled | exact |
 
@@ -24,6 +25,7 @@ import walk
 from test_sequential import GROW, LONG, POPULATION, SMALL, SMC, TEXTS, TINY, World, conditional_expectations
 
 from ppl_lm.infer.binding import bind
+from ppl_lm.infer.draws import NoSupportError
 from ppl_lm.infer.log_weights import kong_ess
 from ppl_lm.infer.samplers.conditional import conditional_smc
 from ppl_lm.infer.samplers.importance_sampling import importance
@@ -32,7 +34,7 @@ from ppl_lm.infer.samplers.resampling import multinomial, systematic
 from ppl_lm.infer.samplers.sequential import smc
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.twists.functions import look_ahead, prefix_likelihood, prior_power
-from ppl_lm.models import power
+from ppl_lm.models import constrained, power
 
 MOVES = sys.modules["ppl_lm.infer.samplers.rejuvenation"]
 
@@ -274,6 +276,29 @@ def test_a_look_ahead_is_unbiased(tokens):
     assert abs(float(each.mean()) - exact) < 4.5 * float(each.std()) / math.sqrt(len(each))
     several = look_ahead(world.model, tokens, rollouts=4000)(prompts, x, n).exp()
     assert abs(float(several) - exact) < 4.5 * float(each.std()) / math.sqrt(4000)
+
+
+def hard(completions, **_):
+    return [text.count("a") > 2 for text in completions]
+
+
+def test_a_look_ahead_that_sees_nothing_possible_loses_no_text():
+    """Three letters are wanted, and after the first none is seen one token ahead. Mutant: ψ = 0 there."""
+    torch.manual_seed(3)
+    model = bind(constrained, LONG.lm, constraint=hard)
+    possible = torch.tensor(hard(LONG.lm.vocabulary.decode(LONG.x)))
+    z = (LONG.joint[:, 1] - LONG.reward / 0.7)[possible].logsumexp(0).exp()
+    ahead = look_ahead(model, 1)
+    draws = smc(model, None, TEXTS[1:], num_samples=4, num_runs=2000, settings=SMCSettings(twist=ahead, threshold=0.9))
+    run = draws.log_weight.exp().mean(1)[:, 0]
+    assert abs(float(run.mean() - z)) < 4.5 * float(run.std()) / math.sqrt(len(run))
+
+    def lost(prompts, x, n):
+        found = ahead(prompts, x, n)
+        return torch.where(found == math.log(0.5), -torch.inf, found)
+
+    with pytest.raises(NoSupportError):
+        smc(model, None, TEXTS[1:], num_samples=4, num_runs=100, settings=SMCSettings(twist=lost))
 
 
 def test_a_text_that_has_ended_is_its_own_look_ahead():

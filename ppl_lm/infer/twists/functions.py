@@ -53,7 +53,8 @@ def prior_power(alpha: float) -> PriorPower:
 def look_ahead(model: Callable[..., Any], tokens: int, rollouts: int = 1) -> Function:
     """ψ_t(x_≤t) = mean of p(evidence | x_≤t and so many further tokens of the prior) over some rollouts, each as if it ended
     there: a random twist, and with as many tokens as there may be an unbiased one of the exact twist. A text that has ended is
-    its own rollout.
+    its own rollout. Where no rollout is possible that does not mean that nothing possible begins so: ψ_t is then as if half of
+    one had a likelihood of 1, and never 0, which would lose texts.
 
     Each answer forwards the prompt, what is written and what is looked ahead at: ask it after a few numbers of tokens, by `at`
     of `SMCSettings`.
@@ -74,7 +75,8 @@ def look_ahead(model: Callable[..., Any], tokens: int, rollouts: int = 1) -> Fun
             rows = open_.repeat_interleave(rollouts)
             ahead = _rollouts(model, prompts.take(rows), x[rows], n[rows], tokens)
             each = log_likelihood_of_text(model, prompts.take(rows), ahead).double()
-            out[open_] = each.unflatten(0, (-1, rollouts)).logsumexp(-1) - math.log(rollouts)
+            seen = each.unflatten(0, (-1, rollouts)).logsumexp(-1)
+            out[open_] = torch.where(seen == -torch.inf, math.log(0.5), seen) - math.log(rollouts)
         return out
 
     return log_psi
