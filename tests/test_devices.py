@@ -63,7 +63,7 @@ from ppl_lm.infer.samplers.best_of_n_sampling import best_of_n
 from ppl_lm.infer.samplers.conditional import conditional_smc
 from ppl_lm.infer.samplers.constraints.adaptive_rejection_sampling import adaptive_rejection
 from ppl_lm.infer.samplers.importance_sampling import importance
-from ppl_lm.infer.samplers.kernels import independence, particle_gibbs, suffix
+from ppl_lm.infer.samplers.kernels import independence, mixed, particle_gibbs, substitution, suffix
 from ppl_lm.infer.samplers.markov_chains import mcmc
 from ppl_lm.infer.samplers.pyro_mcmc import SequenceKernel
 from ppl_lm.infer.samplers.quasi_rejection_sampling import quality, quasi_rejection
@@ -73,8 +73,9 @@ from ppl_lm.infer.samplers.rejection_sampling import rejection
 from ppl_lm.infer.samplers.sequential import smc
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.twists import losses
+from ppl_lm.infer.twists.bellman import bellman_residuals
 from ppl_lm.infer.twists.fitting import fit_twist
-from ppl_lm.infer.twists.functions import exact_twist, prefix_likelihood, tempered
+from ppl_lm.infer.twists.functions import exact_twist, look_ahead, prefix_likelihood, prior_power, tempered
 from ppl_lm.infer.twists.networks import twist_like
 from ppl_lm.likelihood import rewards
 from ppl_lm.likelihood.automata import Automaton
@@ -365,7 +366,7 @@ def samplers(device):
 
 def chains(device):
     target, guide = problem(device)
-    for kernel in (independence, suffix, particle_gibbs(4)):
+    for kernel in (independence, suffix, mixed(suffix, substitution), particle_gibbs(4)):
         yield mcmc(target, guide, TEXTS, num_samples=3, warmup=2, num_chains=4, kernel=kernel)
     sampler = MCMC(SequenceKernel(target, guide), num_samples=4, warmup_steps=2, disable_progbar=True)
     sampler.run(TEXTS)
@@ -382,10 +383,21 @@ def sequential(device):
         SMCSettings(twist=exact_twist(target, TEXTS), candidates=3, threshold=2.0, resample=resampling.multinomial),
         SMCSettings(twist=twist_like_table(device), resample=resampling.stratified, threshold=2.0),
         SMCSettings(twist=twist, expand=2, resample=resampling.without_replacement),
+        SMCSettings(twist=look_ahead(target, 2, rollouts=2), at=(1, 2), moves=1),
+        SMCSettings(twist=twist_like_table(device), at=(2,), moves=2, threshold=0.0),
+        SMCSettings(twist=prior_power(2.0), at=(1,), moves=1),
     ):
         for proposal in (None, guide) if settings.candidates is None else (None,):
             yield smc(target, proposal, TEXTS, num_samples=6, num_runs=3, settings=settings)
+            if settings.moves:
+                continue
             yield conditional_smc(target, proposal, exact, num_samples=6, settings=settings)
+
+
+def residuals(device):
+    target, _ = problem(device)
+    yield bellman_residuals(target, twist_like_table(device), importance(target, None, TEXTS, num_samples=5))
+    yield diagnose(target, bind(twisted, table(device), twist_like_table(device)), TEXTS, 100).guide
 
 
 def twist_like_table(device) -> LanguageModel:
@@ -450,7 +462,10 @@ PATHS = {
     **{path.__name__: path for path in (drawing_and_scoring, prompts, products_and_mixtures, adapters, saving)},
     **{path.__name__: path for path in (rewards_of_all_kinds, automata, estimates_and_sources, mixed_program, fitting)},
     **{path.__name__: path for path in (checkers, rare_events, of_which_law)},
-    **{path.__name__: path for path in (samplers, chains, sequential, learned_twists, enumeration, diagnosing)},
+    **{
+        path.__name__: path
+        for path in (samplers, chains, sequential, residuals, learned_twists, enumeration, diagnosing)
+    },
     **{name: by(name) for name in OBJECTIVES},
 }
 

@@ -3,10 +3,11 @@
 | what | property | tolerance |
 |---|---|---|
 | `resume` | the law of a text whose end is drawn anew | 1e-10 |
-| `suffix`, `independence` | π P = π, detailed balance, irreducible, for a guide other than the prior | 1e-10 |
+| `suffix`, `independence`, `substitution` | π P = π, detailed balance, irreducible, for a guide other than the prior | 1e-10 |
 | `mcmc` | the variance of chains' means against the one that P implies; E[r] | 20%; 4 standard errors |
 
-Mutants that are rejected: no ratio of lengths; the mean over tokens for their sum; weights without the guide's density.
+Mutants that are rejected: no ratio of lengths; the mean over tokens for their sum; weights without the guide's density; a token
+in place whose consequences for what follows do not count.
 """
 
 import itertools
@@ -25,7 +26,7 @@ from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError
 from ppl_lm.infer.enumeration import enumerate_posterior
 from ppl_lm.infer.samplers.importance_sampling import draw, importance
-from ppl_lm.infer.samplers.kernels import independence, suffix
+from ppl_lm.infer.samplers.kernels import independence, mixed, substitution, suffix
 from ppl_lm.infer.samplers.markov_chains import mcmc, step
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
@@ -110,6 +111,107 @@ def walk(problem, monkeypatch, kernel, mutant=None):
         moves[i, j] += chance * info.log_accept[cell].exp()
     moves[range(n), range(n)] += 1 - moves.sum(1)
     return moves
+
+
+def walk_of_substitution(problem, monkeypatch, mutant=None):
+    """The same of `substitution`: every state, every place and every token there."""
+    n, batch = len(ROWS), len(problem["texts"])
+    free = [len(row) - (END in row) for row in ROWS]
+    index = {row: i for i, row in enumerate(ROWS)}
+    cells = [
+        (i, t, v, index[(*ROWS[i][:t], v, *ROWS[i][t + 1 :])])
+        for i in range(n)
+        for t in range(free[i])
+        for v in range(V)
+        if v != END
+    ]
+    frm, place, token, to = torch.tensor(cells).unbind(1)
+
+    def every(value):
+        return value.unsqueeze(1).expand(-1, batch, *value.shape[1:])
+
+    with monkeypatch.context() as patch:
+        forced(patch, None, every(X[frm]).double())
+        state = draw(problem["target"], problem["guide"], problem["texts"], len(cells), 1)
+    u = (place + 0.5) / torch.tensor(free)[frm]
+    with monkeypatch.context() as patch:
+        module, decoder = sys.modules["ppl_lm.infer.samplers.kernels"], sys.modules["ppl_lm.lm.decoder"]
+        queue = [every(u), every(token).double(), every(X[to]).double()]
+        patch.setattr(module.torch, "rand", lambda *shape, **_: queue.pop(0).reshape(*shape))
+        patch.setattr(decoder, "_quantiles", lambda log_probs, u: (u.long(), torch.ones_like(u, dtype=torch.bool)))
+        propose = substitution(problem["target"], problem["guide"], problem["texts"])
+        _, info = step(state, propose if mutant is None else mutant(propose))
+    assert torch.equal(info.proposal["x"][0, :, 0], X[to])
+    moves = torch.zeros(n, n, batch, dtype=torch.float64)
+    log_q = problem["log_q"]
+    for cell, (i, t, v, j) in enumerate(cells):
+        begun = {
+            w: torch.stack([log_q[k] for k in range(n) if ROWS[k][: t + 1] == (*ROWS[i][:t], w)]).logsumexp(0)
+            for w in range(V)
+            if w != END
+        }
+        chance = (begun[v] - torch.stack(list(begun.values())).logsumexp(0)).exp() / free[i]
+        moves[i, j] += chance * info.log_accept[cell].exp()
+    moves[range(n), range(n)] += 1 - moves.sum(1)
+    return moves
+
+
+def test_a_token_in_place_leaves_the_posterior_invariant(problem, monkeypatch):
+    moves = walk_of_substitution(problem, monkeypatch)
+    assert imbalance(problem, moves) < 1e-10
+    flow = problem["posterior"][:, None] * moves
+    torch.testing.assert_close(flow, flow.transpose(0, 1), atol=1e-10, rtol=0)
+    assert float(moves.min()) > -1e-12
+    both = 0.5 * moves + 0.5 * walk(problem, monkeypatch, suffix)  # what `mixed` does at each step
+    assert bool((torch.linalg.matrix_power(both.permute(2, 0, 1), 2) > 0).all())
+
+
+def by_what_is_there(propose):
+    """Of the guide's density only that of the new token, not of what follows it."""
+
+    def made(state):
+        proposal, correction = propose(state)
+        return proposal, torch.zeros_like(correction)
+
+    return made
+
+
+def test_a_wrong_substitution_leaves_another_law(problem, monkeypatch):
+    assert imbalance(problem, walk_of_substitution(problem, monkeypatch, by_what_is_there)) > 0.02
+
+
+def test_mixed_kernels_reach_the_posterior():
+    """E[r] by chains that change tokens and ends in turn, within 4 standard errors; the prior proposes, so that the warm-up
+    is long enough."""
+    torch.manual_seed(4)
+    problem = make(["", "a"], beta=3.0)
+    kernel = mixed(suffix, substitution)
+    draws = mcmc(
+        problem["target"], problem["guide"], problem["texts"], num_samples=50, warmup=30, num_chains=600, kernel=kernel
+    )
+    reward = draws.records["reward"].mean(1)  # (C, B)
+    exact = (problem["posterior"] * problem["reward"][:, None]).sum(0)
+    assert bool(((reward.mean(0) - exact).abs() < 4 * reward.std(0) / len(reward) ** 0.5).all())
+    with pytest.raises(ValueError, match="of no kernel"):
+        mixed()
+
+
+def test_what_cannot_follow_the_new_token_is_left():
+    """After a only a may follow, so that b in the place of the first a of a text is never taken, and weights stay numbers."""
+    torch.manual_seed(5)
+    lm = table_lm(V, T, concentration=1.0, seed=1).copy()
+    with torch.no_grad():
+        for row in ROWS:
+            for t in range(len(row)):
+                if t and row[t - 1] == 1:
+                    lm.model.table[oracle.table_row(row[:t], V), 0] = -torch.inf
+    model = bind(tilted, lm.requires_grad_(False), reward=letters, beta=1.0)
+    draws = mcmc(model, None, [""], num_samples=40, warmup=20, num_chains=500, kernel=mixed(suffix, substitution))
+    truth = enumerate_posterior(model, None, [""])
+    exact = float((truth.log_posterior.exp() * truth.records["reward"]).nansum(0))
+    reward = draws.records["reward"].mean(1)[:, 0]
+    assert not bool(draws.log_weight.isnan().any())
+    assert abs(float(reward.mean()) - exact) < 4 * float(reward.std()) / len(reward) ** 0.5
 
 
 def imbalance(problem, moves):

@@ -133,7 +133,8 @@ def _smc(num_runs: int) -> Sampler:
 
     def sampler(target: Bound, _: Bound | None, prompts: Prompts) -> Sample:
         twist = tempered(prefix_likelihood(target), text_law(target, prompts).event_shape[0])
-        return smc(target, None, prompts, num_samples=256, num_runs=num_runs, settings=SMCSettings(twist=twist)), ""
+        settings = SMCSettings(twist=twist, threshold=0.25)  # what is written says little of what will be
+        return smc(target, None, prompts, num_samples=256, num_runs=num_runs, settings=settings), ""
 
     return sampler
 

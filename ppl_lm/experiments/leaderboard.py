@@ -258,7 +258,7 @@ def _law(draws: Draws, x: Int[Tensor, "N T"]) -> Float[Tensor, "N"]:
     share = (
         torch.full((len(texts),), 1 / len(texts), dtype=torch.float64)
         if equal
-        else draws.log_weight.flatten().softmax(0)
+        else draws.log_weight.flatten().softmax(0).nan_to_num(0.0)  # 0 where none is possible
     )
     return torch.zeros(len(x), dtype=torch.float64).index_add(0, which, share)
 

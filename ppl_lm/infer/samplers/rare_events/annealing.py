@@ -14,7 +14,7 @@ from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
 from ppl_lm.infer.samplers.in_pieces import Progress
-from ppl_lm.infer.samplers.kernels import Kernel, Propose, require_blind, suffix
+from ppl_lm.infer.samplers.kernels import Kernel, Propose, ends_and_tokens, require_blind
 from ppl_lm.infer.samplers.markov_chains import step
 from ppl_lm.infer.samplers.resampling import systematic
 from ppl_lm.infer.samplers.sequential import require_own_law, require_text_alone
@@ -31,7 +31,7 @@ def annealed_smc(
     num_samples: int = 64,
     num_runs: int = 16,
     moves: int = 1,
-    kernel: Kernel = suffix,
+    kernel: Kernel = ends_and_tokens,
     max_plate_nesting: int | None = None,
     on_progress: Progress | None = None,
 ) -> Draws:
@@ -47,7 +47,8 @@ def annealed_smc(
 
     :param path: u_1 to u_K, rising, of which the last is 1.
     :param num_samples: texts of a run; `num_runs`: independent runs, the chains of the draws.
-    :param moves: of each text at each stage, by `kernel`: `suffix` or `independence`, whose proposals are the prior's.
+    :param moves: of each text at each stage, by `kernel`: `ends_and_tokens`, `suffix` or `independence`, whose proposals are
+        the prior's.
     :raises ValueError: on a path that does not rise from above 0 to 1, or a likelihood of 0, which no power softens.
     """
     require_count("num_samples", num_samples, 2)

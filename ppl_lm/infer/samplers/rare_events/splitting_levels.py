@@ -16,7 +16,7 @@ from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
 from ppl_lm.infer.samplers.constraints.bound_checkers import prompts_of
 from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
 from ppl_lm.infer.samplers.in_pieces import Progress
-from ppl_lm.infer.samplers.kernels import Kernel, Propose, require_blind, suffix
+from ppl_lm.infer.samplers.kernels import Kernel, Propose, ends_and_tokens, require_blind
 from ppl_lm.infer.samplers.markov_chains import step
 from ppl_lm.infer.samplers.sequential import require_own_law, require_text_alone
 from ppl_lm.infer.traces.structure import nesting_of
@@ -35,7 +35,7 @@ def splitting(
     num_runs: int = 16,
     killed: int | None = None,
     moves: int = 4,
-    kernel: Kernel = suffix,
+    kernel: Kernel = ends_and_tokens,
     max_plate_nesting: int | None = None,
     on_progress: Progress | None = None,
 ) -> Draws:
