@@ -260,7 +260,7 @@ def rare_events(device):
     lm = table(device)
     along = annealed_smc(problem(device)[0], TEXTS, path=[0.5, 1.0], num_samples=8, num_runs=3)
     yield along, path_constants(along, [0.0])
-    yield splitting(bind(at_least, lm, reward=letters, level=1.0), TEXTS, num_samples=8, num_runs=2)
+    yield splitting(bind(at_least, lm, reward=letters, level=1.0), TEXTS, num_samples=64, num_runs=4)
 
 
 def of_which_law(device):

@@ -187,7 +187,7 @@ def test_prompts_of_a_plain_function():
     def plain(prompts):
         return at_least(LM.prompts(prompts) if isinstance(prompts, list) else prompts, LM, Reward(letters), 1.0)
 
-    draws = splitting(plain, TEXTS, level=1.0, num_samples=8, num_runs=2)
+    draws = splitting(plain, TEXTS, level=1.0, num_samples=64, num_runs=4)
     assert draws.prompts.texts == TEXTS and len(draws.text()) == 2
     assert draws.observed["reached"].shape == (2,) and draws.of_prompt(1).observed["reached"].shape == (1,)
 
