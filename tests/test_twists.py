@@ -255,6 +255,10 @@ def test_a_diagnosis_reports_the_residuals_of_a_twist():
     assert type(found.average).from_json(found.as_json()).bellman_rms == found.average.bellman_rms
     other = diagnose(MODEL, bind(lambda prompts, lm: twisted(prompts, lm, lm), LM), TEXTS, num_samples=100)
     assert other.average.bellman_rms is None and "bellman_rms" not in other.as_json()
+    unused = diagnose(
+        MODEL, bind(lambda prompts, lm, twist: twisted(prompts, lm, lm), LM, twist), TEXTS, num_samples=100
+    )
+    assert unused.average.bellman_rms is None
     with pytest.raises(ValueError, match="give a network"):
         bellman_residuals(MODEL, lambda *_: torch.zeros(1), all_texts())
 

@@ -30,6 +30,7 @@ from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.prompt_names import readable
 
 SHOWN = ["verdict", "log_z", "log_z_se", "kl_q_p", "kl_q_p_se", "kl_p_q", "kl_p_q_se", "ess", "khat"]  # in a notebook
+STEERED = 0.1  # nats, by which a text's residuals may miss its log weight, of which they are the parts
 RESIDUALS = 512  # draws of each prompt in which a twist's residuals are looked at
 MIN_EXACT = 20  # exact draws for a prompt, below which the reverse IWAE is the approximate one
 
@@ -240,7 +241,12 @@ def _residuals(model: Any, guide: Any, draws: Draws) -> list[dict[str, Any]]:
     if not isinstance(twist, LanguageModel) or len(draws.latents) != 1 or not draws.is_local:
         return [{} for _ in range(batch)]
     some = draws.map(lambda v: v[:, :RESIDUALS])
-    delta = bellman_residuals(model, twist, some).flatten(0, 1)[..., 1:]  # the first is a constant of the prompt
+    whole = bellman_residuals(model, twist, some).flatten(0, 1)  # (S, B, T + 1)
+    log_w = some.log_weight.flatten(0, 1)
+    known = log_w > -torch.inf
+    if bool(((whole.sum(-1) - log_w)[known].abs() > STEERED).any()):  # the guide is not steered by it as a proposal is
+        return [{} for _ in range(batch)]
+    delta = whole[..., 1:]  # the first is a constant of the prompt
     (x,) = some.latents.values()
     alive = some.prompts.vocabulary.alive(x.flatten(0, 1))  # (S, B, T)
     return [
