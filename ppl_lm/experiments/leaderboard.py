@@ -230,7 +230,7 @@ def _figure(rows: list[dict[str, Any]]) -> Figure:
         methods = [row["method"] for row in mine]
         ax.barh(methods, [row["TV"] for row in mine], label="a budget's texts")
         ax.barh(methods, [row["bias"] for row in mine], label="of which no budget mends")
-        ax.set(xlabel=f"total variation from the posterior, {BUDGET:,} tokens", title=task)
+        ax.set(xlabel=f"total variation, {BUDGET:,} tokens", title=task)
     axes[0].legend(fontsize="small")
     return figure
 
