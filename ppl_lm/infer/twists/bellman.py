@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.samplers.in_pieces import texts_a_piece
+from ppl_lm.infer.samplers.twist import Twist
 from ppl_lm.infer.traces.text_site import text_law
 from ppl_lm.infer.twists.fitting import rollouts
 from ppl_lm.infer.twists.losses import Rollouts
@@ -17,7 +18,7 @@ from ppl_lm.lm.language_model import LanguageModel
 
 
 @torch.no_grad()
-def bellman_residuals(model: Callable[..., Any], twist: LanguageModel, draws: Draws) -> Float64[Tensor, "C S B steps"]:
+def bellman_residuals(model: Callable[..., Any], twist: Twist, draws: Draws) -> Float64[Tensor, "C S B steps"]:
     """δ of each text after t = 0, ..., T of its tokens, nats (C, S, B, T + 1):
 
         δ_t = log Σ_v p0(v | x_≤t) ψ_t+1(x_≤t, v) - log ψ_t(x_≤t),  and at the text's end log p(evidence | x) - log ψ(x)
