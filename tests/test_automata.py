@@ -33,7 +33,7 @@ from ppl_lm.infer.objectives.divergences import forward_kl
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.likelihood.automata import Automaton
 from ppl_lm.lm.automaton_mask import TokenMask
-from ppl_lm.lm.decoder import Decoder
+from ppl_lm.lm.decoding.decoder import Decoder
 from ppl_lm.lm.experts import product
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.meter import measure

@@ -82,8 +82,8 @@ from ppl_lm.likelihood.automata import Automaton
 from ppl_lm.likelihood.best_of import BestOfN
 from ppl_lm.likelihood.checker import Checker
 from ppl_lm.likelihood.reward import Reward
-from ppl_lm.lm import decoder
-from ppl_lm.lm.decoder import Decoder
+from ppl_lm.lm.decoding import decoder
+from ppl_lm.lm.decoding.decoder import Decoder
 from ppl_lm.lm.experts import product
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.meter import Cost

@@ -16,7 +16,7 @@ import torch
 from ppl_lm.guides import twisted
 from ppl_lm.infer.binding import bind
 from ppl_lm.infer.twists.networks import twist_like
-from ppl_lm.lm.decoder import Decoder
+from ppl_lm.lm.decoding.decoder import Decoder
 from ppl_lm.lm.experts import product
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.meter import measure

@@ -7,7 +7,7 @@ import tiny
 import torch
 from transformers import GenerationConfig
 
-from ppl_lm.lm.decoder import Decoder, invert, sample
+from ppl_lm.lm.decoding.decoder import Decoder, invert, sample
 from ppl_lm.lm.dropout import evaluating
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.prompts import Prompts

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ppl_lm.likelihood import rewards
-from ppl_lm.lm.decoder import Decoder
+from ppl_lm.lm.decoding.decoder import Decoder
 from ppl_lm.lm.language_model import LanguageModel
 
 OPENING = (

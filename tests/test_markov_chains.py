@@ -69,7 +69,7 @@ def ends(problem, row, start):
 
 def forced(monkeypatch, places, tokens):
     """Random numbers as given: where texts are cut, and their tokens. Returns what `step` asks for next."""
-    module, decoder = sys.modules["ppl_lm.infer.samplers.markov_chains"], sys.modules["ppl_lm.lm.decoder"]
+    module, decoder = sys.modules["ppl_lm.infer.samplers.markov_chains"], sys.modules["ppl_lm.lm.decoding.decoder"]
     queue = [u for u in (places, tokens) if u is not None]
     monkeypatch.setattr(module.torch, "rand", lambda *shape, **_: queue.pop(0).reshape(*shape))
     monkeypatch.setattr(decoder, "_quantiles", lambda log_probs, u: (u.long(), torch.ones_like(u, dtype=torch.bool)))
@@ -135,7 +135,7 @@ def walk_of_substitution(problem, monkeypatch, mutant=None):
         state = draw(problem["target"], problem["guide"], problem["texts"], len(cells), 1)
     u = (place + 0.5) / torch.tensor(free)[frm]
     with monkeypatch.context() as patch:
-        module, decoder = sys.modules["ppl_lm.infer.samplers.kernels"], sys.modules["ppl_lm.lm.decoder"]
+        module, decoder = sys.modules["ppl_lm.infer.samplers.kernels"], sys.modules["ppl_lm.lm.decoding.decoder"]
         queue = [every(u), every(token).double(), every(X[to]).double()]
         patch.setattr(module.torch, "rand", lambda *shape, **_: queue.pop(0).reshape(*shape))
         patch.setattr(decoder, "_quantiles", lambda log_probs, u: (u.long(), torch.ones_like(u, dtype=torch.bool)))

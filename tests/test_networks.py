@@ -12,7 +12,7 @@ import transformers as hf
 
 from ppl_lm.lm import meter
 from ppl_lm.lm.checking.lengths import boundaries, context_length
-from ppl_lm.lm.decoder import Decoder
+from ppl_lm.lm.decoding.decoder import Decoder
 from ppl_lm.lm.language_model import LanguageModel
 
 SMALL = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "initializer_range": 0.3, "eos_token_id": 2}

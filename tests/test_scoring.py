@@ -8,7 +8,7 @@ import torch
 from test_networks import build
 
 from ppl_lm.lm import meter
-from ppl_lm.lm.decoder import sample
+from ppl_lm.lm.decoding.decoder import sample
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.scoring import teacher_forcing as scoring
 from ppl_lm.lm.scoring.gradient_checkpointing import recomputing

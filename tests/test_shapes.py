@@ -24,7 +24,7 @@ from ppl_lm.guides import finetuned
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.samplers.resampling import systematic
 from ppl_lm.infer.terms import Terms
-from ppl_lm.lm.decoder import Decoder
+from ppl_lm.lm.decoding.decoder import Decoder
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import tilted
 

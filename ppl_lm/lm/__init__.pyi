@@ -1,5 +1,5 @@
 from . import meter as meter
-from .decoder import Decoder as Decoder
+from .decoding.decoder import Decoder as Decoder
 from .experts import product as product
 from .language_model import LanguageModel as LanguageModel
 from .laws.support import truncated as truncated

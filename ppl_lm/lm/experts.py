@@ -2,15 +2,17 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from ppl_lm.lm.cache import new_cache
+from ppl_lm.lm.decoding.cache import new_cache
 from ppl_lm.lm.language_model import LanguageModel
-from ppl_lm.lm.network import Answer, DivergedError, inputs_of, past_of
+from ppl_lm.lm.network import Answer, DivergedError, UnsuitableNetworkError, inputs_of, past_of
+from ppl_lm.lm.scoring.shared_body import head_on, read_by, reading, same_weights
 
 C = TypeVar("C", bound="Caches")
 
@@ -30,7 +32,9 @@ def product(lms: Sequence[LanguageModel], powers: Sequence[float] | None = None)
     powers = [1.0] * len(lms) if powers is None else [float(power) for power in powers]
     if not lms or len(lms) != len(powers):
         raise ValueError(f"{len(lms)} language models and {len(powers)} powers; give one power for each, at least one")
-    return combined(_Product([lm.model for lm in lms], powers), lms)
+    network = _Product([lm.model for lm in lms], powers)
+    network.share(lms)
+    return combined(network, lms)
 
 
 def combined(network: nn.Module, lms: Sequence[LanguageModel]) -> LanguageModel:
@@ -48,7 +52,9 @@ def combined(network: nn.Module, lms: Sequence[LanguageModel]) -> LanguageModel:
     whole = LanguageModel(  # born frozen
         network, first.vocabulary.tokenizer, first.max_new_tokens, end_ids=first.vocabulary.end_ids
     )
-    whole.vocabulary, whole.networks = first.vocabulary, sum(lm.networks for lm in lms)
+    reading = network.reading if isinstance(network, Experts) else {}
+    whole.vocabulary = first.vocabulary
+    whole.networks = sum(lm.networks for k, lm in enumerate(lms) if k not in reading)
     for weight in trainable:
         weight.requires_grad_(True)
     rooms = [lm.max_positions for lm in lms if lm.max_positions is not None]
@@ -79,6 +85,16 @@ class Experts(nn.Module):
         self.models, self.inputs = nn.ModuleList(models), [inputs_of(model) for model in models]
         self.config: Any = copy.deepcopy(models[0].config)
         self.generation_config = getattr(models[0], "generation_config", None)
+        self.reading: dict[int, int] = {}  # which of them read the pass of another one, around whose body they are
+
+    def share(self, lms: Sequence[LanguageModel]) -> None:
+        """Has those around the body of another one read that one's pass, as far as they can."""
+        for k, lm in enumerate(lms):
+            hosts = (j for j in range(k) if j not in self.reading)
+            for j in hosts:
+                if head_on(lms[j], lm) is not None:
+                    self.reading[k] = j
+                    break
 
     def new_cache(self) -> "Caches":
         return Caches.of(self.models)
@@ -86,15 +102,36 @@ class Experts(nn.Module):
     def each(self, past: "Caches | None", **given: Any) -> tuple[list[Tensor], list[Any]]:
         """The networks' logits, in float32 or wider, and their caches.
 
-        :param past: their caches, or None."""
-        logits, moved = [], []
+        :param past: their caches, or None.
+        :raises UnsuitableNetworkError: if two that lay around one body do so no longer."""
+        logits: list[Tensor] = []
+        moved, hidden = [], {}
         caches = [None] * len(self.models) if past is None else past.caches
-        for model, inputs, cache in zip(self.models, self.inputs, caches, strict=True):
+        for k, (model, inputs, cache) in enumerate(zip(self.models, self.inputs, caches, strict=True)):
+            if k in self.reading:
+                host, head = self.models[self.reading[k]], _head_of(model)
+                if not same_weights(host, model):
+                    raise UnsuitableNetworkError(
+                        f"experts {self.reading[k]} and {k} of a product lay around the same weights when it was made, and do "
+                        "so no longer; make it anew"
+                    )
+                flat = hidden[self.reading[k]]
+                logits.append(read_by(flat.flatten(0, 1), head).unflatten(0, flat.shape[:2]))
+                moved.append(cache)
+                continue
             named = {"past_key_values": cache, **given}
-            out = model(**{theirs: named[name] for name, theirs in inputs.items()})
+            head = _head_of(model) if k in self.reading.values() else None
+            with nullcontext([]) if head is None else reading(head) as seen:
+                out = model(**{theirs: named[name] for name, theirs in inputs.items()})
+            if head is not None:
+                (hidden[k],) = seen
             logits.append(out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)))
             moved.append(past_of(out))
         return logits, moved
+
+
+def _head_of(model: Any) -> Any:
+    return model.get_output_embeddings()
 
 
 def cuts_of(model: nn.Module) -> frozenset[int]:

@@ -13,15 +13,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ppl_lm.lm import cache as caches
 from ppl_lm.lm import meter
 from ppl_lm.lm.checking.lengths import boundaries, context_length
+from ppl_lm.lm.decoding import cache as caches
 from ppl_lm.lm.dropout import evaluating
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.scoring import teacher_forcing as scoring
 from ppl_lm.lm.scoring.gradient_checkpointing import recomputing
-from ppl_lm.lm.scoring.head import all_logits
-from ppl_lm.lm.scoring.shortcuts import OtherHeadError, Shortcuts, before_head, plain_head
+from ppl_lm.lm.scoring.shared_body import next_logits
+from ppl_lm.lm.scoring.shortcuts import Shortcuts, plain_head
 from ppl_lm.lm.trainable_weights import frozen_weights
 from ppl_lm.lm.vocabulary import Vocabulary, text_config
 
@@ -104,17 +104,11 @@ class Network(nn.Module):
 
         :param compared: whether what the network itself makes of one row is compared with that.
         :raises OtherHeadError: if they differ; from then on the network's answers are taken as they are."""
-        head = plain_head(self) if inputs["ids"].device.type == "cpu" else None
-        if head is None:
+        if inputs["ids"].device.type != "cpu" or plain_head(self) is None:
             logits, cache = self.logits(keep=1, use_cache=True, **inputs)
             return logits[:, -1], cache
-        with self.precision():
-            try:
-                hidden, cache = before_head(self, head, compared)(use_cache=True, **inputs)
-            except OtherHeadError:
-                self.shortcuts.head = head, False
-                raise
-            return all_logits(hidden[:, -1], head), cache
+        (logits,), cache = next_logits(self, (), compared, **inputs)
+        return logits, cache
 
     def new_cache(self) -> Any:
         """An empty cache of keys and values, for `logits_next`."""
@@ -124,7 +118,7 @@ class Network(nn.Module):
         self,
         *,
         ids: Int[Tensor, "N L"],
-        mask: Bool[Tensor, "N cached_and_L"] | None,
+        mask: Bool[Tensor, "N cached_and_L"] | Float[Tensor, "N 1 L room"] | None,
         positions: Int[Tensor, "N L"],
         cache: Any = None,
         keep: int = 1,
@@ -134,13 +128,15 @@ class Network(nn.Module):
         """Logits at the last `keep` positions in float32 or wider, (N, keep, V), dropout off. Every forward pass goes through
         here, also those of which the head is to answer less (`before_head`).
 
-        :param mask: (N, cached + L) True at real tokens; None where nothing is padded.
+        :param mask: (N, cached + L) True at real tokens; None where nothing is padded; or what is added to the attention's
+            scores, (N, 1, L, room).
         :param recompute: activations are found again in the backward pass; without a cache.
         :raises UnsuitableNetworkError: if the network answers no logits, logits of another number than its vocabulary has,
             or no cache where it was asked for one.
         """
         meter.add(lm_tokens=ids.numel() * self.networks)
-        given = (ids, None if mask is None else mask.long(), positions, cache, use_cache, keep)
+        marked = mask.long() if mask is not None and mask.dtype == torch.bool else mask
+        given = (ids, marked, positions, cache, use_cache, keep)
         with evaluating(self.model), self.precision(), recomputing(self.model) if recompute else nullcontext():
             named = zip(INPUTS, given, strict=True)
             out = self.model(**{self.inputs[name]: value for name, value in named if name in self.inputs})

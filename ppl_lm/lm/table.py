@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from ppl_lm.lm.cache import Cache
+from ppl_lm.lm.decoding.cache import Cache
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.network import Answer
 

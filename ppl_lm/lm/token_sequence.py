@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppl_lm.lm import pyro_sums  # noqa: F401  # for its effect: enumerated sites beside float64 ones
 from ppl_lm.lm.checking.checks import require_fit
-from ppl_lm.lm.decoder import sample
+from ppl_lm.lm.decoding.decoder import sample
 from ppl_lm.lm.network import DivergedError, Network
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.scoring.shortcuts import plain_head

@@ -15,7 +15,7 @@ from ppl_lm.likelihood.reward import preserved_rng
 from ppl_lm.likelihood.rewards import contains, length, vader
 from ppl_lm.likelihood.sequence_classifier import by_name
 from ppl_lm.likelihood.weighted_rewards import WeightedRewards
-from ppl_lm.lm.checking.precision import is_half
+from ppl_lm.lm.checking.tolerances import is_half
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.run.names import from_file, is_file, shipped, split_folder

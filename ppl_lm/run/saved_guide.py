@@ -12,7 +12,7 @@ from pyro.params.param_store import _MODULE_NAMESPACE_DIVIDER
 
 from ppl_lm.infer.binding import Bound
 from ppl_lm.lm.checking.adapter_folders import is_adapter_folder
-from ppl_lm.lm.checking.precision import is_half
+from ppl_lm.lm.checking.tolerances import is_half
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.laws.temperature import FILE as TEMPERATURE
 from ppl_lm.lm.laws.temperature import Tempered, load_temperature, save_temperature

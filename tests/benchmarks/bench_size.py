@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ppl_lm
-from ppl_lm.lm.decoder import sample
+from ppl_lm.lm.decoding.decoder import sample
 from ppl_lm.lm.network import memory
 from ppl_lm.lm.scoring.teacher_forcing import score
 

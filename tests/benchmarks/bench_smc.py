@@ -14,7 +14,7 @@ import ppl_lm
 from ppl_lm.infer.samplers import next_tokens as grow
 from ppl_lm.likelihood.reward import Reward
 from ppl_lm.lm import meter
-from ppl_lm.lm.decoder import Decoder
+from ppl_lm.lm.decoding.decoder import Decoder
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.models import tilted
 

@@ -3,6 +3,7 @@ in one run: seconds by phase, memory, and the floor of the matrix products. Run 
 
     python tests/benchmarks/bench_step.py CASE [--threads N] [--steps N] [--peer RLOO] [--alone ours]
 
+`--peer bfloat16`: the same step of ours with bf16 products and float32 master weights takes the place of the peer.
 `--alone ours`, or `--alone` with a peer: the most memory that two steps of that one take, in a process of its own."""
 
 import argparse
@@ -86,14 +87,14 @@ def memory_from_now():
 class Ours:
     """One step of `SequenceELBO` with Adam, in its phases."""
 
-    def __init__(self, what, rank, prompt, texts, tokens):
+    def __init__(self, what, rank, prompt, texts, tokens, dtype=torch.float32):
         import ppl_lm
         from ppl_lm.guides import finetuned, lora
         from ppl_lm.infer.binding import bind
         from ppl_lm.models import tilted
 
         model, tokenizer = network(what)
-        prior = ppl_lm.LanguageModel(model, tokenizer, tokens)
+        prior = ppl_lm.LanguageModel(model.to(dtype), tokenizer, tokens)
         self.prompts = prior.prompts([prompt])
         self.model = bind(tilted, prior, reward=ppl_lm.Reward(reward), beta=BETA)
         self.guide = bind(lora, prior.adapted(rank=rank)) if rank else bind(finetuned, prior.copy())
@@ -182,10 +183,18 @@ def run(case, threads, steps, peer):
     prompt = prompt_of(tokenizer, width)
     ours = Ours(what, rank, prompt, texts, tokens)
     rows, seconds = [ours.step()], []
+    half = Ours(what, rank, prompt, texts, tokens, torch.bfloat16) if peer == "bfloat16" else None
+    for _ in range(steps + 1 if half else 0):
+        rows.append(ours.step())
+        seconds.append(half.step()["all"])
+    seconds = seconds[1:]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            seconds = theirs(peer, what, rank, prompt, texts, tokens, steps + 1, lambda: rows.append(ours.step()))[1:]
+            seconds = (
+                seconds
+                or theirs(peer, what, rank, prompt, texts, tokens, steps + 1, lambda: rows.append(ours.step()))[1:]
+            )
     except ImportError:
         rows += [ours.step() for _ in range(steps)]
     rows = rows[2:] if len(rows) > 2 else rows[1:]  # the first ones find out what they need
@@ -194,9 +203,9 @@ def run(case, threads, steps, peer):
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__, "transformers": transformers.__version__, "steps": len(rows), "peer": peer,
         "ours": {phase: statistics.median(row[phase] for row in rows) for phase in rows[0]},
-        "trl": statistics.median(seconds) if seconds else None, "floor": floor(what, prompt, texts, tokens),
+        "other": statistics.median(seconds) if seconds else None, "floor": floor(what, prompt, texts, tokens),
     }  # fmt: skip
-    made["ratio"] = made["trl"] / made["ours"]["all"] if made["trl"] else None
+    made["ratio"] = made["other"] / made["ours"]["all"] if made["other"] else None
     return made
 
 
@@ -231,7 +240,9 @@ def alone(case, threads, who):
 def test_step(case, threads):
     given = [case, "--threads", str(threads)]
     made = told_by(__file__, *given)
-    if made["trl"] and threads == 1:
+    if case == "GPT-2 small":
+        made["bfloat16"] = told_by(__file__, *given, "--peer", "bfloat16", "--steps", "3")
+    if made["other"] and threads == 1:
         made["bytes"] = {who: told_by(__file__, *given, "--alone", who) for who in ("ours", "RLOO")}
         made["GRPO"] = told_by(__file__, *given, "--peer", "GRPO", "--steps", "3")
     RUNS.mkdir(parents=True, exist_ok=True)
@@ -240,9 +251,10 @@ def test_step(case, threads):
     for phase, value in made["ours"].items():
         print(f"  {phase:34} {value:8.2f} s")
     print(f"  {'floor':34} {made['floor']:8.2f} s")
-    print(f"  TRL's RLOO {made['trl']} s, ratio {made['ratio']}; bytes {made.get('bytes')}")
-    if "GRPO" in made:
-        print(f"  TRL's GRPO {made['GRPO']['trl']} s, ratio {made['GRPO']['ratio']}")
+    print(f"  TRL's RLOO {made['other']} s, ratio {made['ratio']}; bytes {made.get('bytes')}")
+    for who in ("GRPO", "bfloat16"):
+        if who in made:
+            print(f"  {who} {made[who]['other']} s, ratio {made[who]['ratio']}")
 
 
 def main(words):
@@ -250,7 +262,7 @@ def main(words):
     parser.add_argument("case")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--peer", default="RLOO", choices=["RLOO", "GRPO"])
+    parser.add_argument("--peer", default="RLOO", choices=["RLOO", "GRPO", "bfloat16"])
     parser.add_argument("--alone", choices=["ours", "RLOO", "GRPO"])
     given = parser.parse_args(words)
     try:

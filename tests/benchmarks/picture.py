@@ -26,8 +26,8 @@ def main():
             share = step["ours"][phase] / whole
             axis.barh(i - 0.18, share, 0.34, left=start, color=colour, label=phase if i == 0 else None)
             start += share
-        if step["trl"]:
-            axis.barh(i + 0.18, step["trl"] / whole, 0.34, color="0.75", label="TRL's RLOO" if i == 0 else None)
+        if step["other"]:
+            axis.barh(i + 0.18, step["other"] / whole, 0.34, color="0.75", label="TRL's RLOO" if i == 0 else None)
         axis.plot(
             [step["floor"] / whole] * 2, [i - 0.36, i], color="crimson", label="matrix products" if i == 0 else None
         )

@@ -14,7 +14,7 @@ from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.samplers.importance_sampling import importance
 from ppl_lm.infer.samplers.in_pieces import Progress
 from ppl_lm.likelihood.best_of import log_ratio
-from ppl_lm.lm.decoder import invert
+from ppl_lm.lm.decoding.decoder import invert
 
 CELLS = 2**22  # of the table of picks and groups, at a time
 

@@ -14,7 +14,7 @@ from ppl_lm.infer.samplers.importance_sampling import draw, only_text
 from ppl_lm.infer.samplers.sequential import PLAIN
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.traces.text_site import Resumed, text_law
-from ppl_lm.lm.decoder import invert
+from ppl_lm.lm.decoding.decoder import invert
 from ppl_lm.lm.token_sequence import TokenSequence
 
 Propose = Callable[[Draws], tuple[Draws, Tensor]]

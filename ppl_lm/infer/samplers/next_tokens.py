@@ -9,9 +9,10 @@ from torch import Tensor
 from ppl_lm.infer.samplers.constraints.allowed_tokens import Allowed, draw_allowed
 from ppl_lm.infer.samplers.settings import SMCSettings
 from ppl_lm.infer.samplers.twist import Function, PriorPower
-from ppl_lm.lm.decoder import Decoder, invert
+from ppl_lm.lm.decoding.decoder import Decoder, invert
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.prompts import Prompts
+from ppl_lm.lm.scoring.shared_body import head_on
 from ppl_lm.lm.scoring.teacher_forcing import normalise
 from ppl_lm.lm.token_sequence import TokenSequence
 from ppl_lm.lm.vocabulary import Vocabulary
@@ -38,7 +39,8 @@ class Tokens:
 
 
 class Laws:
-    """Prior, guide and twist, moved together: a decoder row of each for every text that is still open."""
+    """Prior, guide and twist, moved together: a decoder row of each for every text that is still open. A twist around the
+    prior's body reads the prior's pass."""
 
     def __init__(
         self,
@@ -50,7 +52,8 @@ class Laws:
         self.vocabulary: Vocabulary = prior.lm.vocabulary
         self.prompts, self.rows, self.settings = prior.prompts, rows, settings
         twist = settings.twist
-        self.prior = Decoder.of(prior.lm, prior.prompts, rows)
+        self.head = head_on(prior.lm, twist) if isinstance(twist, LanguageModel) else None
+        self.prior = Decoder.of(prior.lm, prior.prompts, rows, () if self.head is None else (self.head,))
         self.proposal = None
         if proposal is not None:
             same = proposal.lm is prior.lm and torch.equal(proposal.prompts.ids, prior.prompts.ids)
@@ -63,7 +66,7 @@ class Laws:
                     f"the twist is for {twist.max_new_tokens} tokens, the model's texts have {prior.lm.max_new_tokens}; give "
                     "both the same max_new_tokens"
                 )
-            self.network = Decoder.of(twist, prior.prompts, rows)
+            self.network = None if self.head is not None else Decoder.of(twist, prior.prompts, rows)
 
     def advance(self, rows: Int[Tensor, "m"], tokens: Int[Tensor, "m"]) -> None:
         """Row i goes on from what was row `rows[i]`, by `tokens[i]`."""
@@ -93,6 +96,8 @@ class Laws:
         twist, due = self.settings.twist, self.settings.after(t + 1)
         log_p = self.prior.log_probs()  # (n, V)
         log_psi = None if self.network is None else self.network.logits()
+        if self.head is not None:
+            log_psi = self.prior.read(self.head)
         log_q = self._proposal(log_p, log_psi, x, t, due)
         log_allowed = torch.zeros(
             (), dtype=torch.float64, device=log_q.device

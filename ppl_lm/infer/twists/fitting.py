@@ -16,6 +16,7 @@ from ppl_lm.infer.traces.text_site import text_law
 from ppl_lm.infer.twists.losses import Loss, Rollouts, ctl
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.network import Network
+from ppl_lm.lm.scoring.shared_body import logits_of_both
 from ppl_lm.lm.scoring.teacher_forcing import normalise
 
 
@@ -97,9 +98,8 @@ def rollouts(
     rows = torch.arange(batch, device=x.device).expand(count, batch).flatten()
     prompts, flat = draws.prompts.take(rows), x.flatten(0, 1)
     alive = prior.vocabulary.alive(flat)
-    logits = twist.next_token_logits(prompts, flat)  # (N, U, V)
-    with torch.no_grad():
-        log_p = normalise(prior.next_token_logits(prompts, flat))
+    priors, logits = logits_of_both(prior, twist, prompts, flat)  # (N, U, V)
+    log_p = normalise(priors)
     here = flat[:, : logits.shape[1], None]
     psi = logits.gather(-1, here).squeeze(-1).double()
     value = (log_p + logits).logsumexp(-1).double()

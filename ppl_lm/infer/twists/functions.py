@@ -18,7 +18,7 @@ from ppl_lm.infer.enumeration import enumerate_posterior
 from ppl_lm.infer.samplers.twist import Function, PriorPower
 from ppl_lm.infer.traces.observations import log_likelihood_of_text
 from ppl_lm.infer.traces.text_site import text_law
-from ppl_lm.lm.decoder import sample
+from ppl_lm.lm.decoding.decoder import sample
 from ppl_lm.lm.prompts import Prompts
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ppl_lm.lm import meter
 from ppl_lm.lm.checking.lengths import require_room
-from ppl_lm.lm.checking.precision import TOLERANCE, tolerance_of
-from ppl_lm.lm.decoder import Decoder, invert
+from ppl_lm.lm.checking.tolerances import TOLERANCE, tolerance_of
+from ppl_lm.lm.decoding.decoder import Decoder, invert
 from ppl_lm.lm.network import DivergedError, Network, UnsuitableNetworkError
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.scoring.teacher_forcing import normalise, score

@@ -6,23 +6,12 @@ import torch
 from torch import Tensor
 
 from ppl_lm.lm import meter
+from ppl_lm.lm.checking.tolerances import is_half
 from ppl_lm.lm.network import Network, memory
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.scoring.shortcuts import Shortcuts
 
-TOLERANCE = 2e-3  # nats
-HALF_PRECISION = 0.5  # nats: what the rounding of 16-bit weights may do to a token of a network that is sound
 COSINE = 0.95  # of a gradient with that of the same network in float32: below it nothing is trained
-
-
-def is_half(lm: Network) -> bool:
-    """Whether some of a network's products are of 16 bits."""
-    return lm.compute_dtype is not None or any(w.is_floating_point() and w.itemsize < 4 for w in lm.parameters())
-
-
-def tolerance_of(lm: Network) -> float:
-    """By how much log-probabilities of the same token may differ in a network that is sound, nats."""
-    return HALF_PRECISION if is_half(lm) else TOLERANCE
 
 
 def require_true_gradient(lm: Network) -> None:
@@ -77,7 +66,7 @@ def _start(lm: Network) -> Prompts:
 
 def _texts(lm: Network, prompts: Prompts) -> tuple[Tensor, Tensor]:
     """16 texts of that prompt, (16, T), from torch's global generator, and of which prompt each is."""
-    from ppl_lm.lm.decoder import sample
+    from ppl_lm.lm.decoding.decoder import sample
 
     rows = torch.zeros(16, dtype=torch.int64, device=lm.device)
     u = torch.rand(16, min(12, lm.max_new_tokens), dtype=torch.float64).to(lm.device)

@@ -24,6 +24,10 @@ class Shortcuts:
     gradients: tuple[tuple[bool, ...], bool] | None = None  # so too with a gradient; of which weights that was found
     head: tuple[Any, bool] | None = None  # the last layer, and whether its answers are the logits as they are
     layers: tuple[tuple[bool, ...], bool] | None = None  # likewise, activations may be found again in the backward pass
+    steps: bool | None = None  # a decoder's steps may be recorded, see `decoding.recorded_steps`
+    body: tuple[int, bool] | None = (
+        None  # whether it is around the body of another one, see `shared_body`; the `id` of that
+    )
 
 
 class OtherHeadError(RuntimeError):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ppl_lm.infer.samplers.constraints.dead_prefixes import DeadPrefixes, Node
 from ppl_lm.infer.samplers.next_tokens import choose
 from ppl_lm.likelihood.checker import Checker
-from ppl_lm.lm.decoder import Decoder
+from ppl_lm.lm.decoding.decoder import Decoder
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.token_sequence import TokenSequence
 

@@ -1,12 +1,17 @@
 """`Decoder`: the one stepping interface. Sampling, Markov chains and SMC are loops over it."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Float64, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from ppl_lm.lm.cache import place
+from ppl_lm.lm.decoding.cache import place
+from ppl_lm.lm.decoding.recorded_steps import RecordedSteps, may_record
 from ppl_lm.lm.network import DivergedError, Network
 from ppl_lm.lm.prompts import Prompts
+from ppl_lm.lm.scoring.shared_body import next_logits
 from ppl_lm.lm.scoring.shortcuts import OtherHeadError
 from ppl_lm.lm.scoring.teacher_forcing import normalise, positions
 
@@ -19,37 +24,45 @@ class Decoder:
     """Extends N rows of text one token at a time, with a key-value cache.
 
     Each prompt is forwarded once (`prefill`); `reorder` then copies its cache to its particles, moves rows to their
-    ancestors after a resampling, or drops rows that have finished. Nothing here records gradients.
+    ancestors after a resampling, or drops rows that have finished. Nothing here records gradients. On a device with CUDA graphs
+    the steps are recorded where that changes nothing, see `recorded_steps`.
 
     :param prompts: of any batch shape; afterwards there are as many rows, in row-major order.
+    :param reading: heads of networks around the same body, which then need no pass of their own: `shared_body.head_on`.
     """
 
-    def __init__(self, lm: Network, prompts: Prompts):
-        self.lm, prompts = lm, prompts.flatten()
+    def __init__(self, lm: Network, prompts: Prompts, reading: Sequence[nn.Linear] = ()):
+        self.lm, prompts, self.reading = lm, prompts.flatten(), tuple(reading)
         self.slot = torch.arange(
             len(prompts), device=prompts.ids.device
         )  # of each row: where it stands in what follows
         self.mask = prompts.mask  # (N, tokens so far)
         self.padded = not bool(self.mask.all())
         self.steps = 0
-        given = {"ids": prompts.ids, "mask": self.mask if self.padded else None, "positions": positions(self.mask)}
+        self.cache: Any = None
         try:
-            self._logits, self.cache = lm.logits_next(**given, cache=lm.new_cache())
+            self._pass(prompts.ids, positions(self.mask))
         except OtherHeadError:
-            self._logits, self.cache = lm.logits_next(**given, cache=lm.new_cache())
+            if self.reading:
+                raise
+            self._pass(prompts.ids, positions(self.mask))
 
     @classmethod
-    def of(cls, lm: Network, prompts: Prompts, rows: Int[Tensor, "N"]) -> "Decoder":
+    def of(cls, lm: Network, prompts: Prompts, rows: Int[Tensor, "N"], reading: Sequence[nn.Linear] = ()) -> "Decoder":
         """A row for each entry of `rows`, of prompt `rows[i]`; each prompt that occurs is forwarded once."""
         needed, copies = rows.unique(return_inverse=True)
-        decoder = cls(lm, prompts.take(needed))
+        decoder = cls(lm, prompts.take(needed), reading)
         decoder.reorder(copies)
         return decoder
 
     def logits(self) -> Float[Tensor, "N V"]:
         """What the network answers for each row's next token, float32 or wider: log-probabilities up to a constant of
         each row where it is a language model's, and as they are where it is a twist's."""
-        return self._logits[self.slot]
+        return self._answers[0][self.slot]
+
+    def read(self, head: nn.Linear) -> Float[Tensor, "N V"]:
+        """The same of one of the heads that read this network's last hidden state."""
+        return self._answers[1 + self.reading.index(head)][self.slot]
 
     def log_probs(self) -> Float[Tensor, "N V"]:
         """Log-probabilities of each row's next token, float32 or wider, nats."""
@@ -62,20 +75,30 @@ class Decoder:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
         ids = torch.empty_like(tokens).scatter(0, self.slot, tokens)
         self.steps += 1
-        self._logits, self.cache = self.lm.logits_next(
-            compared=self.steps % EVERY == 0,
-            ids=ids.unsqueeze(-1),
-            mask=self.mask if self.padded else None,
-            positions=self.mask.sum(-1, keepdim=True) - 1,
-            cache=self.cache,
-        )
+        if self.steps == 1 and not self.reading and may_record(self.lm, self.cache):
+            self.cache = RecordedSteps(self.lm, self.cache, self.mask.shape[-1] - 1 + self.lm.max_new_tokens)
+        self._pass(ids.unsqueeze(-1), self.mask.sum(-1, keepdim=True) - 1)
+
+    def _pass(self, ids: Int[Tensor, "N L"], at: Int[Tensor, "N L"]) -> None:
+        """One forward pass, on the cache where there is one; at the first, and every few steps, the head is looked at."""
+        if isinstance(self.cache, RecordedSteps):
+            self._answers = [self.cache.step(ids, self.mask, at)]
+            return
+        cache: Any = self.lm.new_cache() if self.cache is None else self.cache
+        given = {"ids": ids, "mask": self.mask if self.padded else None, "positions": at, "cache": cache}
+        compared = self.steps % EVERY == 0
+        if self.reading:
+            self._answers, self.cache = next_logits(self.lm, self.reading, compared, **given)
+        else:
+            logits, self.cache = self.lm.logits_next(compared=compared, **given)
+            self._answers = [logits]
 
     def reorder(self, rows: Int[Tensor, "M"]) -> None:
         """Row i becomes a copy of what was row `rows[i]`."""
         content, self.slot = place(self.slot, rows)
         self.cache.batch_select_indices(content)
         self.mask = self.mask[content]
-        self._logits = self._logits[content]
+        self._answers = [logits[content] for logits in self._answers]
 
 
 def invert(log_probs: Float[Tensor, "N V"], u: Float64[Tensor, "N"]) -> Int[Tensor, "N"]:

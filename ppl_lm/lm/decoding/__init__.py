@@ -1,0 +1,1 @@
+"""Decoding: texts grown token by token, with what their network keeps of them."""
