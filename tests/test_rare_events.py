@@ -3,13 +3,13 @@
 | what | property | tolerance |
 |---|---|---|
 | `annealed_smc` | E[weight of each text] = p(x, evidence), so E[Ẑ] = Z, with few texts | 4.5 SE of 20,000 runs |
-| `splitting` | E[p̂ 1(x)] = p0(x) 1[r(x) ≥ c], with ties and few texts; extinct runs count as 0 | 4.5 SE of 4,000 runs |
+| `splitting` | E[p̂ 1(x)] = p0(x) 1[r(x) ≥ c], with ties and few texts; lost runs count as 0 | 4.5 SE of 4,000 runs |
 | `mbar` | Z of each law at draws in proportion to their laws; with one law the mean weight | 1e-9 |
 | its errors | 95% intervals of log P(r ≥ c), P = 0.01, hold in 400 runs of 60 draws a law | binomial, 1 in 1,000 |
 | `splitting` | 95% intervals of log P, P = 1e-2 and 1e-4, hold in 100 times 20 runs | binomial, 1 in 1,000 |
 | a path's draws and `mbar` together | log Z and P(r ≥ c) within their errors | 4 SE |
 
-Mutants that are rejected: one killed where several tie; copies that may stay at the level that killed; a kernel for the
+Mutants that are rejected: those that tie with a level killed with the others; a kernel for the level before; a kernel for the
 temperature before; weights without the last stage; errors of the prior's draws alone; of a path's texts as if they were
 independent.
 """
@@ -96,8 +96,8 @@ def test_wrong_paths_are_seen(monkeypatch, mutant):
             PATH, "_moved", lambda state, propose, power: right(state, propose, {1.0: 0.3, 0.3: 0.05}[power])
         )
     else:
-        resampled = PATH._resampled
-        monkeypatch.setattr(PATH, "_resampled", lambda state, log_w: resampled(state, torch.zeros_like(log_w)))
+        resampled = PATH.resampled
+        monkeypatch.setattr(PATH, "resampled", lambda state, log_w: resampled(state, torch.zeros_like(log_w)))
     assert worst(path) > 8
 
 
@@ -142,7 +142,7 @@ def worst_of_splitting(level, runs=4000, texts=TEXTS, **how):
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"killed": 2}, {"num_samples": 2}, {"kernel": independence, "moves": 2}, {"killed": 3, "moves": 2}]
+    "how", [{}, {"kept": 0.6}, {"num_samples": 2}, {"kernel": independence, "moves": 2}, {"kept": 0.2}]
 )
 @pytest.mark.parametrize("level", [1.0, 2.0])
 def test_splitting_is_unbiased(level, how):
@@ -150,33 +150,31 @@ def test_splitting_is_unbiased(level, how):
     assert worst_of_splitting(level, **how) < 4.5
 
 
-@pytest.mark.parametrize("mutant", ["one at a tie", "may stay"])
+@pytest.mark.parametrize("mutant", ["ties are killed", "the level before"])
 def test_wrong_splitting_is_seen(monkeypatch, mutant):
     torch.manual_seed(0)
-    if mutant == "may stay":
-        right = SPLITTING._moved
-        monkeypatch.setattr(
-            SPLITTING,
-            "_moved",
-            lambda state, propose, above, record, moves: right(state, propose, above - 1e-9, record, moves),
-        )
+    climb = SPLITTING._Climb
+    if mutant == "ties are killed":
+        right = climb.climbed
+        monkeypatch.setattr(climb, "climbed", lambda self, state, z, runs: right(self, state, z + 1e-9, runs))
     else:
-        right = SPLITTING._killed
-        monkeypatch.setattr(
-            SPLITTING, "_killed", lambda score, here: (dead := right(score, here)) & (dead.cumsum(1) == 1)
-        )
-    assert worst_of_splitting(2.0, runs=8000) > 6
+        right = climb.moved
+        monkeypatch.setattr(climb, "moved", lambda self, state, z: right(self, state, z - 1))
+    assert worst_of_splitting(2.0, runs=8000, levels=[0.5, 1.0, 2.0]) > 6
 
 
 def test_an_event_that_no_run_reaches():
-    with pytest.raises(NoSupportError, match="none of 4 runs"):
+    with pytest.raises(NoSupportError, match="a pilot came to reward ≥ 3, and not to 50"):
         splitting(event(50.0), [""], num_samples=8, num_runs=4)
+    with pytest.raises(NoSupportError, match="none of 4 runs"):
+        splitting(event(50.0), [""], num_samples=8, num_runs=4, levels=[1.0, 50.0])
     with pytest.raises(ValueError, match="evidence is not the event"):
         splitting(MODEL, [""], level=2.0)
     with pytest.raises(ValueError, match="level="):
         splitting(MODEL, [""])
-    with pytest.raises(ValueError, match="killed=8"):
-        splitting(event(2.0), [""], num_samples=8, killed=8)
+    for wrong in ({"kept": 1.0}, {"levels": [0.5, 0.5, 2.0]}, {"levels": [1.0]}, {"levels": []}):
+        with pytest.raises(ValueError, match="kept=1|levels="):
+            splitting(event(2.0), [""], num_samples=8, **wrong)
     with pytest.raises(ValueError, match="records"):
         splitting(event(2.0), [""], record="score")
 
@@ -195,7 +193,7 @@ def test_prompts_of_a_plain_function():
 def test_splitting_of_a_certain_event():
     draws = splitting(event(-9.0), TEXTS, num_samples=4, num_runs=3)
     torch.testing.assert_close(draws.log_weight, torch.zeros_like(draws.log_weight), atol=1e-12, rtol=0)
-    assert float(draws.stats["num_levels"].max()) == 0
+    assert draws.stats["levels"].flatten().tolist() == [-9.0] * 6
 
 
 # MBAR

@@ -65,11 +65,12 @@ def expected_weights(
         with monkeypatch.context() as patch:
             patch.setattr(GROW, "choose", w.choose)
             patch.setattr(MOVES, "choose", w.choose)
-            patch.setattr(MOVES, "places", lambda n, column: _each(w, column, [[1 / k] * k for k in n.tolist()]))
+            columns = runs * len(prompts)
+            patch.setattr(MOVES, "places", lambda n: _each(w, columns, [[1 / k] * k for k in n.tolist()]))
             patch.setattr(
                 MOVES,
                 "accepted",
-                lambda ratio, column: _each(w, column, [[1 - a, a] for a in ratio.exp().clamp_max(1).tolist()]) == 1,
+                lambda ratio: _each(w, columns, [[1 - a, a] for a in ratio.exp().clamp_max(1).tolist()]) == 1,
             )
             patch.setattr(SMC, "texts_a_piece", lambda *_: 10**9)
             patch.setattr(POPULATION, "_needed", w.needed(POPULATION._needed))
@@ -88,8 +89,9 @@ def expected_weights(
     return torch.stack([sum(chance * value for chance, value in each) for each in found], 1)
 
 
-def _each(w, column, chances):
-    return torch.tensor([w.pick(c, law) for c, law in zip(column.tolist(), chances, strict=True)])
+def _each(w, columns, chances):
+    """Of texts whose populations run fastest."""
+    return torch.tensor([w.pick(i % columns, law) for i, law in enumerate(chances)])
 
 
 def noisy(world, w):

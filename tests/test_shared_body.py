@@ -68,14 +68,16 @@ def test_a_product_passes_a_body_once(kind):
     assert float(found[0][1].abs().max()) > 0 and found[1][3] == 2 * found[0][3]
 
 
-def test_smc_passes_the_body_once():
+@pytest.mark.parametrize(
+    "how", [{"threshold": 0.9}, {"at": (3,), "moves": 1}, {"candidates": 4}, {"expand": 2}], ids=str
+)
+def test_smc_passes_the_body_once(how):
     prior, twist, apart = pair()
     model, found = rewarded(prior), []
     for other in (twist, apart):
         torch.manual_seed(5)
-        found.append(
-            ppl_lm.smc(model, None, TEXTS, num_samples=6, num_runs=2, settings=SMCSettings(twist=other, threshold=0.9))
-        )
+        settings = SMCSettings(twist=other, **how)
+        found.append(ppl_lm.smc(model, None, TEXTS, num_samples=6, num_runs=2, settings=settings))
     one, plain = found
     torch.testing.assert_close(one.latents, plain.latents)
     torch.testing.assert_close(one.log_weight, plain.log_weight, atol=1e-10, rtol=0)

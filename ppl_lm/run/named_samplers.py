@@ -146,11 +146,10 @@ def _splitting(
     """texts of a rare event, by way of less rare ones"""
     runs = max(RUNS, math.ceil(num_samples / PARTICLES))
     draws = splitting(model, prompts, num_samples=PARTICLES, num_runs=runs, on_progress=on_progress)
-    levels = float(draws.stats["num_levels"].mean())
+    levels = draws.stats["levels"].shape[-1]
     return draws, (
-        f"{runs} runs of {PARTICLES} texts that climbed {levels:.1f} levels on average; their log weight (nats) is each "
-        f"run's estimate "
-        "of how probable the event is"
+        f"{runs} runs of {PARTICLES} texts that climbed {levels} levels, found by a pilot; those of the event have a weight, "
+        "and its mean over a run is an estimate of how probable the event is"
     )
 
 

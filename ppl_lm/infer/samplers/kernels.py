@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from ppl_lm.infer.draws import Draws, concatenate
+from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.samplers.chances import either, places
 from ppl_lm.infer.samplers.conditional import grow_around
 from ppl_lm.infer.samplers.importance_sampling import draw, only_text
 from ppl_lm.infer.samplers.sequential import PLAIN
@@ -49,7 +50,7 @@ def suffix(model: Callable[..., Any], guide: Any, prompts: Any, max_plate_nestin
         vocabulary, (name,) = state.prompts.vocabulary, only_text(state)
         x = state.latents[name][0]  # (N, B, T)
         before = vocabulary.lengths(x)
-        place = (torch.rand(before.shape, dtype=torch.float64, device=x.device) * before).long()
+        place = places(before)
         plates = (len(x), *[1] * (max_plate_nesting - 1), *x.shape[1:])  # the program's, between particles and prompts
         with Resumed(name, x.reshape(plates), place.reshape(plates[:-1])):
             proposal = draw(model, guide, prompts, state.num_samples, max_plate_nesting)
@@ -74,7 +75,7 @@ def substitution(model: Callable[..., Any], guide: Any, prompts: Any, max_plate_
         vocabulary, (name,) = state.prompts.vocabulary, only_text(state)
         x = state.latents[name][0]  # (N, B, T)
         free = vocabulary.lengths(x) - vocabulary.is_end(x).any(-1).long()  # tokens that end no text
-        place = (torch.rand(free.shape, dtype=torch.float64, device=x.device) * free).long()
+        place = places(free)
         log_q = next_at(law, x, place)  # (N, B, V)
         log_q[..., torch.tensor(vocabulary.end_ids, device=x.device)] = -torch.inf
         here = place.unsqueeze(-1)
@@ -90,10 +91,7 @@ def substitution(model: Callable[..., Any], guide: Any, prompts: Any, max_plate_
         correction = (proposal.log_guide - state.log_guide)[0] - forth
         lost = proposal.log_guide[0] == -torch.inf  # what follows is impossible after the new token: the state stays
         if bool(lost.any()):
-            both = concatenate([replace(state, stats={}), replace(proposal, stats={})])
-            rows = torch.arange(len(x), device=x.device).unsqueeze(-1) + len(x) * ~lost
-            prompt = torch.arange(x.shape[1], device=x.device)
-            stay = both.map(lambda v: v[:, rows[:, 0]] if rows.shape[1] == 1 else v[:, rows, prompt])
+            stay = either(replace(state, stats={}), replace(proposal, stats={}), ~lost)
             proposal, correction = replace(stay, cost=proposal.cost), torch.where(lost, 0.0, correction)
         return proposal, correction
 

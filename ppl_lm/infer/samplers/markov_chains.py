@@ -11,6 +11,7 @@ from torch import Tensor
 from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.counts import require_count
 from ppl_lm.infer.draws import Draws, NoSupportError, concatenate
+from ppl_lm.infer.samplers.chances import accepted, either
 from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
 from ppl_lm.infer.samplers.importance_sampling import require_support as require_whole
 from ppl_lm.infer.samplers.in_pieces import Progress
@@ -40,12 +41,8 @@ def step(state: Draws, propose: Propose) -> tuple[Draws, Info]:
     proposal, correction = propose(state)
     log_ratio = proposal.log_weight[0] - state.log_weight[0] + correction
     log_accept = torch.where(state.log_weight[0] == -torch.inf, 0.0, log_ratio).clamp_max(0.0)
-    accepted = torch.rand_like(log_accept).log() < log_accept
-    both = concatenate([state, proposal])  # (1, 2N, B)
-    chain, prompt = torch.arange(len(accepted), device=accepted.device), torch.arange(accepted.shape[1])
-    rows = chain.unsqueeze(-1) + len(accepted) * accepted  # (N, B or 1)
-    moved = both.map(lambda v: v[:, rows[:, 0]] if rows.shape[1] == 1 else v[:, rows, prompt.to(v.device)])
-    return replace(moved, cost=proposal.cost), Info(proposal, log_accept, accepted)
+    taken = accepted(log_accept)
+    return replace(either(state, proposal, taken), cost=proposal.cost), Info(proposal, log_accept, taken)
 
 
 @torch.no_grad()

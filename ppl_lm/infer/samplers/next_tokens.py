@@ -78,6 +78,12 @@ class Laws:
                     decoder.reorder(rows)
                 decoder.advance(tokens)
 
+    def log_psi(self) -> Float[Tensor, "n V"] | None:
+        """log ψ of each text with every next token, where the twist is a network."""
+        if self.head is not None:
+            return self.prior.read(self.head)
+        return None if self.network is None else self.network.logits()
+
     def propose(
         self,
         x: Int[Tensor, "n T"],
@@ -95,9 +101,7 @@ class Laws:
         :param forced: what the next tokens have to be, where it is not -1."""
         twist, due = self.settings.twist, self.settings.after(t + 1)
         log_p = self.prior.log_probs()  # (n, V)
-        log_psi = None if self.network is None else self.network.logits()
-        if self.head is not None:
-            log_psi = self.prior.read(self.head)
+        log_psi = self.log_psi()
         log_q = self._proposal(log_p, log_psi, x, t, due)
         log_allowed = torch.zeros(
             (), dtype=torch.float64, device=log_q.device

@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float64, Int
+from jaxtyping import Float64, Int
 from torch import Tensor
 
+from ppl_lm.infer.samplers.chances import accepted, places
 from ppl_lm.infer.samplers.next_tokens import Laws, ask, choose
 from ppl_lm.infer.samplers.population_state import Population
 from ppl_lm.infer.samplers.settings import SMCSettings
@@ -31,7 +32,7 @@ def _moved(state: Population, prior: TokenSequence, settings: SMCSettings, known
     log_target, log_w = state.log_target.flatten(), state.log_w.flatten()
     column = torch.arange(populations, device=x.device).expand(count, populations).flatten()
     n = vocabulary.lengths(x[:, :known])
-    place = places(n, column)
+    place = places(n)
     new, new_log_p, log_psi = _drawn_anew(prior, settings, x, place, column, known)
     n_new = vocabulary.lengths(new[:, :known])
     log_p0 = new_log_p.sum(-1)
@@ -43,7 +44,7 @@ def _moved(state: Population, prior: TokenSequence, settings: SMCSettings, known
     target = torch.where(log_psi == -torch.inf, -torch.inf, log_p0 + log_psi)
     log_ratio = log_acceptance(log_target - token_log_p.sum(-1), log_psi, n, n_new)
     sound = log_w > -torch.inf  # a text without weight stays where it is
-    taken = accepted(torch.where(sound, log_ratio, -torch.inf), column) & sound
+    taken = accepted(torch.where(sound, log_ratio, -torch.inf)) & sound
 
     def chosen(theirs: Tensor, ours: Tensor) -> Tensor:
         pick = taken.reshape(-1, *[1] * (ours.dim() - 1))
@@ -73,7 +74,7 @@ def _drawn_anew(
     vocabulary = prior.lm.vocabulary
     new = torch.full_like(x, vocabulary.pad_id)
     log_p0 = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-    log_psi = None if laws.network is None else torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    log_psi = None if laws.log_psi() is None else torch.zeros(len(x), dtype=torch.float64, device=x.device)
     live = torch.arange(len(x), device=x.device)
     for t in range(known):
         log_p = laws.prior.log_probs()
@@ -83,8 +84,9 @@ def _drawn_anew(
             tokens = tokens.masked_scatter(fresh, choose(log_p[fresh], column[live[fresh]], 1)[:, 0])
         here = tokens.unsqueeze(-1)
         new[live, t], log_p0[live, t] = tokens, log_p.gather(-1, here)[:, 0].double()
-        if laws.network is not None and log_psi is not None:
-            log_psi[live] = laws.network.logits().gather(-1, here)[:, 0].double()
+        said = laws.log_psi()
+        if said is not None and log_psi is not None:
+            log_psi[live] = said.gather(-1, here)[:, 0].double()
         on = (~vocabulary.is_end(tokens)).nonzero()[:, 0]
         if t == known - 1 or not len(on):
             break
@@ -98,15 +100,3 @@ def log_acceptance(
 ) -> Float64[Tensor, "N"]:
     """log [ψ(s') / ψ(s) · n / n'], nats: a longer text has more places, so its shorter one is drawn from it less often."""
     return new - log_psi + n.double().log() - n_new.double().log()
-
-
-def places(n: Int[Tensor, "N"], column: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
-    """A place uniform among n tokens of each text.
-
-    :param column: the population that each belongs to."""
-    return (torch.rand(n.shape, dtype=torch.float64, device=n.device) * n).long().minimum(n - 1)
-
-
-def accepted(log_ratio: Float64[Tensor, "N"], column: Int[Tensor, "N"]) -> Bool[Tensor, "N"]:
-    """Whether each move is made, with probability min(1, exp(log_ratio))."""
-    return torch.rand_like(log_ratio).log() < log_ratio

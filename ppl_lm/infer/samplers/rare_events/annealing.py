@@ -77,7 +77,7 @@ def annealed_smc(
         for k, (before, power) in enumerate(zip(powers, powers[1:], strict=False)):
             log_w = (power - before) * stages[-1]  # (C, N, B)
             log_z = log_z + log_w.logsumexp(1) - math.log(num_samples)
-            state = _resampled(state, log_w)
+            state = resampled(state, log_w)
             for _ in range(moves):
                 state = _moved(state, propose, power)
             stages.append(state.log_likelihood[0].unflatten(0, (num_runs, num_samples)))
@@ -90,7 +90,7 @@ def annealed_smc(
     return replace(runs, log_guide=log_joint - log_z.unsqueeze(1), kind="runs", cost=cost, stats=stats)
 
 
-def _resampled(state: Draws, log_w: Float64[Tensor, "C N B"]) -> Draws:
+def resampled(state: Draws, log_w: Float64[Tensor, "C N B"]) -> Draws:
     """Each run by itself, each prompt by itself: (1, C·N, B) as before."""
     runs, count, batch = log_w.shape
     columns = log_w.transpose(0, 1).reshape(count, runs * batch)
