@@ -16,13 +16,13 @@ independent.
 
 import math
 import sys
-from collections import Counter
 
 import oracle
 import pyro
 import pytest
 import scipy.stats
 import torch
+from bigram import bigram
 
 from ppl_lm.criticism.evidence import log_evidence
 from ppl_lm.criticism.path_estimates import mbar, path_constants
@@ -33,8 +33,7 @@ from ppl_lm.infer.samplers.kernels import independence, particle_gibbs
 from ppl_lm.infer.samplers.rare_events.annealing import annealed_smc
 from ppl_lm.infer.samplers.rare_events.splitting_levels import splitting
 from ppl_lm.likelihood.reward import Reward
-from ppl_lm.lm.language_model import LanguageModel
-from ppl_lm.lm.table import TableConfig, TableForCausalLM, table_lm
+from ppl_lm.lm.table import table_lm
 from ppl_lm.models import at_least, constrained, tilted
 
 V, T, END, BETA = 4, 3, 3, 0.7
@@ -304,35 +303,6 @@ def test_a_paths_draws_give_rare_events():
 
 
 # Intervals of rare events, on a language model of more texts than can be enumerated, by dynamic programming
-
-
-class Bigram(TableForCausalLM):
-    """The next token depends on the last one alone."""
-
-    def first_row(self, length):
-        return self.config.vocab_size
-
-    def rows(self, ids, mask):
-        return ids
-
-
-def bigram(steps):
-    probs = torch.tensor([[0.45, 0.53, 0.02], [0.25, 0.72, 0.03], [0.3, 0.65, 0.05]], dtype=torch.float64)
-    network = Bigram(TableConfig(3, steps + 2, bos_token_id=2, eos_token_id=2, pad_token_id=2))
-    with torch.no_grad():
-        network.table.copy_(probs.log())
-    open_, count = {(2, 0): 1.0}, Counter()  # by last token and letters a; of those that have ended by letters a
-    for _ in range(steps):
-        grown = Counter()
-        for (last, seen), p in open_.items():
-            for token in (0, 1):
-                grown[(token, seen + (token == 0))] += p * float(probs[last, token])
-            count[seen] += p * float(probs[last, 2])
-        open_ = grown
-    for (_, seen), p in open_.items():
-        count[seen] += p
-    tail = [math.log(sum(p for seen, p in count.items() if seen >= c)) for c in range(steps + 1)]
-    return LanguageModel(network, table_lm(3, 2).vocabulary.tokenizer, steps), tail
 
 
 def holding(level, repeats, runs=20, **how):
