@@ -42,8 +42,8 @@ MOVES = sys.modules["ppl_lm.infer.samplers.rejuvenation"]
 class PowerWorld(World):
     """The prior's power over few texts."""
 
-    def __init__(self, size, steps, alpha):
-        super().__init__(size, steps)
+    def __init__(self, size, steps, alpha, gaps=False):
+        super().__init__(size, steps, gaps)
         log_prior = self.joint - self.reward[:, None] / 0.7
         self.model, self.joint = bind(power, self.lm, alpha=alpha), alpha * log_prior
         self.z = self.joint.logsumexp(0).exp()
@@ -52,6 +52,7 @@ class PowerWorld(World):
 
 
 SHARP, FLAT, SHARP_TINY = PowerWorld(3, 2, 2.5), PowerWorld(3, 2, 0.5), PowerWorld(2, 2, 2.5)
+GAPS, GAPS_ONE = PowerWorld(3, 2, 0.5, gaps=True), PowerWorld(3, 2, 1.0, gaps=True)
 
 
 def expected_weights(
@@ -124,6 +125,8 @@ CASES = [
     dict(world=FLAT, twist="power", threshold=0.9, resample=multinomial),
     dict(world=SHARP, twist="another power", threshold=2.0),
     dict(world=SHARP, twist="power", guide=True, threshold=2.0),
+    dict(world=GAPS, twist="power", guide=True, threshold=0.0),
+    dict(world=GAPS_ONE, twist="power", guide=True, threshold=0.0),
     dict(world=SHARP_TINY, twist="power", expand=2, threshold=2.0),
     dict(world=SMALL, twist="likelihood", at=(1,), moves=1, threshold=2.0),
     dict(world=TINY, twist="likelihood", at=(1, 2), moves=1, threshold=0.8),
@@ -136,9 +139,16 @@ CASES = [
 
 
 def name_of(case):
-    world = {SMALL: "small", LONG: "long", TINY: "tiny", SHARP: "sharp", FLAT: "flat", SHARP_TINY: "sharp_tiny"}[
-        case["world"]
-    ]
+    world = {
+        SMALL: "small",
+        LONG: "long",
+        TINY: "tiny",
+        SHARP: "sharp",
+        FLAT: "flat",
+        SHARP_TINY: "sharp_tiny",
+        GAPS: "gaps",
+        GAPS_ONE: "gaps_one",
+    }[case["world"]]
     return "-".join([world, *(f"{k}={getattr(v, '__name__', v)}" for k, v in case.items() if k != "world")])
 
 

@@ -122,7 +122,7 @@ class Laws:
         if log_psi is not None:
             psi = log_psi.gather(-1, tokens).double()
         elif isinstance(twist, PriorPower):
-            psi = (twist.alpha - 1) * (prefix + lp)
+            psi = twist.log_psi(prefix + lp)
         else:
             psi = torch.where(before == -torch.inf, -torch.inf, before - prefix).expand_as(lp)  # as it was
             asked = torch.ones_like(tokens, dtype=torch.bool)

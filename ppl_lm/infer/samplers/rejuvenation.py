@@ -37,7 +37,7 @@ def _moved(state: Population, prior: TokenSequence, settings: SMCSettings, known
     n_new = vocabulary.lengths(new[:, :known])
     log_p0 = new_log_p.sum(-1)
     if isinstance(settings.twist, PriorPower):
-        log_psi = (settings.twist.alpha - 1) * log_p0
+        log_psi = settings.twist.log_psi(log_p0)
     elif callable(settings.twist) and log_psi is None:
         log_psi = ask(settings.twist, prior.prompts.take(column % len(prior.prompts)), new, n_new)
     assert log_psi is not None

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -30,6 +31,10 @@ class PriorPower:
     def __post_init__(self) -> None:
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha={self.alpha}; the prior's power must be above 0, and finite")
+
+    def log_psi(self, log_p0: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+        """Of texts begun by their log p0; -inf of those that are impossible, which a guide may propose."""
+        return torch.where(log_p0 == -torch.inf, -torch.inf, (self.alpha - 1) * log_p0)
 
 
 Twist = LanguageModel | PriorPower | Function
