@@ -52,7 +52,7 @@ class PowerWorld(World):
 
 
 SHARP, FLAT, SHARP_TINY = PowerWorld(3, 2, 2.5), PowerWorld(3, 2, 0.5), PowerWorld(2, 2, 2.5)
-GAPS, GAPS_ONE = PowerWorld(3, 2, 0.5, gaps=True), PowerWorld(3, 2, 1.0, gaps=True)
+GAPS, GAPS_ONE = PowerWorld(3, 3, 0.5, gaps=True), PowerWorld(3, 3, 1.0, gaps=True)
 
 
 def expected_weights(
