@@ -4,7 +4,7 @@
 |---|---|---|
 | draws, log q, SMC's weights | by the same uniforms, recorded and not; rows leave, are copied, outgrow their room | 1e-10 |
 | a recording that is no longer right | a place, a mask, an input that stay as they were are caught by `_same_steps` | - |
-| who is recorded | not: hooks, modules of others, windows, tables, short texts, what reads a number off the device | - |
+| who is recorded | only where asked for; not: hooks, modules of others, windows, tables, short texts | - |
 """
 
 import pytest
@@ -76,6 +76,8 @@ def graphs(monkeypatch):
 
 def lm_of(kind: str, tokens: int = 20, **given) -> LanguageModel:
     ends = range(2, 300, 9)  # so that texts end
+    if kind == "qwen2":
+        given = {"max_window_layers": 999, **given}  # a number of layers that is taken for a length
     return LanguageModel(tiny.network(kind, **given).double(), tiny.bpe(), tokens, end_ids=ends)
 
 
@@ -83,7 +85,7 @@ def lm_of(kind: str, tokens: int = 20, **given) -> LanguageModel:
 def test_draws_are_the_same(kind, graphs, monkeypatch):
     """Of prompts of different lengths, whose copies end one by one, are dropped and leave half of the rows."""
     lm = lm_of(kind)
-    assert may_record(lm, Decoder(lm, lm.prompts(TEXTS)).cache) and graphs
+    assert may_record(lm, Decoder(lm, lm.prompts(TEXTS)).cache, 5) and graphs
     rows, u = torch.arange(3).repeat(8), torch.rand(24, 20, dtype=torch.float64)
     u[::2] = u[::2].clamp_max(0.3)
     graphs.clear()
@@ -158,25 +160,29 @@ class Counting(torch.nn.Linear):
 def test_who_is_not_recorded(graphs, monkeypatch):
     lm = lm_of("llama")
     cache = Decoder(lm, lm.prompts(TEXTS)).cache
-    assert may_record(lm, cache)
+    assert may_record(lm, cache, 5)
     handle = lm.model.model.layers[0].register_forward_hook(lambda *_: None)
-    assert not may_record(lm, cache)
+    assert not may_record(lm, cache, 5)
     handle.remove()
-    assert may_record(lm, cache)
+    assert may_record(lm, cache, 5)
     window = lm_of("mistral")
-    assert not may_record(window, Decoder(window, window.prompts(TEXTS)).cache)
+    assert not may_record(window, Decoder(window, window.prompts(TEXTS)).cache, 5)
     short = lm_of("llama", 8)
-    assert not may_record(short, Decoder(short, short.prompts(TEXTS)).cache)
+    assert not may_record(short, Decoder(short, short.prompts(TEXTS)).cache, 5)
     monkeypatch.setattr(recorded_steps, "WORTH", 2)
     table = tiny.table(4, 3, 3)
-    assert not may_record(table, Decoder(table, table.prompts(["a"])).cache)
-    assert may_record(lm.adapted(rank=2), cache)
+    assert not may_record(table, Decoder(table, table.prompts(["a"])).cache, 5)
+    assert may_record(lm.adapted(rank=2), cache, 5)
+    lm.boundaries = {40: "window"}
+    assert not may_record(lm, cache, 15) and may_record(lm, cache, 5)
+    monkeypatch.undo()
+    assert not may_record(lm_of("llama"), cache, 5)
     own = lm_of("llama")
     own.model.model.layers[0].mlp.gate_proj.__class__ = Counting
-    assert not may_record(own, cache)
+    assert not may_record(own, cache, 5)
 
 
-@pytest.mark.parametrize("fault", ["place", "mask", "ids", "positions", "python", "read", "rows"])
+@pytest.mark.parametrize("fault", ["place", "mask", "ids", "positions", "python", "read", "rows", "nan"])
 def test_a_recording_that_is_wrong_is_not_taken(fault, graphs, monkeypatch):
     lm = lm_of("llama")
     cache = Decoder(lm, lm.prompts(TEXTS)).cache
@@ -207,16 +213,19 @@ def test_a_recording_that_is_wrong_is_not_taken(fault, graphs, monkeypatch):
     elif fault == "read":
         lm.model.model.layers[0].register_forward_hook(lambda module, given, out: out if out.sum() > -1e9 else None)
         monkeypatch.setattr(recorded_steps, "_is_known", lambda model: True)
+    elif fault == "nan":
+        monkeypatch.setattr(recorded_steps, "record", lambda step: lambda: step() * torch.nan)
     elif fault == "rows":
         monkeypatch.setattr(RecordedSteps, "batch_select_indices", lambda self, indices: None)
     else:
         monkeypatch.setattr(RecordedSteps, "_make_inputs", stale)
-    assert not may_record(lm, cache)
+    assert not may_record(lm, cache, 5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("kind", PLAIN)
-def test_graphs_of_a_gpu(kind):
+def test_graphs_of_a_gpu(kind, monkeypatch):
+    monkeypatch.setattr(recorded_steps, "ENABLED", True)
     lm = LanguageModel(tiny.network(kind).double().cuda(), tiny.bpe(), 20)
     rows, u = torch.arange(3, device="cuda").repeat(8), torch.rand(24, 20, dtype=torch.float64, device="cuda")
     x, log_q = sample(lm, lm.prompts(TEXTS), rows, u)

@@ -8,6 +8,8 @@
 """
 
 import copy
+import sys
+import threading
 
 import pytest
 import torch
@@ -22,7 +24,6 @@ from ppl_lm.lm import meter
 from ppl_lm.lm.decoding.decoder import Decoder
 from ppl_lm.lm.experts import product
 from ppl_lm.lm.language_model import LanguageModel
-from ppl_lm.lm.network import UnsuitableNetworkError
 from ppl_lm.lm.scoring.shared_body import head_on
 from ppl_lm.models import tilted
 from tests import tiny
@@ -128,12 +129,79 @@ def test_the_same_weights_in_modules_that_do_something_else():
 
 
 def test_a_product_whose_bodies_part():
-    prior, twist, _ = pair()
+    """Then each has its own pass; a copy, which is trained, as well."""
+    prior, twist, apart = pair()
     q = product([prior, twist])
     before = q(TEXTS).log_prob(x := prior(TEXTS).sample())
+    twist.requires_grad_(False)
+    copied = product([prior, twist]).copy()
+    torch.testing.assert_close(copied(TEXTS).log_prob(x), before, atol=1e-10, rtol=0)
+    assert sum(weight.requires_grad for weight in copied.parameters()) > 2
     with torch.no_grad():
-        twist.model.get_output_embeddings().weight.mul_(2.0)  # as a step of training
-    assert not torch.allclose(q(TEXTS).log_prob(x), before)
-    twist.model.model.norm.weight = torch.nn.Parameter(twist.model.model.norm.weight * 2, requires_grad=False)
-    with pytest.raises(UnsuitableNetworkError, match="experts 0 and 1 .* make it anew"):
-        q(TEXTS).log_prob(x)
+        for one in (twist, apart):
+            one.model.get_output_embeddings().weight.mul_(2.0)  # as a step of training
+            one.model.model.norm.weight = torch.nn.Parameter(one.model.model.norm.weight * 2, requires_grad=False)
+    plain = product([prior, apart])(TEXTS).log_prob(x)
+    assert float((plain - before).detach().abs().max()) > 0.1
+    with meter.measure() as cost:
+        torch.testing.assert_close(q(TEXTS).log_prob(x), plain, atol=1e-10, rtol=0)
+    with meter.measure() as own:
+        prior(TEXTS).log_prob(x)
+    assert cost.lm_tokens == 2 * own.lm_tokens
+    decoder = Decoder(q, q.prompts(TEXTS))
+    decoder.advance(torch.tensor([5, 6, 7]))
+    right = Decoder(product([prior, apart]), q.prompts(TEXTS))
+    right.advance(torch.tensor([5, 6, 7]))
+    torch.testing.assert_close(decoder.log_probs(), right.log_probs(), atol=1e-10, rtol=0)
+
+
+def test_a_new_twist_shares_from_the_start():
+    """Its head answers zeros, of which none looks like the logits of a head more than of anything else."""
+    prior, _, _ = pair()
+    twist = twist_like(prior, head_only=True)
+    assert head_on(prior, twist) is twist.model.get_output_embeddings()
+    with meter.measure() as cost:
+        fit_twist(rewarded(prior), twist, TEXTS, steps=2, num_samples=4)
+    with meter.measure() as both:
+        fit_twist(rewarded(prior), twist_like(prior), TEXTS, steps=2, num_samples=4)
+    assert cost.lm_tokens < 0.75 * both.lm_tokens
+
+
+def test_settings_that_change_later_are_seen():
+    prior, twist, _ = pair()
+    assert head_on(prior, twist) is not None
+    twist.model.model.layers[0].self_attn.scaling *= 2
+    assert head_on(prior, twist) is None
+    adapted = prior.adapted(rank=2).requires_grad_(False)
+    around = twist_like(adapted, head_only=True)
+    assert head_on(adapted, around) is not None
+    adapted.model.disable_adapters()
+    assert head_on(adapted, around) is None
+
+
+def test_threads_do_not_disturb_each_other():
+    """Another thread's look at the prior's head is none of this one's."""
+    prior, twist, _ = pair()
+    model, texts = rewarded(prior), prior(TEXTS).sample((8,)).flatten(0, 1)
+    rows, stop, failed = torch.arange(3).repeat(8), threading.Event(), []
+    before = sys.getswitchinterval()
+
+    def scoring():
+        while not stop.is_set():
+            with torch.no_grad():
+                prior.score(prior.prompts(TEXTS), texts, rows)
+
+    thread = threading.Thread(target=scoring)
+    sys.setswitchinterval(1e-5)
+    thread.start()
+    try:
+        for _ in range(15):
+            ppl_lm.smc(model, None, TEXTS, num_samples=4, settings=SMCSettings(twist=twist))
+            Decoder(prior, prior.prompts(TEXTS)).advance(torch.tensor([5, 6, 7]))
+    except RuntimeError as error:
+        failed.append(error)
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(before)
+    assert not failed

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from ppl_lm.lm import meter
 from ppl_lm.lm.decoding.cache import new_cache
 from ppl_lm.lm.language_model import LanguageModel
-from ppl_lm.lm.network import Answer, DivergedError, UnsuitableNetworkError, inputs_of, past_of
-from ppl_lm.lm.scoring.shared_body import head_on, read_by, reading, same_weights
+from ppl_lm.lm.network import Answer, DivergedError, inputs_of, past_of
+from ppl_lm.lm.scoring.shared_body import given_to, head_on, read_by, same_body
 
 C = TypeVar("C", bound="Caches")
 
@@ -102,32 +103,35 @@ class Experts(nn.Module):
     def each(self, past: "Caches | None", **given: Any) -> tuple[list[Tensor], list[Any]]:
         """The networks' logits, in float32 or wider, and their caches.
 
-        :param past: their caches, or None.
-        :raises UnsuitableNetworkError: if two that lay around one body do so no longer."""
+        :param past: their caches, or None."""
         logits: list[Tensor] = []
         moved, hidden = [], {}
         caches = [None] * len(self.models) if past is None else past.caches
+        reading = {k: j for k, j in self.reading.items() if self._reads(k, j, caches)}
         for k, (model, inputs, cache) in enumerate(zip(self.models, self.inputs, caches, strict=True)):
-            if k in self.reading:
-                host, head = self.models[self.reading[k]], _head_of(model)
-                if not same_weights(host, model):
-                    raise UnsuitableNetworkError(
-                        f"experts {self.reading[k]} and {k} of a product lay around the same weights when it was made, and do "
-                        "so no longer; make it anew"
-                    )
-                flat = hidden[self.reading[k]]
-                logits.append(read_by(flat.flatten(0, 1), head).unflatten(0, flat.shape[:2]))
+            if k in reading:
+                flat = hidden[reading[k]]
+                logits.append(read_by(flat.flatten(0, 1), _head_of(model)).unflatten(0, flat.shape[:2]))
                 moved.append(cache)
                 continue
+            if k in self.reading:
+                meter.add(lm_tokens=given["input_ids"].numel())  # a pass that was not counted on
             named = {"past_key_values": cache, **given}
-            head = _head_of(model) if k in self.reading.values() else None
-            with nullcontext([]) if head is None else reading(head) as seen:
+            head = _head_of(model) if k in reading.values() else None
+            with nullcontext([]) if head is None else given_to(head) as seen:
                 out = model(**{theirs: named[name] for name, theirs in inputs.items()})
             if head is not None:
                 (hidden[k],) = seen
             logits.append(out.logits.to(torch.promote_types(out.logits.dtype, torch.float32)))
             moved.append(past_of(out))
         return logits, moved
+
+    def _reads(self, k: int, j: int, caches: list[Any]) -> bool:
+        """Whether the k-th reads the pass of the j-th: while both lie around one body, found out at a text's first pass."""
+        begun = caches[j] is not None and caches[j].get_seq_length() > 0
+        if begun and caches[k].get_seq_length() > 0:
+            return False  # its own passes have come so far
+        return begun or same_body(self.models[j], self.models[k])
 
 
 def _head_of(model: Any) -> Any:

@@ -104,10 +104,11 @@ class Network(nn.Module):
 
         :param compared: whether what the network itself makes of one row is compared with that.
         :raises OtherHeadError: if they differ; from then on the network's answers are taken as they are."""
-        if inputs["ids"].device.type != "cpu" or plain_head(self) is None:
+        head = plain_head(self) if inputs["ids"].device.type == "cpu" else None
+        if head is None:
             logits, cache = self.logits(keep=1, use_cache=True, **inputs)
             return logits[:, -1], cache
-        (logits,), cache = next_logits(self, (), compared, **inputs)
+        (logits,), cache = next_logits(self, head, (), compared, **inputs)
         return logits, cache
 
     def new_cache(self) -> Any:

@@ -13,6 +13,7 @@ from ppl_lm.lm.decoding.decoder import Decoder, invert
 from ppl_lm.lm.language_model import LanguageModel
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.scoring.shared_body import head_on
+from ppl_lm.lm.scoring.shortcuts import OtherHeadError
 from ppl_lm.lm.scoring.teacher_forcing import normalise
 from ppl_lm.lm.token_sequence import TokenSequence
 from ppl_lm.lm.vocabulary import Vocabulary
@@ -53,7 +54,10 @@ class Laws:
         self.prompts, self.rows, self.settings = prior.prompts, rows, settings
         twist = settings.twist
         self.head = head_on(prior.lm, twist) if isinstance(twist, LanguageModel) else None
-        self.prior = Decoder.of(prior.lm, prior.prompts, rows, () if self.head is None else (self.head,))
+        try:
+            self.prior = Decoder.of(prior.lm, prior.prompts, rows, () if self.head is None else (self.head,))
+        except OtherHeadError:
+            self.head, self.prior = None, Decoder.of(prior.lm, prior.prompts, rows)
         self.proposal = None
         if proposal is not None:
             same = proposal.lm is prior.lm and torch.equal(proposal.prompts.ids, prior.prompts.ids)

@@ -13,8 +13,8 @@ def twist_like(lm: LanguageModel, head_only: bool = False) -> LanguageModel:
     a head of zeros, so that it begins at ψ = 1, no twist at all.
 
     :param head_only: leave the body frozen: a linear function of the LM's last hidden state, a value head. The body is then
-        `lm`'s own, lies in memory once, and is passed once for both (`smc`, `fit_twist`, `product`), unless `lm` is being
-        trained; so move or convert `lm`, and not the twist.
+        `lm`'s own, lies in memory once, and is passed once for both (`smc`, `fit_twist`, `product`) where its weights are
+        float32 or wider, unless `lm` is being trained; so move or convert `lm`, and not the twist.
     :raises ValueError: if `lm` names no output embeddings, or has a forward that was put on it."""
     shared = head_only and not any(weight.requires_grad for weight in lm.parameters())
     twist = lm.around_same_weights() if shared else lm.copy()

@@ -12,7 +12,7 @@ from ppl_lm.lm.decoding.recorded_steps import RecordedSteps, may_record
 from ppl_lm.lm.network import DivergedError, Network
 from ppl_lm.lm.prompts import Prompts
 from ppl_lm.lm.scoring.shared_body import next_logits
-from ppl_lm.lm.scoring.shortcuts import OtherHeadError
+from ppl_lm.lm.scoring.shortcuts import OtherHeadError, plain_head
 from ppl_lm.lm.scoring.teacher_forcing import normalise, positions
 
 EVERY = (
@@ -24,11 +24,12 @@ class Decoder:
     """Extends N rows of text one token at a time, with a key-value cache.
 
     Each prompt is forwarded once (`prefill`); `reorder` then copies its cache to its particles, moves rows to their
-    ancestors after a resampling, or drops rows that have finished. Nothing here records gradients. On a device with CUDA graphs
-    the steps are recorded where that changes nothing, see `recorded_steps`.
+    ancestors after a resampling, or drops rows that have finished. Nothing here records gradients. On a GPU the steps
+    can be recorded as CUDA graphs, see `recorded_steps`.
 
     :param prompts: of any batch shape; afterwards there are as many rows, in row-major order.
     :param reading: heads of networks around the same body, which then need no pass of their own: `shared_body.head_on`.
+    :raises OtherHeadError: with `reading`, if the network's answers are not those of its head.
     """
 
     def __init__(self, lm: Network, prompts: Prompts, reading: Sequence[nn.Linear] = ()):
@@ -38,7 +39,9 @@ class Decoder:
         )  # of each row: where it stands in what follows
         self.mask = prompts.mask  # (N, tokens so far)
         self.padded = not bool(self.mask.all())
-        self.steps = 0
+        self.steps, self.own = 0, plain_head(lm) if reading else None
+        if reading and self.own is None:
+            raise OtherHeadError
         self.cache: Any = None
         try:
             self._pass(prompts.ids, positions(self.mask))
@@ -75,7 +78,7 @@ class Decoder:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
         ids = torch.empty_like(tokens).scatter(0, self.slot, tokens)
         self.steps += 1
-        if self.steps == 1 and not self.reading and may_record(self.lm, self.cache):
+        if self.steps == 1 and not self.reading and may_record(self.lm, self.cache, self.mask.shape[-1] - 1):
             self.cache = RecordedSteps(self.lm, self.cache, self.mask.shape[-1] - 1 + self.lm.max_new_tokens)
         self._pass(ids.unsqueeze(-1), self.mask.sum(-1, keepdim=True) - 1)
 
@@ -87,8 +90,8 @@ class Decoder:
         cache: Any = self.lm.new_cache() if self.cache is None else self.cache
         given = {"ids": ids, "mask": self.mask if self.padded else None, "positions": at, "cache": cache}
         compared = self.steps % EVERY == 0
-        if self.reading:
-            self._answers, self.cache = next_logits(self.lm, self.reading, compared, **given)
+        if self.own is not None:
+            self._answers, self.cache = next_logits(self.lm, self.own, self.reading, compared, **given)
         else:
             logits, self.cache = self.lm.logits_next(compared=compared, **given)
             self._answers = [logits]

@@ -1,9 +1,10 @@
 """Steps in memory that stays where it is, recorded once and run again: CUDA graphs.
 
 On a GPU the launch of a small network's kernels, one by one, takes longer than they do; a graph launches all of them at once.
-Where there is none, nothing is recorded."""
+No GPU has run this yet: nothing is recorded unless `ENABLED` is set."""
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from ppl_lm.lm.decoding.cache import Cache
 from ppl_lm.lm.network import Network
 from ppl_lm.lm.scoring.teacher_forcing import normalise, positions
 
+ENABLED = False  # set it to True where the tests of `test_recorded_steps.py` were run on a GPU
 WORTH = 16  # tokens a text: a recording takes as long as two or three steps
+_ONE_AT_A_TIME = Lock()
 KNOWN = ("torch", "transformers", "peft")  # whose modules do the same at every step
 
 
@@ -103,15 +106,16 @@ class RecordedSteps:
 
 def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """What runs a step's kernels again, on what then lies in the memory that they read, and gives the same tensor each time.
-    The step is run once before, as its libraries need."""
-    before = torch.cuda.current_stream()
-    aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    aside.wait_stream(before)
-    with torch.cuda.stream(aside):
-        step()
-    before.wait_stream(aside)
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        answer = step()
+    The step is run once before, as its libraries need. One is recorded at a time, as CUDA asks for."""
+    with _ONE_AT_A_TIME:
+        before = torch.cuda.current_stream()
+        aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        aside.wait_stream(before)
+        with torch.cuda.stream(aside):
+            step()
+        before.wait_stream(aside)
+        with torch.cuda.stream(before), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            answer = step()
 
     def replay() -> Tensor:
         graph.replay()
@@ -128,14 +132,19 @@ def _without_kept_weights(kind: str) -> torch.autocast:
 
 
 def has_graphs(device: torch.device) -> bool:
-    return device.type == "cuda" and device.index in (None, torch.cuda.current_device())
+    return ENABLED and device.type == "cuda" and device.index in (None, torch.cuda.current_device())
 
 
-def may_record(lm: Network, cache: Any) -> bool:
-    """Whether a decoder's steps are recorded: on a device that has graphs, where texts are long enough to be worth it, of
-    networks whose modules are torch's, transformers' or PEFT's without a hook, with a cache of keys and values alone, and of
-    which a few recorded steps were found to be those that were not. The last is found out once."""
+def may_record(lm: Network, cache: Any, width: int) -> bool:
+    """Whether a decoder's steps are recorded: where that is `ENABLED`, on a device that has graphs, where texts are long enough
+    to be worth it and the room for them reaches beyond no length at which the law may change, of networks whose modules are
+    torch's, transformers' or PEFT's without a hook, with a cache of keys and values alone, and of which a few recorded steps
+    were found to be those that were not. The last is found out once.
+
+    :param width: tokens of the prompt."""
     if not has_graphs(lm.device) or lm.max_new_tokens < WORTH or not _is_plain(cache) or not _is_known(lm.model):
+        return False
+    if any(length < width + lm.max_new_tokens + 8 for length in lm.boundaries):
         return False
     if lm.shortcuts.steps is None:
         lm.shortcuts.steps = _same_steps(lm)
@@ -181,7 +190,8 @@ def _same_steps(lm: Network) -> bool:
                 for one in (cache, recorded):
                     one.batch_select_indices(rows)
                 plain, cache = lm.logits_next(**given, cache=cache)
-                apart = (normalise(recorded.step(**given)) - normalise(plain)).abs().nan_to_num()
+                own, theirs = normalise(recorded.step(**given)), normalise(plain)
+                apart = torch.where(own == theirs, 0.0, (own - theirs).abs())  # of two -inf there is no difference
                 if not float(apart.max()) <= tolerance_of(lm):
                     return False
     except Exception:  # whatever a network or a driver does that cannot be recorded: then it is not

@@ -20,12 +20,15 @@ Network = Any  # the `Network` that is passed, whose module imports this one
 
 def head_on(lm: Network, other: Network) -> nn.Linear | None:
     """The head of `other` if it answers from the last hidden state of `lm`'s own pass: if both have the same frozen weights but
-    for their heads, which are plain and linear, and the same modules, and were found to have the same hidden states of a few
-    tokens, which is found out once. None else."""
+    for their heads, which are plain and linear, in the same modules with the same settings, compute in the same precision, and
+    were found to have the same hidden states of a few tokens, which is found out once. None else."""
     mine, theirs = plain_head(lm), plain_head(other)
-    if mine is None or theirs is None or not same_weights(lm.model, other.model):
-        return None
-    if lm.compute_dtype != other.compute_dtype:
+    if (
+        mine is None
+        or theirs is None
+        or lm.compute_dtype != other.compute_dtype
+        or not same_body(lm.model, other.model)
+    ):
         return None
     known = other.shortcuts.body
     if known is None or known[0] != id(lm.model):
@@ -33,25 +36,36 @@ def head_on(lm: Network, other: Network) -> nn.Linear | None:
     return theirs if known[1] else None
 
 
-def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two networks lie around the same weights but for those of their heads, frozen, in the same modules, without a
-    hook or a forward that was put on one."""
-    bodies = []
-    for model in (one, other):
-        head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-        own = [(name, module) for name, module in model.named_modules() if module is not head]
-        if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for _, m in own):
-            return False
-        weights = {
-            f"{name}.{part}": id(weight)
-            for name, m in own
-            for part, weight in m._parameters.items()
-            if weight is not None
-        }
-        if any(w is not None and w.requires_grad for _, m in own for w in m._parameters.values()):
-            return False
-        bodies.append(([(name, type(module)) for name, module in own], weights))
-    return bodies[0] == bodies[1]
+def same_body(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks are the same but for the weights of their heads: the same frozen weights in the same modules, whose
+    settings in numbers and words are equal, without a hook or a forward that was put on one."""
+    parts = [_parts(model) for model in (one, other)]
+    return None not in parts and parts[0] == parts[1]
+
+
+def _parts(model: Any) -> list[Any] | None:
+    """What a network's modules are, but for its head; None of one that is being trained, or does more than its class says."""
+    head, found = model.get_output_embeddings(), []
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return None
+        if module is head:
+            continue
+        weights = [(part, weight) for part, weight in module._parameters.items() if weight is not None]
+        if any(weight.requires_grad for _, weight in weights):
+            return None
+        settings = {k: v for k, v in vars(module).items() if k != "training" and _is_plain(v)}
+        found.append((name, type(module), [(part, id(weight)) for part, weight in weights], settings))
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Of what can be compared: PEFT keeps its scales in dictionaries."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 @torch.no_grad()
@@ -80,15 +94,12 @@ def read_by(hidden: Float[Tensor, "N H"], head: nn.Linear) -> Float[Tensor, "N V
 
 @torch.no_grad()
 def next_logits(
-    lm: Network, reading: Sequence[nn.Linear], compared: bool = True, **inputs: Any
+    lm: Network, own: nn.Linear, reading: Sequence[nn.Linear], compared: bool = True, **inputs: Any
 ) -> tuple[list[Float[Tensor, "N V"]], Any]:
-    """`Network.logits_next` of a network with a plain head: its own, then those of heads that read its last hidden state; and
-    the cache.
+    """`Network.logits_next` of a network with a plain head `own`: its own, then those of heads that read its last hidden state;
+    and the cache.
 
     :raises OtherHeadError: if the network's answers are not those of its head."""
-    own = plain_head(lm)
-    if own is None:
-        raise OtherHeadError
     with lm.precision():
         try:
             hidden, cache = before_head(lm, own, compared)(use_cache=True, **inputs)
@@ -104,21 +115,24 @@ def logits_of_both(
     """`Network.next_token_logits` of both, those of `other` with a gradient, those of `lm` without; from one pass where
     both are around one body."""
     theirs = head_on(lm, other)
-    if theirs is None:
-        after = other.next_token_logits(prompts, x)
-        with torch.no_grad():
-            return lm.next_token_logits(prompts, x), after
-    own, steps = lm.model.get_output_embeddings(), int(lm.vocabulary.lengths(x).max())
-    with lm.precision():
-        with torch.no_grad():
-            hidden = answers(before_head(lm, own), lm, prompts, x, None, steps)
-            before = all_logits(hidden.flatten(0, 1), own)
-        after = read_by(hidden.flatten(0, 1), theirs)
-    return before.unflatten(0, hidden.shape[:2]), after.unflatten(0, hidden.shape[:2])
+    if theirs is not None:
+        own, steps = lm.model.get_output_embeddings(), int(lm.vocabulary.lengths(x).max())
+        try:
+            with lm.precision():
+                with torch.no_grad():
+                    hidden = answers(before_head(lm, own), lm, prompts, x, None, steps)
+                    before = all_logits(hidden.flatten(0, 1), own)
+                after = read_by(hidden.flatten(0, 1), theirs)
+            return before.unflatten(0, hidden.shape[:2]), after.unflatten(0, hidden.shape[:2])
+        except OtherHeadError:
+            lm.shortcuts.head = own, False
+    after = other.next_token_logits(prompts, x)
+    with torch.no_grad():
+        return lm.next_token_logits(prompts, x), after
 
 
 @contextmanager
-def reading(head: nn.Module) -> Iterator[list[Tensor]]:
+def given_to(head: nn.Module) -> Iterator[list[Tensor]]:
     """Inside the block, what this thread gives to a head goes into the list."""
     seen: list[Tensor] = []
     mine = get_ident()

@@ -65,22 +65,36 @@ def _answers_logits(lm: Network, head: nn.Linear) -> bool:
     count = min(lm.vocabulary.size, lm.max_positions or PROBE, PROBE)
     ids = torch.linspace(0, lm.vocabulary.size - 1, count, device=lm.device).long()[None]
     given = {"ids": ids, "mask": None, "positions": torch.arange(count, device=lm.device)[None], "keep": count}
+    change: Callable[[Tensor], Tensor] = lambda answer: answer  # noqa: E731
     factor = 1.0
     try:
         with meter.unmeasured(), lm.precision():
             for _ in range(2):
-                with _scaling(head, factor) as seen:
+                with _changing(head, change) as seen:
                     said = lm.logits(**given)[0]
                 (hidden,) = seen
-                linear = (nn.functional.linear(hidden, head.weight, head.bias) * factor).to(said.dtype)
-                size = float(said.abs().max())
-                if linear.shape != said.shape or not size > 0 or not _same(linear, said, factor):
+                linear = change(nn.functional.linear(hidden, head.weight, head.bias)).to(said.dtype)
+                if linear.shape != said.shape or not _same(linear, said, factor):
                     return False
-                factor = LARGE / size
+                size = float(said.abs().max())
+                if not size < torch.inf:
+                    return False
+                change, factor = _large(size), LARGE / size if size > 0 else 1.0
             before_head(lm, head)(**given)
     except Exception:  # whatever a network does where one looks into it: then it is not looked into
         return False
     return True
+
+
+def _large(size: float) -> Callable[[Tensor], Tensor]:
+    """Makes answers of this size large; of a head that answers zeros, as a new twist's, numbers of which some are large."""
+
+    def change(answer: Tensor) -> Tensor:
+        if size > 0:
+            return answer * (LARGE / size)
+        return answer + torch.linspace(-LARGE, LARGE, answer.shape[-1], dtype=answer.dtype, device=answer.device)
+
+    return change
 
 
 def before_head(lm: Network, head: nn.Linear, compared: bool = True) -> Callable[..., tuple[Tensor, Any]]:
@@ -133,18 +147,18 @@ def _entering(head: nn.Module, texts: int) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _scaling(head: nn.Module, factor: float) -> Iterator[list[Tensor]]:
-    """Inside the block, what this thread gives to a head goes into the list, and its answers are `factor` times as large."""
+def _changing(head: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Inside the block, what this thread gives to a head goes into the list, and its answers are changed."""
     seen: list[Tensor] = []
     mine = get_ident()
 
-    def scale(_: nn.Module, given: tuple[Tensor, ...], answer: Tensor) -> Tensor:
+    def put(_: nn.Module, given: tuple[Tensor, ...], answer: Tensor) -> Tensor:
         if get_ident() != mine:
             return answer
         seen.append(given[0])
-        return answer * factor
+        return change(answer)
 
-    handle = head.register_forward_hook(scale)
+    handle = head.register_forward_hook(put)
     try:
         yield seen
     finally:

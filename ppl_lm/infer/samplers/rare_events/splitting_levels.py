@@ -25,6 +25,8 @@ from ppl_lm.lm import meter
 
 STILL = 16  # times that a pilot's texts are moved without one of a higher reward, before it gives up
 
+MOST = 1000  # levels
+
 
 @torch.no_grad()
 def splitting(
@@ -120,6 +122,8 @@ class _Climb:
             raise ValueError(f"record={record!r}, but the model records {sorted(state.records) or 'nothing'}")
         require_text_alone(state)
         require_own_law(state)
+        if bool(state.records[record].isnan().any()):
+            raise ValueError(f"the recorded {record} of a text is NaN")
         event = torch.where(state.records[record] >= self.level, 0.0, -math.inf)
         if state.records[record].shape != state.log_likelihood.shape or not torch.equal(event, state.log_likelihood):
             raise ValueError(
@@ -133,7 +137,7 @@ class _Climb:
     def pilot(self, count: int, kept: float) -> list[float]:
         """Levels that about a share of the texts comes through, each; no text of it is used again."""
         state, found = self.start(count), [-math.inf]
-        for _ in range(10_000):
+        for _ in range(MOST):
             rewards = self.rewards(state)
             above = rewards[rewards > found[-1]]
             best = float(rewards.topk(math.ceil(kept * count)).values[-1])
@@ -152,7 +156,9 @@ class _Climb:
             if found[-1] == self.level:
                 return found[1:]
             state = self.climbed(state, found[-1], 1)
-        raise AssertionError("levels rise without end")
+        raise NoSupportError(
+            f"a pilot came in {MOST} levels to {self.record} ≥ {found[-1]:g}, and not to {self.level:g}: lower kept"
+        )
 
     def runs(self, levels: list[float], count: int, runs: int) -> Draws:
         """Independent runs along levels that are fixed, (C, N, 1)."""
