@@ -119,7 +119,7 @@ def test_draws_that_depend_on_each_other_are_refused():
     exact = rejection(MODEL, None, [""], num_samples=8)
     chains = mcmc(MODEL, None, [""], num_samples=4, warmup=4, num_chains=2)
     runs = smc(MODEL, None, [""], num_samples=4)
-    for wrong in (chains, runs):
+    for wrong in (chains, runs, runs.under(bind(finetuned, LM))):
         with pytest.raises(ValueError, match="depend on each other"):
             two_sample(wrong, exact)
         with pytest.raises(ValueError, match="depend on each other"):

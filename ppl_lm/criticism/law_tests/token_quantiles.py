@@ -49,10 +49,12 @@ def next_token_calibration(
     :param guide: a program with one text a prompt: its law q. A posterior is no such law: its conditionals are not known.
     :param draws: that are said to be q's, independent: as `importance` made them, or exact.
     :param seed: of V; torch's random state is neither used nor changed.
-    :raises ValueError: of resampled draws and Markov chains.
+    :raises ValueError: of resampled draws and Markov chains, and of weighted ones put under another guide (`under`).
     """
-    if draws.kind == "chains" or draws.kind in TOGETHER:
-        raise ValueError(f"these draws are {draws.kind}, whose texts depend on each other; give independent ones")
+    if draws.kind in (*TOGETHER, "chains", "rescored"):
+        raise ValueError(
+            f"these draws are {draws.kind}, whose texts depend on each other or may do so; give independent ones, as drawn"
+        )
     name = name or draws.text_site
     if name not in draws.texts:
         raise ValueError(f"name={name!r}, but the sites that are text are {list(draws.texts)}")

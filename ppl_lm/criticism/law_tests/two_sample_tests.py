@@ -89,11 +89,10 @@ def two_sample(
 
 
 def _texts(draws: Draws, what: str, name: str | None) -> Int[Tensor, "B S T"]:
-    if draws.kind == "chains" or draws.kind in TOGETHER:
+    if draws.kind in (*TOGETHER, "chains", "rescored"):
         raise ValueError(
-            f"{what}= holds {draws.kind}, whose texts depend on each other: a test that takes them for independent finds "
-            f"differences "
-            "that are not there. Give exact draws, or a guide's own (importance)"
+            f"{what}= holds {draws.kind}, whose texts depend on each other or may do so: a test that takes them for "
+            "independent finds differences that are not there. Give exact draws, or a guide's own (importance), as drawn"
         )
     name = name or draws.text_site
     if name not in draws.texts:
