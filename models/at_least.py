@@ -26,7 +26,7 @@ def at_least(
         score = pyro.deterministic("reward", reward(prompts, x), event_dim=0)
         pyro.sample(
             "reached",
-            Optimality(torch.where(score >= level, 0.0, -math.inf).double()),
+            Optimality(torch.where(score.double() >= level, 0.0, -math.inf).double()),
             obs=torch.ones(score.shape, device=score.device),
             infer={"log_bound": 0.0, "hard": True},
         )

@@ -26,7 +26,7 @@ from ppl_lm.infer.binding import bind
 from ppl_lm.infer.draws import NoSupportError
 from ppl_lm.infer.enumeration import enumerate_posterior
 from ppl_lm.infer.samplers.importance_sampling import draw, importance
-from ppl_lm.infer.samplers.kernels import independence, mixed, substitution, suffix
+from ppl_lm.infer.samplers.kernels import independence, mixed, particle_gibbs, substitution, suffix
 from ppl_lm.infer.samplers.markov_chains import mcmc, step
 from ppl_lm.lm.table import table_lm
 from ppl_lm.models import constrained, tilted
@@ -402,3 +402,10 @@ def test_chains_are_no_guides_draws_for_bounds():
     with pytest.raises(ValueError, match="guide's own draws"):
         log_evidence(draws)
     assert to_arviz(draws).posterior["reward"].shape == (2, 3, 1)
+
+
+def test_particle_gibbs_is_not_mixed_with_others():
+    """What it leaves as the density of a text is that of its run."""
+    with pytest.raises(ValueError, match="cannot be mixed"):
+        mixed(suffix, particle_gibbs(2))
+    assert callable(mixed(particle_gibbs(2)))

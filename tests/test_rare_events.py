@@ -119,9 +119,35 @@ def test_what_makes_no_path_is_refused():
     for path in ([], [0.5], [0.5, 0.5, 1.0], [0.0, 1.0], [0.5, 2.0]):
         with pytest.raises(ValueError, match="rise"):
             annealed_smc(MODEL, TEXTS, path=path)
-    hard = bind(constrained, LM, constraint=lambda completions, **_: ["b" not in text for text in completions])
-    with pytest.raises(ValueError, match="likelihood 0"):
-        annealed_smc(hard, TEXTS, path=[0.5, 1.0])
+    with pytest.raises(NoSupportError, match="prompt 0"):
+        annealed_smc(
+            bind(constrained, LM, constraint=lambda completions, **_: [False for _ in completions]), TEXTS, path=[1.0]
+        )
+    endless = bind(at_least, LM, reward=letters, level=0.0)
+    with pytest.raises(ValueError, match="inf"):
+        annealed_smc(
+            lambda p: tilted(LM.prompts(p), LM, lambda p, x: torch.full(x.shape[:-1], math.inf), 1.0), TEXTS, path=[1.0]
+        )
+    assert splitting(endless, TEXTS, num_samples=4, num_runs=2).num_samples
+
+
+def test_texts_of_likelihood_zero_have_no_weight():
+    """Also where they are so rare that no run meets one: what is refused by chance would bias what is not."""
+    torch.manual_seed(0)
+    rows = torch.tensor(["b" not in text for text in LM.vocabulary.decode(X)])
+    hard = bind(
+        tilted,
+        LM,
+        reward=lambda completions, **_: [
+            r if "b" not in t else -math.inf for r, t in zip(letters(completions), completions, strict=True)
+        ],
+        beta=BETA,
+    )
+    truth = torch.where(rows[:, None], JOINT, -math.inf).T.exp()
+    draws = annealed_smc(hard, TEXTS, path=[0.3, 1.0], num_samples=2, num_runs=20_000)
+    assert largest_z(draws, truth, 0.005 * float(truth.sum(-1).min())) < 4.5
+    constants = path_constants(annealed_smc(hard, TEXTS, path=[0.3, 1.0], num_samples=200, num_runs=20))[0]
+    assert abs(float(constants.log_z[-1]) - float(truth[0].sum().log())) < 4 * float(constants.log_z_se[-1])
 
 
 # Splitting

@@ -19,6 +19,7 @@ import math
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import walk
@@ -390,3 +391,16 @@ def test_more_refusals():
         conditional_smc(TINY.model, None, planted, settings=how)
     with pytest.raises(ValueError, match="tokens=0"):
         look_ahead(TINY.model, 0)
+
+
+def test_numbers_of_tokens_may_be_held_by_anything():
+    """A generator is read once; another whole number is one."""
+    twist = TINY.twists["likelihood"]
+    for at in ((n for n in (1, 2)), torch.tensor([1, 2]), [np.int64(1), np.int64(2)]):
+        assert SMCSettings(twist, at=at).at == (1, 2)
+    for wrong in (2, ["a"], [1.5], [0]):
+        with pytest.raises(ValueError, match="at="):
+            SMCSettings(twist, at=wrong)
+    for name in ("expand", "moves", "candidates"):
+        with pytest.raises(ValueError, match=f"{name}=1.5; give a whole number"):
+            SMCSettings(twist, **{name: 1.5})

@@ -66,8 +66,9 @@ class World:
     def __init__(self, size, steps, gaps=False):
         """:param gaps: whether the prior finds some texts impossible that the guide draws."""
         self.lm = table_lm(size, steps, max_prompt=2, concentration=1.0, seed=1)
-        with torch.no_grad():
-            self.lm.model.table[3 :: 2 if gaps else 10**9, 1] = -torch.inf
+        if gaps:
+            with torch.no_grad():
+                self.lm.model.table[3::2, 1] = -torch.inf
         rows = oracle.outcomes(size, steps, size - 1)
         self.x, self.steps, self.size = oracle.as_tensor(rows, steps, size - 1), steps, size
         self.model = bind(tilted, self.lm, reward=letters, beta=BETA)

@@ -97,7 +97,8 @@ def _of_runs(met: Float64[Tensor, "C N K"], power: Float64[Tensor, "K"], levels:
     log_l = met.permute(2, 0, 1).flatten()
     events = [torch.where(log_l >= level, 0.0, -math.inf).double().unsqueeze(0) for level in levels]
     counts = [float(met[..., 0].numel())] * len(power) + [0.0] * len(events)
-    return mbar(torch.cat([power.unsqueeze(-1) * log_l, *events]), counts)
+    u = power.unsqueeze(-1)  # at u = 0 a text of likelihood 0 is as likely as the prior has it
+    return mbar(torch.cat([torch.where(u == 0, 0.0, u * log_l), *events]), counts)
 
 
 def _covariance(w: Float64[Tensor, "N J"], n: Float64[Tensor, "J"]) -> Float64[Tensor, "J J"]:

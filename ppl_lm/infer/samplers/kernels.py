@@ -114,9 +114,14 @@ def next_at(law: TokenSequence, x: Int[Tensor, "N B T"], place: Int[Tensor, "N B
 def mixed(*kernels: Kernel) -> Kernel:
     """At each step one of these kernels, as likely one as another, for all chains the same: it leaves invariant what each does.
 
-    :raises ValueError: if none is given."""
+    :raises ValueError: if none is given, or particle Gibbs among others."""
     if not kernels:
         raise ValueError("mixed() of no kernel; give some, such as mixed(suffix, substitution)")
+    if len(kernels) > 1 and any(getattr(one, "asks_evidence", False) for one in kernels):
+        raise ValueError(
+            "particle Gibbs cannot be mixed with other kernels: what it leaves of a text is the weight of its run, and no "
+            "density of the guide, which they need; run mcmc with each by itself"
+        )
 
     def kernel(model: Callable[..., Any], guide: Any, prompts: Any, max_plate_nesting: int = 1) -> Propose:
         each = [one(model, guide, prompts, max_plate_nesting) for one in kernels]

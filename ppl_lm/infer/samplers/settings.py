@@ -1,7 +1,8 @@
 """`SMCSettings`: how texts grow in SMC, and how their populations are resampled."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 
 from ppl_lm.infer.draws import Draws
 from ppl_lm.infer.samplers.resampling import Rule, systematic
@@ -43,6 +44,11 @@ class SMCSettings:
     checker: Checker | None = None
 
     def __post_init__(self) -> None:
+        if self.at is not None:
+            object.__setattr__(self, "at", _numbers(self.at))
+        for name in ("expand", "moves") if self.candidates is None else ("expand", "moves", "candidates"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}={getattr(self, name)!r}; give a whole number")
         if self.expand < 1:
             raise ValueError(f"expand={self.expand}; give at least 1")
         if self.checker is not None and (self.expand > 1 or not isinstance(self.checker, Checker)):
@@ -61,7 +67,7 @@ class SMCSettings:
             raise ValueError(
                 "candidates= are those of whom a twist is asked; a power of the prior is known of all tokens"
             )
-        if self.at is not None and (self.expand > 1 or not all(isinstance(n, int) and n >= 1 for n in self.at)):
+        if self.at is not None and (self.expand > 1 or not all(n >= 1 for n in self.at)):
             raise ValueError(
                 f"at={self.at!r} with expand={self.expand}; give numbers of tokens, at least 1, such as (8, 16, 32), and "
                 "expand=1: what has expanded is chosen from at every token"
@@ -102,3 +108,13 @@ class SMCSettings:
             raise ValueError(
                 f"candidates={self.candidates} is of the proposal that a twist makes; leave it out, or the guide"
             )
+
+
+def _numbers(at: Iterable[int]) -> tuple[int, ...]:
+    """Numbers of tokens, whatever holds them.
+
+    :raises ValueError: if they are none."""
+    try:
+        return tuple(index(n) for n in at)
+    except TypeError:
+        raise ValueError(f"at={at!r}; give numbers of tokens, at least 1, such as (8, 16, 32)") from None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppl_lm.infer.binding import read_once
 from ppl_lm.infer.counts import require_count
-from ppl_lm.infer.draws import Draws
+from ppl_lm.infer.draws import Draws, NoSupportError
 from ppl_lm.infer.samplers.importance_sampling import draw, require_prompts
 from ppl_lm.infer.samplers.in_pieces import Progress
 from ppl_lm.infer.samplers.kernels import Kernel, Propose, ends_and_tokens, require_blind
@@ -49,7 +49,10 @@ def annealed_smc(
     :param num_samples: texts of a run; `num_runs`: independent runs, the chains of the draws.
     :param moves: of each text at each stage, by `kernel`: `ends_and_tokens`, `suffix` or `independence`, whose proposals are
         the prior's.
-    :raises ValueError: on a path that does not rise from above 0 to 1, or a likelihood of 0, which no power softens.
+    Texts of likelihood 0 get the weight 0 at the first stage, whatever the power: where they are many, use `splitting`.
+
+    :raises ValueError: on a path that does not rise from above 0 to 1.
+    :raises NoSupportError: if all texts of a prompt are impossible in all runs.
     """
     require_count("num_samples", num_samples, 2)
     require_count("num_runs", num_runs)
@@ -66,10 +69,6 @@ def annealed_smc(
         state = draw(model, None, prompts, num_samples * num_runs, nesting)
         require_text_alone(state)
         require_own_law(state)
-        if bool((state.log_likelihood == -math.inf).any()):
-            raise ValueError(
-                "a text of the prior has likelihood 0, which no power softens: use rejection(), or splitting for rare events"
-            )
         log_z = torch.zeros(
             num_runs, state.log_likelihood.shape[-1], dtype=torch.float64, device=state.log_likelihood.device
         )
@@ -87,7 +86,14 @@ def annealed_smc(
     log_joint = runs.log_prior + runs.log_likelihood
     power = torch.tensor(powers, dtype=torch.float64, device=log_z.device).expand(num_runs, 1, log_z.shape[1], -1)
     stats = {"power": power, "path_log_likelihood": torch.stack(stages, -1)}
-    return replace(runs, log_guide=log_joint - log_z.unsqueeze(1), kind="runs", cost=cost, stats=stats)
+    lost = (log_z == -math.inf).unsqueeze(1)
+    if bool(lost.all(0).any()):
+        raise NoSupportError(
+            f"prompt {int(lost.all(0)[0].nonzero()[0])}: all texts of the prior are impossible under the posterior; give more "
+            "num_samples or num_runs, or use splitting for a rare event"
+        )
+    log_guide = torch.where(lost, torch.inf, log_joint - log_z.unsqueeze(1))
+    return replace(runs, log_guide=log_guide, kind="runs", cost=cost, stats=stats)
 
 
 def resampled(state: Draws, log_w: Float64[Tensor, "C N B"]) -> Draws:
