@@ -20,7 +20,7 @@ from ppl_lm.infer.traces.layout import (
     plate_names,
     pointwise_log_likelihoods,
     record_values,
-    require_all_prompts,
+    require_sound,
 )
 from ppl_lm.infer.traces.particles import Particles
 from ppl_lm.infer.traces.structure import nesting_of
@@ -282,17 +282,14 @@ def _pick_stat(value: Tensor, pick: Callable[[Tensor], Tensor], count: int) -> T
 def as_draws(particles: Particles) -> Draws:
     """Particles as one chain of draws.
 
-    :raises ValueError: if a plate subsamples, or lies where the prompts' does; or if the evidence is infinitely likely."""
-    require_all_prompts(particles)
-    log_likelihood = particles.log_likelihood().unsqueeze(0)
-    if bool((log_likelihood == torch.inf).any()):
-        raise ValueError("the evidence has log-likelihood +inf after some text; give rewards that are finite or -inf")
+    :raises ValueError: if a plate subsamples or lies where the prompts' does, or if the evidence is infinitely likely."""
+    require_sound(particles)
     return Draws(
         prompts=particles.prompts,
         latents={name: value.unsqueeze(0) for name, value in latent_values(particles).items()},
         records={name: value.unsqueeze(0) for name, value in record_values(particles).items()},
         log_prior=particles.log_prior().unsqueeze(0),
-        log_likelihood=log_likelihood,
+        log_likelihood=particles.log_likelihood().unsqueeze(0),
         log_guide=particles.log_proposal().unsqueeze(0),
         texts=tuple(particles.texts()),
         observed=observed_values(particles),

@@ -190,3 +190,10 @@ def log_density_at(
             check_shape(site, term, nesting + 1)
         parts.append(by_prompt(terms, count, columns))
     return torch.cat(parts)
+
+
+def require_sound(particles: Particles) -> None:
+    """:raises ValueError: as `require_all_prompts`, and if some evidence is infinitely likely."""
+    require_all_prompts(particles)
+    if bool((particles.log_likelihood() == torch.inf).any()):
+        raise ValueError("the evidence has log-likelihood +inf after some text; give rewards that are finite or -inf")
